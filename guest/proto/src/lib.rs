@@ -1,0 +1,189 @@
+//! Messages between the host and the agent (PID 1) in a machine.
+//!
+//! They travel over one virtio-vsock stream, the *control connection*, opened by the host to
+//! [`CONTROL_PORT`] while the base is built and kept through fork and resume. Each message is a
+//! frame: length (`u32`, little endian, of what follows, at most [`MAX_FRAME`]), then the message in
+//! postcard. `docs/agent-protocol.md` is the normative text.
+//!
+//! Everything the agent sends was written by a guest and is hostile: the decoder bounds every length
+//! before it allocates, and a frame that does not decode ends the connection.
+#![forbid(unsafe_code)]
+
+mod frame;
+
+pub use frame::{Decoder, FrameError, encode};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages. It is part of what a base snapshot is keyed by: host and agent of one
+/// base always speak the same one, so there is no negotiation.
+pub const VERSION: u16 = 1;
+
+/// vsock port on which the agent listens for the control connection.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// vsock port on which the agent listens for streams (see [`StreamToken`]).
+pub const STREAM_PORT: u32 = 1025;
+
+/// Terminals of a machine: ports 0 to 7 of its virtio-console device.
+pub const TERMINALS: u8 = 8;
+
+/// Largest frame, in bytes, without its length.
+pub const MAX_FRAME: usize = 256 * 1024;
+
+/// Names one terminal session or command for as long as the machine's control connection lives.
+/// Chosen by the host, never reused.
+pub type SessionId = u64;
+
+/// Names a vsock stream. The host connects to [`STREAM_PORT`] and sends these 8 bytes (little endian)
+/// first; the agent reads exactly those and keeps the stream until an [`Exec`] names the token.
+/// Whichever of the two arrives first waits for the other (the agent keeps at most 64 unclaimed
+/// streams, each for at most 30 s).
+pub type StreamToken = u64;
+
+/// Host to agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostMessage {
+    /// First message after a fork. The agent answers [`AgentMessage::Attached`] or
+    /// [`AgentMessage::AttachFailed`]; no user code runs before.
+    Attach(Attach),
+    /// Start a shell or command on a terminal. Answered by `Started` or `StartFailed`.
+    OpenTerminal(OpenTerminal),
+    /// Run a command on vsock streams, without a terminal. Answered by `Started` or `StartFailed`.
+    Exec(Exec),
+    /// Set a terminal's window size (TIOCSWINSZ, hence SIGWINCH).
+    Resize { session: SessionId, window: Window },
+    /// Deliver a signal to the foreground process group of the session, named as in RFC 4254 §6.9
+    /// (`INT`, `TERM`, `KILL`, `HUP`, …).
+    Signal { session: SessionId, name: String },
+    /// The user's side is gone: hang up the terminal (SIGHUP) or the command's process group.
+    Hangup { session: SessionId },
+    /// Set the wall clock.
+    SetClock(WallClock),
+    /// Flush file systems, stop every process in order (SIGTERM, then SIGKILL after `grace_ms`),
+    /// unmount, power off. The same happens when the control connection ends.
+    PowerOff { grace_ms: u32 },
+    /// Answered by `Pong` with the same number.
+    Ping(u64),
+}
+
+/// What makes a fork somebody's machine.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// The account's name: login name, home directory.
+    pub account: String,
+    /// The account's user id in the guest (also its group id).
+    pub uid: u32,
+    pub hostname: String,
+    /// Content of `/etc/machine-id`.
+    pub machine_id: [u8; 16],
+    /// At least 32 bytes from the host's getrandom(2), credited with RNDADDENTROPY and followed by
+    /// RNDRESEEDCRNG before anything else happens.
+    pub entropy: Vec<u8>,
+    pub clock: WallClock,
+    /// Size of the account disk in bytes: the agent waits for the block device to show it.
+    pub disk_size: u64,
+}
+
+impl std::fmt::Debug for Attach {
+    /// Leaves the entropy out: this ends up in logs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attach")
+            .field("account", &self.account)
+            .field("uid", &self.uid)
+            .field("hostname", &self.hostname)
+            .field("disk_size", &self.disk_size)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Time since 1970-01-01 00:00 UTC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WallClock {
+    pub seconds: i64,
+    pub nanoseconds: u32,
+}
+
+/// Terminal size. Pixels are 0 where the client did not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    pub columns: u16,
+    pub rows: u16,
+    pub width_px: u16,
+    pub height_px: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenTerminal {
+    pub session: SessionId,
+    /// 0 to [`TERMINALS`] - 1; must be free.
+    pub terminal: u8,
+    /// TERM for the program.
+    pub term: String,
+    pub window: Window,
+    /// Encoded terminal modes, opcode and argument, as in RFC 4254 §8 (unknown ones are ignored).
+    pub modes: Vec<(u8, u32)>,
+    pub env: Vec<(String, String)>,
+    /// None: the account's login shell. Some: given to the login shell with `-c`.
+    pub command: Option<Vec<u8>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    pub session: SessionId,
+    pub program: Program,
+    pub env: Vec<(String, String)>,
+    /// Standard input and output: one full-duplex stream.
+    pub stdio: StreamToken,
+    /// Standard error: the guest only writes.
+    pub stderr: StreamToken,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Program {
+    /// The login shell reading commands from standard input.
+    Shell,
+    /// Given to the login shell with `-c`.
+    Command(Vec<u8>),
+    /// `sftp-server` of the image.
+    Sftp,
+}
+
+/// Agent to host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentMessage {
+    /// Sent once, by the machine the base snapshot is taken of, when everything is loaded and warm.
+    Ready {
+        version: u16,
+        kernel: String,
+    },
+    /// Identity, entropy, clock and disk are in place.
+    Attached,
+    AttachFailed {
+        reason: String,
+    },
+    Started {
+        session: SessionId,
+        pid: u32,
+    },
+    StartFailed {
+        session: SessionId,
+        reason: String,
+    },
+    /// The session's first process has ended. For a terminal: all its output is in the virtqueue.
+    Exited {
+        session: SessionId,
+        status: ExitStatus,
+    },
+    Pong(u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    Code(u8),
+    /// Signal name without `SIG`, as in RFC 4254 §6.10.
+    Signal {
+        name: String,
+        core_dumped: bool,
+    },
+}

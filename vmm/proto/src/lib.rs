@@ -1,0 +1,163 @@
+//! Messages between `hermitage serve` and `hermitage-vmm`.
+//!
+//! There are two kinds of socket, both `AF_UNIX`/`SOCK_SEQPACKET`, one postcard message a packet,
+//! file descriptors by `SCM_RIGHTS`:
+//!
+//! - the *fork server's*: one per base. `serve` starts `hermitage-vmm fork-server --base DIR` with the
+//!   socket as descriptor 3; each [`ForkRequest`] makes a machine, a process of its own.
+//! - a *machine's*: handed over with the fork request, lives as long as the machine. Its end tells
+//!   either side that the other is gone.
+//!
+//! Bytes of terminals, streams and consoles never travel in messages: `serve` makes a pair of
+//! `AF_UNIX`/`SOCK_STREAM` sockets and passes one end. Half-close is `shutdown(SHUT_WR)` on either
+//! end; back-pressure is the socket's own.
+#![forbid(unsafe_code)]
+
+mod socket;
+
+pub use socket::{Packet, SocketError, message_pair, receive, send, stream_pair};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages; `serve` and `hermitage-vmm` must have the same.
+pub const VERSION: u16 = 1;
+
+/// Largest message in bytes.
+pub const MAX_MESSAGE: usize = 16 * 1024;
+
+/// Most descriptors a message carries.
+pub const MAX_DESCRIPTORS: usize = 4;
+
+/// Chosen by `serve`, never reused by it.
+pub type MachineId = u64;
+
+/// `serve` to fork server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ForkRequest {
+    /// Descriptors, in this order: the machine's control socket, the agent stream (the host's end of
+    /// the agent's control connection; what was written to it before the fork is delivered), the
+    /// account disk, open for reading and writing and locked.
+    Fork { machine: MachineId, label: String },
+    /// End a machine without ceremony (SIGKILL).
+    Kill { machine: MachineId },
+}
+
+/// Fork server to `serve`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ForkEvent {
+    /// Sent once: the base was checked and mapped.
+    Ready {
+        version: u16,
+        base: String,
+    },
+    /// Sent once, instead: the base can't be used; the fork server ends.
+    Refused {
+        reason: String,
+    },
+    Forked {
+        machine: MachineId,
+        pid: i32,
+    },
+    ForkFailed {
+        machine: MachineId,
+        reason: String,
+    },
+    /// The process is gone and reaped.
+    Exited {
+        machine: MachineId,
+        exit: ProcessExit,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProcessExit {
+    Code(i32),
+    Signal(i32),
+}
+
+/// `serve` to a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineRequest {
+    /// Descriptor: a stream socket that becomes the host's side of the terminal. What the terminal
+    /// writes while nothing is attached is dropped.
+    AttachTerminal { terminal: u8 },
+    /// Deliver what the terminal has written so far, then close the socket. Answered by
+    /// [`MachineEvent::TerminalDetached`] at once; the bytes follow on the socket up to its end.
+    DetachTerminal { terminal: u8 },
+    /// Descriptor: a stream socket. Connect it to a vsock port of the guest.
+    Connect { stream: u64, port: u32 },
+    /// Descriptor: a stream socket. The serial console (ttyS0): first the log so far (at most 64 KiB),
+    /// then as it comes; input goes to the guest. A former one is closed.
+    AttachConsole,
+    /// Answered by [`MachineEvent::Stats`].
+    Stats,
+    /// End now, without the guest's help.
+    Stop,
+}
+
+/// A machine to `serve`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineEvent {
+    /// The virtual CPUs are running. How long each stage of the fork took.
+    Running {
+        stages: Vec<Stage>,
+    },
+    TerminalDetached {
+        terminal: u8,
+    },
+    Connected {
+        stream: u64,
+    },
+    ConnectFailed {
+        stream: u64,
+        reason: String,
+    },
+    Stats(Stats),
+    /// Last message: the machine has ended or is about to.
+    Ended(End),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    pub name: String,
+    pub nanoseconds: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Bytes of guest memory that this machine has privately (not shared with its base).
+    pub private_bytes: u64,
+    pub disk_read_bytes: u64,
+    pub disk_written_bytes: u64,
+    pub disk_flushes: u64,
+    pub terminal_bytes: u64,
+    pub stream_bytes: u64,
+    pub open_streams: u32,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset or triple-faulted.
+    Reset,
+    /// `MachineRequest::Stop`, or `serve` went away and the guest did not power off in time.
+    Stopped,
+    /// The guest broke a device's rules.
+    GuestFault(String),
+    /// The host could not go on (KVM, i/o).
+    HostError(String),
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            End::PowerOff => write!(f, "the machine was powered off"),
+            End::Reset => write!(f, "the machine reset itself"),
+            End::Stopped => write!(f, "the machine was stopped"),
+            End::GuestFault(why) => write!(f, "the machine broke a device's rules: {why}"),
+            End::HostError(why) => write!(f, "the host could not run the machine: {why}"),
+        }
+    }
+}
