@@ -37,7 +37,7 @@ impl Decoder {
     }
 
     /// The next message, or None until more bytes come. After an error the stream is of no use.
-    pub fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
+    pub fn message<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
         let Some((head, rest)) = self.buffer.split_first_chunk::<4>() else {
             return Ok(None);
         };
@@ -68,17 +68,17 @@ mod tests {
         let frame = encode(&sent).unwrap();
         for byte in &frame[..frame.len() - 1] {
             decoder.feed(&[*byte]);
-            assert!(decoder.next::<AgentMessage>().unwrap().is_none());
+            assert!(decoder.message::<AgentMessage>().unwrap().is_none());
         }
         decoder.feed(&frame[frame.len() - 1..]);
-        assert_eq!(decoder.next().unwrap(), Some(sent));
+        assert_eq!(decoder.message().unwrap(), Some(sent));
     }
 
     #[test]
     fn a_giant_length_is_refused_before_anything_is_kept() {
         let mut decoder = Decoder::default();
         decoder.feed(&u32::MAX.to_le_bytes());
-        assert!(matches!(decoder.next::<AgentMessage>(), Err(FrameError::TooLong(_))));
+        assert!(matches!(decoder.message::<AgentMessage>(), Err(FrameError::TooLong(_))));
     }
 
     proptest! {
@@ -86,10 +86,10 @@ mod tests {
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
             let mut decoder = Decoder::default();
             decoder.feed(&bytes);
-            while let Ok(Some(_)) = decoder.next::<AgentMessage>() {}
+            while let Ok(Some(_)) = decoder.message::<AgentMessage>() {}
             let mut decoder = Decoder::default();
             decoder.feed(&bytes);
-            while let Ok(Some(_)) = decoder.next::<HostMessage>() {}
+            while let Ok(Some(_)) = decoder.message::<HostMessage>() {}
         }
     }
 }
