@@ -1,0 +1,122 @@
+//! What the admin commands and the running service say to each other.
+//!
+//! The commands change the database themselves, so that they work while the service is down; then they
+//! tell the service what it has to look at again. They talk over `RUN_DIR/admin.sock`
+//! (`AF_UNIX`/`SOCK_STREAM`, mode 0600): the client sends one [`Request`] as a line of JSON, the service
+//! answers one [`Reply`] as a line of JSON and closes. Only [`Request::Console`] goes on after its
+//! [`Reply::Done`]: from the byte after that line on, the stream is the machine's serial console, both
+//! ways, until either side closes.
+//!
+//! JSON and lines, because an operator with `socat` is a legitimate client.
+
+use serde::{Deserialize, Serialize};
+
+/// The socket's name inside the run directory.
+pub const SOCKET_NAME: &str = "admin.sock";
+
+/// Longest request in bytes, its newline included. Longer ones are answered with an error.
+pub const MAX_REQUEST: usize = 4 * 1024;
+
+/// Longest reply in bytes, its newline included: some ten thousand accounts of [`Request::Status`].
+pub const MAX_REPLY: usize = 16 * 1024 * 1024;
+
+/// Client to service: `{"op":"account-changed","account":"alice"}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// The account's row or keys were changed. If it is disabled, removed or unknown by now, its
+    /// sessions are ended and its machine is stopped. Answered by `Done` when that has been started.
+    AccountChanged { account: String },
+    /// End the account's sessions and stop its machine in order. Answered by `Done` when the machine
+    /// is gone (at once if it was not running), or by `Error`.
+    StopAccount { account: String },
+    /// Answered by `Status`.
+    Status,
+    /// Attach to the serial console of the account's running machine. Answered by `Done`, then raw
+    /// bytes; by `Error` if no machine is running.
+    Console { account: String },
+}
+
+/// Service to client: `{"reply":"done"}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    Done,
+    Status(Status),
+    /// One sentence for the operator: what could not be done, and why.
+    Error {
+        message: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    /// Process id of the service.
+    pub pid: u32,
+    /// When it started, in seconds since 1970-01-01 UTC.
+    pub since: i64,
+    /// Addresses it listens on.
+    pub listen: Vec<String>,
+    /// Base that new machines fork from, if there is one.
+    pub base: Option<String>,
+    /// SSH connections, authenticated or not.
+    pub connections: u32,
+    /// Accounts with a machine or a session; the others are stopped.
+    pub accounts: Vec<AccountStatus>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccountStatus {
+    pub account: String,
+    /// The lifecycle's state in lower case: `starting`, `running`, `lingering`, `stopping`, `failed`.
+    pub state: String,
+    /// When that state was entered, in seconds since 1970-01-01 UTC.
+    pub since: i64,
+    /// Why the machine is in that state: `2 sessions`, `until 12:03:10`, what failed.
+    pub why: String,
+    /// The machine's process.
+    pub machine_pid: Option<i32>,
+    /// Base the machine was forked from.
+    pub base: Option<String>,
+    pub sessions: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_look_as_documented() {
+        let request = Request::AccountChanged { account: "alice".into() };
+        assert_eq!(
+            serde_json::to_string(&request).unwrap(),
+            r#"{"op":"account-changed","account":"alice"}"#
+        );
+        let parsed: Request = serde_json::from_str(r#"{"op":"status"}"#).unwrap();
+        assert_eq!(parsed, Request::Status);
+        assert!(serde_json::from_str::<Request>(r#"{"op":"reboot"}"#).is_err());
+    }
+
+    #[test]
+    fn replies_survive_the_wire() {
+        let replies = [
+            Reply::Done,
+            Reply::Error { message: "no machine of alice is running".into() },
+            Reply::Status(Status {
+                version: "0.1.0".into(),
+                pid: 7,
+                since: 1,
+                listen: vec!["127.0.0.1:2222".into()],
+                base: None,
+                connections: 0,
+                accounts: vec![],
+            }),
+        ];
+        for reply in replies {
+            let line = serde_json::to_string(&reply).unwrap();
+            assert!(!line.contains('\n'));
+            assert_eq!(serde_json::from_str::<Reply>(&line).unwrap(), reply);
+        }
+    }
+}
