@@ -1,0 +1,220 @@
+//! A virtqueue (virtio 1.2 §2.7) as its device sees it: chains in, lengths out.
+//!
+//! The registers are kept apart from the running queue, which exists only once the driver has said
+//! *ready* and everything it gave was found to lie in RAM.
+
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestAddress;
+
+use super::{Fault, StateError, chain, chain::Chain};
+use crate::memory::GuestMemory;
+
+/// A queue's registers (§4.2.2), as the driver wrote them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueRegisters {
+    pub size: u16,
+    pub descriptors: u64,
+    pub driver: u64,
+    pub device: u64,
+}
+
+/// What a saved queue consists of; the rings themselves are guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    pub registers: QueueRegisters,
+    pub ready: bool,
+    /// Chains taken and given back so far: the same number, as nothing may be under way.
+    pub position: u16,
+}
+
+/// Optional ring features, once negotiated (§6).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RingFeatures {
+    pub indirect: bool,
+    pub event_idx: bool,
+}
+
+pub struct VirtQueue {
+    device: &'static str,
+    index: usize,
+    max_size: u16,
+    pub(super) registers: QueueRegisters,
+    indirect: bool,
+    running: Option<Queue>,
+    /// Chains were given back since the last `take_signal`.
+    added: bool,
+}
+
+impl VirtQueue {
+    pub(super) fn new(device: &'static str, index: usize, max_size: u16) -> Self {
+        let registers = QueueRegisters { size: max_size, ..QueueRegisters::default() };
+        Self { device, index, max_size, registers, indirect: false, running: None, added: false }
+    }
+
+    pub(super) fn reset(&mut self) {
+        *self = Self::new(self.device, self.index, self.max_size);
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.running = None;
+        self.added = false;
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.running.is_some()
+    }
+
+    pub fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    /// The driver says that the registers are complete.
+    pub(super) fn start(
+        &mut self,
+        memory: &GuestMemory,
+        features: RingFeatures,
+    ) -> Result<(), Fault> {
+        let queue = self.build(memory, features, 0).map_err(|reason| self.broken(reason))?;
+        self.indirect = features.indirect;
+        self.running = Some(queue);
+        Ok(())
+    }
+
+    fn build(
+        &self,
+        memory: &GuestMemory,
+        features: RingFeatures,
+        position: u16,
+    ) -> Result<Queue, String> {
+        let QueueRegisters { size, descriptors, driver, device } = self.registers;
+        let wrong = |what: &str| format!("{what} ({:?})", self.registers);
+        let mut queue = Queue::new(self.max_size).map_err(|e| wrong(&e.to_string()))?;
+        queue.try_set_size(size).map_err(|e| wrong(&e.to_string()))?;
+        queue
+            .try_set_desc_table_address(GuestAddress(descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(driver)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(device)))
+            .map_err(|e| wrong(&e.to_string()))?;
+        // The crate takes an available ring at 0 as not set.
+        if driver == 0 {
+            return Err(wrong("the driver area is at 0"));
+        }
+        queue.set_event_idx(features.event_idx);
+        queue.set_next_avail(position);
+        queue.set_next_used(position);
+        queue.set_ready(true);
+        if !queue.is_valid(memory) {
+            return Err(wrong("the rings are not in memory"));
+        }
+        Ok(queue)
+    }
+
+    /// The next chain, which stays next until [`advance`](Self::advance). None when the driver has
+    /// made no more available, or the queue is not ready.
+    pub fn peek(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Fault> {
+        let Some(queue) = &mut self.running else { return Ok(None) };
+        let head = match queue.iter(memory) {
+            Ok(mut available) => available.next().map(|chain| chain.head_index()),
+            Err(error) => return Err(self.broken(error.to_string())),
+        };
+        let Some(head) = head else { return Ok(None) };
+        queue.go_to_previous_position();
+        let table = chain::Table {
+            address: GuestAddress(queue.desc_table()),
+            size: queue.size(),
+            indirect: self.indirect,
+        };
+        chain::read(memory, table, head).map(Some).map_err(|reason| self.broken(reason))
+    }
+
+    /// Steps past the chain that [`peek`](Self::peek) showed.
+    pub fn advance(&mut self) {
+        if let Some(queue) = &mut self.running {
+            queue.set_next_avail(queue.next_avail().wrapping_add(1));
+        }
+    }
+
+    /// Takes the next chain.
+    pub fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Fault> {
+        let chain = self.peek(memory)?;
+        if chain.is_some() {
+            self.advance();
+        }
+        Ok(chain)
+    }
+
+    /// Gives a chain back, with the number of bytes written to it.
+    pub fn complete(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), Fault> {
+        let Some(queue) = &mut self.running else { return Ok(()) };
+        let result = queue.add_used(memory, head, written);
+        self.added = true;
+        result.map_err(|error| self.broken(error.to_string()))
+    }
+
+    /// Whether the driver has made chains available that were not taken. Without looking into them.
+    pub fn has_available(&self, memory: &GuestMemory) -> bool {
+        self.running.as_ref().is_some_and(|queue| {
+            queue.avail_idx(memory, Ordering::Acquire).is_ok_and(|at| at.0 != queue.next_avail())
+        })
+    }
+
+    /// Asks the driver to notify when it makes the next chain available. True if there is one already:
+    /// the notification for it may never come.
+    pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
+        let Some(queue) = &mut self.running else { return Ok(false) };
+        queue.enable_notification(memory).map_err(|error| self.broken(error.to_string()))
+    }
+
+    /// Tells the driver that notifications would be in vain for now.
+    pub fn disarm(&mut self, memory: &GuestMemory) -> Result<(), Fault> {
+        let Some(queue) = &mut self.running else { return Ok(()) };
+        queue.disable_notification(memory).map_err(|error| self.broken(error.to_string()))
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last call.
+    pub(super) fn take_signal(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
+        if !std::mem::take(&mut self.added) {
+            return Ok(false);
+        }
+        let Some(queue) = &mut self.running else { return Ok(false) };
+        queue.needs_notification(memory).map_err(|error| self.broken(error.to_string()))
+    }
+
+    pub(super) fn save(&self) -> Result<QueueState, StateError> {
+        let position = match &self.running {
+            None => 0,
+            Some(queue) if queue.next_avail() == queue.next_used() => queue.next_used(),
+            Some(queue) => {
+                let open = queue.next_avail().wrapping_sub(queue.next_used());
+                let reason = format!("{open} requests of queue {} are open", self.index);
+                return Err(StateError::busy(self.device, reason));
+            }
+        };
+        Ok(QueueState { registers: self.registers, ready: self.is_ready(), position })
+    }
+
+    pub(super) fn restore(
+        &mut self,
+        state: &QueueState,
+        memory: &GuestMemory,
+        features: RingFeatures,
+    ) -> Result<(), StateError> {
+        self.registers = state.registers;
+        self.indirect = features.indirect;
+        self.running = None;
+        if state.ready {
+            let queue = self.build(memory, features, state.position).map_err(|reason| {
+                StateError::invalid(self.device, format!("queue {}: {reason}", self.index))
+            })?;
+            self.running = Some(queue);
+        }
+        Ok(())
+    }
+
+    pub(super) fn broken(&self, reason: impl AsRef<str>) -> Fault {
+        Fault::guest(self.device, format!("queue {}: {}", self.index, reason.as_ref()))
+    }
+}

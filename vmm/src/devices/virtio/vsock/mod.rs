@@ -1,0 +1,563 @@
+//! Streams between the host and programs in the guest: virtio-vsock (virtio 1.2 §5.10).
+//!
+//! Connections are made by the host only; what the guest asks for is refused. Each has a Unix stream
+//! socket on the host's side, whose other end `serve` holds, and the two half-close and end together.
+//!
+//! The agent's control connection outlives a snapshot: its two ports and the credit counters are all
+//! there is to it, so in a fork a new socket is put behind the same connection, and the guest is not
+//! asked anything ([`Transport::adopt`]). What was written to that socket before is delivered at once.
+
+mod connection;
+mod credit;
+mod packet;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+};
+
+use hermitage_vmm_proto::Stats;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Context, Fault, StateError, Transport, VirtioDevice,
+    chain::{Chain, read_prefix, window, write_prefix},
+};
+use crate::{
+    memory::GuestMemory,
+    poller::{Event, Key, Poller, Source},
+};
+use connection::{Connection, Input, State};
+use credit::Credit;
+use packet::{HEADER, Header, STREAM, op};
+
+/// The host (VMADDR_CID_HOST) and the only guest there is.
+pub const HOST_CID: u64 = 2;
+pub const GUEST_CID: u64 = 3;
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+/// Each receive buffer is a page of guest memory that becomes the machine's own when it is used, which
+/// is why there are not more of them. Linux wants at least 8 events.
+const QUEUES: [u16; 3] = [64, 64, 8];
+
+/// Most connections at a time.
+pub const MAX_CONNECTIONS: usize = 256;
+
+/// Most resets waiting for a receive buffer. With so many, the guest's packets wait as well.
+const MAX_RESETS: usize = 64;
+
+/// Largest payload taken from a packet (Linux: VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
+const MAX_PAYLOAD: u32 = 64 * 1024;
+
+/// Receive buffers one connection fills before others get their turn.
+const FAIR_SHARE: usize = 16;
+
+/// Ports below are privileged by custom.
+const FIRST_PORT: u32 = 1024;
+
+/// Posted by this device to itself: go on with the guest's packets. No connection has this port.
+const GO_ON: u32 = 0;
+/// Posted when there are outcomes to fetch.
+const TOLD: u32 = 1;
+
+/// What became of a connection that the host asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VsockOutcome {
+    Connected { stream: u64 },
+    Failed { stream: u64, reason: String },
+}
+
+pub struct Vsock {
+    poller: Arc<Poller>,
+    owner: u8,
+    /// Not yet fetched: at most one for each call of `connect`.
+    outcomes: Vec<VsockOutcome>,
+    /// By the host's port, which is also the token of its socket.
+    connections: BTreeMap<u32, Connection>,
+    next_port: u32,
+    /// Answers to packets that belong to no connection.
+    resets: VecDeque<Header>,
+    /// Ports of connections that owe the guest a packet, each at most once.
+    owing: VecDeque<u32>,
+    /// The guest has no receive buffers; it was asked to notify when it has.
+    starved: bool,
+    /// The guest's packets wait until there is room for resets.
+    paused: bool,
+    stats: VsockStats,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VsockStats {
+    /// Bytes from the guest and to it.
+    pub from_guest: u64,
+    pub to_guest: u64,
+    pub open: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    next_port: u32,
+    connections: Vec<ConnectionState>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct ConnectionState {
+    host_port: u32,
+    guest_port: u32,
+    credit: Credit,
+}
+
+impl Vsock {
+    /// A vsock device whose sockets are watched by `poller`, which gives their events to `owner`
+    /// ([`Transport::ready`]).
+    pub fn new(poller: Arc<Poller>, owner: u8) -> Self {
+        Self {
+            poller,
+            owner,
+            outcomes: Vec::new(),
+            connections: BTreeMap::new(),
+            next_port: FIRST_PORT,
+            resets: VecDeque::new(),
+            owing: VecDeque::new(),
+            starved: false,
+            paused: false,
+            stats: VsockStats::default(),
+        }
+    }
+
+    fn source(&self, socket: OwnedFd, token: u32) -> Source {
+        Source::new(self.poller.clone(), socket, Key { owner: self.owner, token })
+    }
+
+    /// Leaves an outcome to be fetched and wakes the thread that does so.
+    fn tell(&mut self, outcome: VsockOutcome) {
+        self.outcomes.push(outcome);
+        let _ = self.poller.post(Key { owner: self.owner, token: TOLD });
+    }
+
+    fn fresh_port(&mut self) -> u32 {
+        loop {
+            let port = self.next_port;
+            // The highest value means *any port* (VMADDR_PORT_ANY).
+            self.next_port = if port < u32::MAX - 1 { port + 1 } else { FIRST_PORT };
+            if !self.connections.contains_key(&port) {
+                return port;
+            }
+        }
+    }
+
+    fn connect(&mut self, stream: u64, guest_port: u32, socket: OwnedFd) {
+        if self.connections.len() >= MAX_CONNECTIONS && !self.evict() {
+            let reason = format!("the machine has {MAX_CONNECTIONS} streams already");
+            return self.tell(VsockOutcome::Failed { stream, reason });
+        }
+        let port = self.fresh_port();
+        let source = self.source(socket, port);
+        self.connections.insert(port, Connection::requested(stream, port, guest_port, source));
+        self.settle(port);
+    }
+
+    /// Makes room by breaking off a connection that only the guest still knows of.
+    fn evict(&mut self) -> bool {
+        let lingering = self.connections.iter().find(|(_, c)| c.is_lingering());
+        let Some(port) = lingering.map(|(port, _)| *port) else { return false };
+        if let Some(connection) = self.connections.remove(&port)
+            && self.resets.len() < MAX_RESETS
+        {
+            self.resets.push_back(reset_of(&connection));
+        }
+        true
+    }
+
+    /// After anything happened to a connection: watches its socket for what can be served now, lines
+    /// it up if it owes the guest something, forgets it if it is over.
+    fn settle(&mut self, port: u32) {
+        let Some(connection) = self.connections.get_mut(&port) else { return };
+        if connection.watch(!self.starved).is_err() {
+            connection.break_off();
+        }
+        if connection.is_over() {
+            self.connections.remove(&port);
+        } else if connection.owes() && !self.owing.contains(&port) {
+            self.owing.push_back(port);
+        }
+    }
+
+    /// Takes packets of the guest: a bounded number, then others get their turn.
+    fn take_packets(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        let memory = context.memory;
+        let queue = &mut context.queues[TRANSMIT];
+        for _ in 0..2 * queue.max_size() {
+            self.paused = self.resets.len() >= MAX_RESETS;
+            if self.paused {
+                return Ok(());
+            }
+            let Some(chain) = queue.peek(memory)? else {
+                if queue.arm(memory)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            let header = read_header(&chain, memory).map_err(|reason| queue.broken(reason))?;
+            self.packet(&header, &chain, memory);
+            queue.advance();
+            queue.complete(memory, chain.head, 0)?;
+        }
+        let key = Key { owner: self.owner, token: GO_ON };
+        self.poller.post(key).map_err(|source| Fault::Host {
+            device: Self::NAME,
+            what: "wake a thread",
+            source,
+        })
+    }
+
+    fn packet(&mut self, header: &Header, chain: &Chain, memory: &GuestMemory) {
+        // §5.10.6.4.1 lets nobody else speak through this device.
+        if header.src_cid != GUEST_CID || header.dst_cid != HOST_CID {
+            return;
+        }
+        let port = header.dst_port;
+        let known = header.kind == STREAM
+            && self
+                .connections
+                .get(&port)
+                .is_some_and(|c| c.guest_port == header.src_port && c.state != State::Finished);
+        let Some(connection) = self.connections.get_mut(&port).filter(|_| known) else {
+            if header.op != op::RST {
+                self.resets.push_back(Header::reset_for(header));
+            }
+            return;
+        };
+        connection.credit.hear(header.buf_alloc, header.fwd_cnt);
+        let stream = connection.stream;
+        match (header.op, connection.state) {
+            (op::RESPONSE, State::Connecting) => {
+                connection.answered();
+                self.tell(VsockOutcome::Connected { stream });
+            }
+            (op::RST, State::Connecting) => {
+                connection.reset_by_guest();
+                let reason = format!("nobody listens on port {} of the machine", header.src_port);
+                self.tell(VsockOutcome::Failed { stream, reason });
+            }
+            (_, State::Connecting) => {
+                connection.break_off();
+                let reason = "the machine answered with nonsense".into();
+                self.tell(VsockOutcome::Failed { stream, reason });
+            }
+            (op::RST, _) => connection.reset_by_guest(),
+            (op::SHUTDOWN, _) => connection.closed_by_guest(header.flags),
+            (op::CREDIT_UPDATE, _) => {}
+            (op::CREDIT_REQUEST, _) => connection.credit_requested(),
+            (op::RW, _) => {
+                let data = window(&chain.readable, HEADER as u64, header.length.into());
+                if connection.data(memory, &data) {
+                    self.stats.from_guest += u64::from(header.length);
+                } else {
+                    connection.break_off();
+                }
+            }
+            // A second answer, a request for a connection there is, something unheard of.
+            _ => connection.break_off(),
+        }
+        self.settle(port);
+    }
+
+    /// Gives the guest what it is owed, as far as it has buffers.
+    fn pay(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        while !self.resets.is_empty() || !self.owing.is_empty() {
+            let Some(chain) = self.buffer(context)? else { return Ok(()) };
+            let header = match self.resets.pop_front() {
+                Some(header) => Some(header),
+                None => self.next_owed(),
+            };
+            if let Some(header) = header {
+                self.put(&header, &chain, context)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn next_owed(&mut self) -> Option<Header> {
+        let port = self.owing.pop_front()?;
+        let header = self.connections.get_mut(&port)?.pay();
+        // Lines it up again if it owes more, forgets it if that was the last of it.
+        self.settle(port);
+        header
+    }
+
+    /// The guest's next receive buffer, which stays next until `put`.
+    fn buffer(&mut self, context: &mut Context<'_>) -> Result<Option<Chain>, Fault> {
+        let queue = &mut context.queues[RECEIVE];
+        loop {
+            if let Some(chain) = queue.peek(context.memory)? {
+                if !chain.readable.is_empty() || chain.writable_bytes() <= HEADER as u64 {
+                    let length = chain.writable_bytes();
+                    return Err(queue.broken(format!("a receive buffer of {length} bytes")));
+                }
+                return Ok(Some(chain));
+            }
+            if !queue.arm(context.memory)? {
+                self.starved = true;
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Completes a receive buffer whose data, if any, is in its place already.
+    fn put(
+        &mut self,
+        header: &Header,
+        chain: &Chain,
+        context: &mut Context<'_>,
+    ) -> Result<(), Fault> {
+        // Its length was checked in `buffer`.
+        write_prefix(context.memory, &chain.writable, &header.encode());
+        let queue = &mut context.queues[RECEIVE];
+        queue.advance();
+        queue.complete(context.memory, chain.head, HEADER as u32 + header.length)
+    }
+
+    /// Bytes from a connection's socket to the guest, up to its share.
+    fn pump_input(&mut self, port: u32, context: &mut Context<'_>) -> Result<(), Fault> {
+        // What is owed comes first: the request before the first byte.
+        self.pay(context)?;
+        for _ in 0..FAIR_SHARE {
+            let Some(connection) = self.connections.get(&port) else { break };
+            let room = connection.room().min(MAX_PAYLOAD);
+            if room == 0 {
+                break;
+            }
+            let Some(chain) = self.buffer(context)? else { break };
+            let Some(connection) = self.connections.get_mut(&port) else { break };
+            let into = window(&chain.writable, HEADER as u64, room.into());
+            let Input::Bytes(count) = connection.input(context.memory, &into) else { break };
+            let header = connection.header(op::RW, 0, count);
+            self.stats.to_guest += u64::from(count);
+            self.put(&header, &chain, context)?;
+        }
+        self.settle(port);
+        self.pay(context)
+    }
+
+    /// The guest has new receive buffers.
+    fn fed(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        let was_starved = std::mem::take(&mut self.starved);
+        self.pay(context)?;
+        if was_starved && !self.starved {
+            let ports: Vec<u32> = self.connections.keys().copied().collect();
+            ports.into_iter().for_each(|port| self.settle(port));
+            self.pay(context)?;
+        }
+        if self.paused {
+            self.take_packets(context)?;
+            self.pay(context)?;
+        }
+        Ok(())
+    }
+
+    fn ready(&mut self, event: &Event, context: &mut Context<'_>) -> Result<(), Fault> {
+        let port = event.key.token;
+        if port == GO_ON {
+            self.take_packets(context)?;
+            return self.pay(context);
+        }
+        let Some(connection) = self.connections.get_mut(&port) else { return Ok(()) };
+        if event.hangup && connection.state == State::Connecting {
+            // Whoever asked has lost interest.
+            connection.break_off();
+        }
+        connection.hear(event);
+        self.pump_input(port, context)
+    }
+
+    fn adopt(
+        &mut self,
+        guest_port: u32,
+        socket: OwnedFd,
+        context: &mut Context<'_>,
+    ) -> Result<(), Fault> {
+        let found =
+            self.connections.values().find(|c| c.guest_port == guest_port && c.is_adoptable());
+        let Some(port) = found.map(|connection| connection.host_port) else {
+            return Err(Fault::Host {
+                device: Self::NAME,
+                what: "adopt a saved connection",
+                source: io::Error::other(format!("there is none to port {guest_port}")),
+            });
+        };
+        let source = self.source(socket, port);
+        if let Some(connection) = self.connections.get_mut(&port) {
+            connection.adopt(source);
+        }
+        self.pump_input(port, context)
+    }
+}
+
+fn reset_of(connection: &Connection) -> Header {
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: GUEST_CID,
+        src_port: connection.host_port,
+        dst_port: connection.guest_port,
+        kind: STREAM,
+        op: op::RST,
+        ..Header::default()
+    }
+}
+
+/// A packet's header, and that its payload is all there. The error is one no reset can answer.
+fn read_header(chain: &Chain, memory: &GuestMemory) -> Result<Header, String> {
+    let mut raw = [0; HEADER];
+    if !read_prefix(memory, &chain.readable, &mut raw) {
+        return Err(format!("a packet of {} bytes", chain.readable_bytes()));
+    }
+    let header = Header::decode(&raw);
+    let room = chain.readable_bytes() - HEADER as u64;
+    let payload = if header.op == op::RW { header.length } else { 0 };
+    if u64::from(payload) > room || payload > MAX_PAYLOAD {
+        return Err(format!("a packet says {payload} bytes and has {room}"));
+    }
+    Ok(header)
+}
+
+impl VirtioDevice for Vsock {
+    const NAME: &'static str = "vsock";
+    const ID: u32 = 19;
+    const QUEUES: &'static [u16] = &QUEUES;
+    const FEATURES: u64 = 0;
+    type State = VsockState;
+
+    /// §5.10.4: the guest's CID.
+    fn config(&self) -> Vec<u8> {
+        GUEST_CID.to_le_bytes().to_vec()
+    }
+
+    fn activate(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        self.take_packets(context)?;
+        self.starved = true;
+        self.fed(context)
+    }
+
+    fn notify(&mut self, queue: usize, context: &mut Context<'_>) -> Result<(), Fault> {
+        match queue {
+            RECEIVE => self.fed(context),
+            TRANSMIT => {
+                self.take_packets(context)?;
+                self.pay(context)
+            }
+            // Nothing is ever to be told on the event queue; its buffers stay with us.
+            _ => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        for connection in std::mem::take(&mut self.connections).into_values() {
+            if connection.state == State::Connecting {
+                let reason = "the machine reset its vsock device".into();
+                self.tell(VsockOutcome::Failed { stream: connection.stream, reason });
+            }
+        }
+        self.resets.clear();
+        self.owing.clear();
+        (self.starved, self.paused) = (false, false);
+    }
+
+    fn save(&self) -> Result<VsockState, StateError> {
+        if let Some(open) = self.connections.values().find(|c| !c.is_settled()) {
+            let Connection { guest_port, state, .. } = open;
+            let reason = format!("a stream to port {guest_port} is under way ({state:?})");
+            return Err(StateError::busy(Self::NAME, reason));
+        }
+        if !self.resets.is_empty() {
+            return Err(StateError::busy(Self::NAME, "packets wait for the guest"));
+        }
+        let state = |c: &Connection| ConnectionState {
+            host_port: c.host_port,
+            guest_port: c.guest_port,
+            credit: c.credit,
+        };
+        let connections = self.connections.values().map(state).collect();
+        Ok(VsockState { next_port: self.next_port, connections })
+    }
+
+    fn load(&mut self, state: VsockState) -> Result<(), StateError> {
+        let invalid = |reason: String| Err(StateError::invalid(Self::NAME, reason));
+        if state.connections.len() > MAX_CONNECTIONS {
+            return invalid(format!("{} connections", state.connections.len()));
+        }
+        let is_port = |port| (FIRST_PORT..u32::MAX).contains(&port);
+        if !is_port(state.next_port) {
+            return invalid(format!("next port {}", state.next_port));
+        }
+        self.next_port = state.next_port;
+        for ConnectionState { host_port, guest_port, credit } in state.connections {
+            let connection = Connection::restored(host_port, guest_port, credit);
+            let settled = is_port(host_port) && credit.is_settled();
+            if !settled || self.connections.insert(host_port, connection).is_some() {
+                return invalid(format!("a connection from {host_port} to {guest_port}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Connections nobody adopted end here.
+    fn resume(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        let ports: Vec<u32> = self.connections.keys().copied().collect();
+        for port in ports {
+            if let Some(connection) = self.connections.get_mut(&port)
+                && connection.is_adoptable()
+            {
+                connection.break_off();
+            }
+            self.settle(port);
+        }
+        if context.active { self.activate(context) } else { Ok(()) }
+    }
+}
+
+/// For the I/O and control threads.
+impl Transport<Vsock> {
+    /// Connects a non-blocking stream socket to a port of the guest. What comes of it is told by
+    /// [`take_outcomes`](Self::take_outcomes); `stream` is the caller's name for it.
+    pub fn connect(&self, stream: u64, port: u32, socket: OwnedFd) -> Result<(), Fault> {
+        self.with(|vsock, context| {
+            vsock.connect(stream, port, socket);
+            if context.active { vsock.pay(context) } else { Ok(()) }
+        })
+    }
+
+    /// Outcomes since the last call. The poller brings an event of this device's when there are new
+    /// ones.
+    pub fn take_outcomes(&self) -> Vec<VsockOutcome> {
+        self.look(|vsock| std::mem::take(&mut vsock.outcomes))
+    }
+
+    /// Puts a non-blocking stream socket behind a restored connection to this port of the guest.
+    /// Between `restore` and `resume`.
+    pub fn adopt(&self, port: u32, socket: OwnedFd) -> Result<(), Fault> {
+        self.with(|vsock, context| vsock.adopt(port, socket, context))
+    }
+
+    /// An event for one of this device's sockets.
+    pub fn ready(&self, event: &Event) -> Result<(), Fault> {
+        self.with(|vsock, context| vsock.ready(event, context))
+    }
+
+    pub fn stats(&self) -> VsockStats {
+        self.look(|vsock| {
+            // At most MAX_CONNECTIONS.
+            VsockStats { open: vsock.connections.len() as u32, ..vsock.stats }
+        })
+    }
+
+    pub fn add_stats(&self, stats: &mut Stats) {
+        let VsockStats { from_guest, to_guest, open } = self.stats();
+        stats.stream_bytes += from_guest + to_guest;
+        stats.open_streams += open;
+    }
+}
