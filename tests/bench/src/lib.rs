@@ -1,0 +1,18 @@
+//! What forking, logging in and idling cost, measured on the serving machine.
+//!
+//! Every figure comes with its ratio to a peer of the same run, because absolute times mean nothing on
+//! an emulated CPU. `docs/bench.md` tells what each row is.
+
+pub mod clock;
+pub mod host;
+pub mod login;
+pub mod prompt;
+pub mod report;
+pub mod stats;
+pub mod wait;
+
+/// Says on standard error what is being done.
+#[macro_export]
+macro_rules! progress {
+    ($($what:tt)*) => { eprintln!("hermitage-bench: {}", format_args!($($what)*)) };
+}
