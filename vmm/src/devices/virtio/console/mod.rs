@@ -316,3 +316,6 @@ fn queue_port(queue: usize) -> Option<(usize, Direction)> {
         pair => Some((pair - 1, direction)),
     }
 }
+
+#[cfg(test)]
+mod tests;
