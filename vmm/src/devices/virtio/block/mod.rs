@@ -37,7 +37,8 @@ const QUEUE_SIZE: u16 = 128;
 /// What the driver is told to keep within. Together they bound a request to 126 MiB.
 const MAX_SEGMENT_BYTES: u32 = 1 << 20;
 const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-const MAX_DISCARD_SECTORS: u32 = (4 << 30) / SECTOR as u32;
+/// 4 GiB.
+const MAX_DISCARD_SECTORS: u32 = 8 << 20;
 const MAX_DISCARD_SEGMENTS: u32 = 16;
 
 /// The file's blocks are 4 KiB: 2³ sectors.
@@ -112,6 +113,16 @@ impl Block {
             self.worker = Some(worker);
         }
         self.worker.as_ref().ok_or_else(|| host(io::Error::other("no thread")))
+    }
+
+    fn put(&mut self, file: File, capacity: u64, context: &mut Context<'_>) {
+        let disk = Arc::new(file);
+        if let Some(worker) = &self.worker {
+            worker.set_disk(disk.clone());
+        }
+        self.disk = Some(disk);
+        context.config_changed |= capacity != self.capacity;
+        self.capacity = capacity;
     }
 
     /// Gives requests back; called by the worker.
@@ -219,13 +230,7 @@ impl Transport<Block> {
             // A file that can't be read is to be refused now, not at the guest's first request.
             file.read_at(&mut [0; 1], 0).map_err(host("read its disk"))?;
             let capacity = length / SECTOR;
-            let disk = Arc::new(file);
-            if let Some(worker) = &block.worker {
-                worker.set_disk(disk.clone());
-            }
-            block.disk = Some(disk);
-            context.config_changed |= capacity != block.capacity;
-            block.capacity = capacity;
+            block.put(file, capacity, context);
             Ok(capacity * SECTOR)
         })
     }
@@ -241,3 +246,6 @@ impl Transport<Block> {
         self.look(|block| block.stats)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -122,7 +122,7 @@ fn transfer(capacity: u64, sector: u64, data: &[Segment]) -> Option<u64> {
     let whole = length.is_multiple_of(SECTOR);
     let small = data.iter().all(|segment| segment.length <= MAX_SEGMENT_BYTES);
     let end = sector.checked_add(length / SECTOR)?;
-    (whole && small && end <= capacity).then_some(sector * SECTOR)
+    (whole && small && end <= capacity).then(|| sector * SECTOR)
 }
 
 /// The ranges of a discard or write-zeroes request (§5.2.6).
