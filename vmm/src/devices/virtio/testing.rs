@@ -84,6 +84,7 @@ impl<D: VirtioDevice> Driver<D> {
         assert_eq!(self.get(register::MAGIC), 0x7472_6976);
         assert_eq!(self.get(register::VERSION), 2);
         assert_eq!(self.get(register::DEVICE_ID), D::ID);
+        self.set(register::STATUS, 0)?;
         self.set(register::STATUS, status::ACKNOWLEDGE)?;
         self.set(register::STATUS, status::ACKNOWLEDGE | status::DRIVER)?;
         for half in 0..2 {

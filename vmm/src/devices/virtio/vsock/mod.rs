@@ -561,3 +561,6 @@ impl Transport<Vsock> {
         stats.open_streams += open;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,16 @@
+//! Where devices lie: ports and memory windows.
+
+/// virtio devices described to the guest: terminals, streams, account disk.
+pub const VIRTIO_DEVICES: u32 = 3;
+
+/// Writing SLP_EN with [`crate::boot::acpi::S5`] here powers the machine off (ACPI 6.5 §4.8.3.7).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+
+/// Writing [`RESET_VALUE`] here resets the machine (ACPI 6.5 §4.8.3.6).
+pub const RESET_PORT: u16 = 0x602;
+pub const RESET_VALUE: u8 = 1;
+
+/// The keyboard controller's command port and its reset command, which `reboot=k` uses.
+pub const I8042_COMMAND_PORT: u16 = 0x64;
+pub const I8042_RESET: u8 = 0xfe;

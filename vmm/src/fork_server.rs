@@ -1,0 +1,250 @@
+//! The fork server: one process per base, which holds the base's memory mapped and its state decoded,
+//! and forks itself for every machine. A fork pays neither for `exec` nor for reading anything.
+//!
+//! It has one thread, so that fork(2) is safe: the child goes on with everything the parent had.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    time::Instant,
+};
+
+use anyhow::Context as _;
+use hermitage_vmm_proto::{
+    ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, SocketError, Stage,
+    VERSION, receive, send,
+};
+use kvm_ioctls::Kvm;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        prctl,
+        signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
+        signalfd::{SfdFlags, SignalFd},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid},
+};
+
+use crate::{
+    machine::{Machine, MachineState, control},
+    memory::GuestMemory,
+};
+
+/// A base, ready to be forked.
+pub struct Template {
+    pub id: String,
+    pub kvm: Kvm,
+    pub memory: GuestMemory,
+    pub state: MachineState,
+}
+
+/// Serves `socket` until its other end closes. Machines live on then, until they notice by their own
+/// sockets.
+pub fn serve(template: &Template, socket: OwnedFd) -> anyhow::Result<()> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).context("block SIGCHLD")?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("signalfd")?;
+    let mut server = Server { template, socket, signals, machines: HashMap::new() };
+    server.tell(&ForkEvent::Ready { version: VERSION, base: template.id.clone() })?;
+    server.run()
+}
+
+struct Server<'a> {
+    template: &'a Template,
+    socket: OwnedFd,
+    signals: SignalFd,
+    machines: HashMap<Pid, MachineId>,
+}
+
+impl Server<'_> {
+    fn run(&mut self) -> anyhow::Result<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                result => result.context("poll")?,
+            };
+            let [requests, children] = fds.map(|fd| fd.any().unwrap_or(false));
+            if children {
+                while let Ok(Some(_)) = self.signals.read_signal() {}
+                self.reap()?;
+            }
+            if requests && !self.request()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Handles one request. False: there will be no more.
+    fn request(&mut self) -> anyhow::Result<bool> {
+        let received = Instant::now();
+        let packet = match receive::<ForkRequest>(&self.socket) {
+            Ok(packet) => packet,
+            Err(SocketError::Closed) => return Ok(false),
+            Err(SocketError::WouldBlock) => return Ok(true),
+            Err(e) => return Err(e).context("receive a request"),
+        };
+        match packet {
+            Packet { message: ForkRequest::Fork { machine, label }, descriptors } => {
+                let answer = match <[OwnedFd; 3]>::try_from(descriptors) {
+                    Ok(descriptors) => self.fork(machine, &label, descriptors, received),
+                    Err(got) => Err(format!("a fork needs 3 descriptors, {} came", got.len())),
+                };
+                self.tell(&match answer {
+                    Ok(pid) => ForkEvent::Forked { machine, pid: pid.as_raw() },
+                    Err(reason) => ForkEvent::ForkFailed { machine, reason },
+                })?;
+            }
+            Packet { message: ForkRequest::Kill { machine }, .. } => {
+                // Only children that are not reaped yet are in the table: the pid is still theirs.
+                for (pid, _) in self.machines.iter().filter(|(_, id)| **id == machine) {
+                    let _ = kill(*pid, Signal::SIGKILL);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn fork(
+        &mut self,
+        machine: MachineId,
+        label: &str,
+        [control, agent, disk]: [OwnedFd; 3],
+        received: Instant,
+    ) -> Result<Pid, String> {
+        // SAFETY: this process has a single thread, so the child's memory is whole: no lock is held by
+        // a thread that is not there.
+        match unsafe { nix::unistd::fork() } {
+            Ok(ForkResult::Parent { child }) => {
+                self.machines.insert(child, machine);
+                Ok(child)
+            }
+            Ok(ForkResult::Child) => {
+                let code = self.become_machine(label, control, agent, disk, received);
+                // Nothing of the server is unwound in the child, nor its exit handlers run.
+                // SAFETY: _exit has no preconditions.
+                unsafe { libc::_exit(code) }
+            }
+            Err(e) => Err(format!("fork: {e}")),
+        }
+    }
+
+    /// In the child: runs the machine to its end.
+    fn become_machine(
+        &mut self,
+        label: &str,
+        control: OwnedFd,
+        agent: OwnedFd,
+        disk: OwnedFd,
+        received: Instant,
+    ) -> i32 {
+        let mut stages = Stages::since(received);
+        stages.done("fork process");
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+        self.release_server_descriptors();
+        let name: String = format!("vm:{label}").chars().filter(|c| *c != '\0').take(15).collect();
+        if let Ok(name) = std::ffi::CString::new(name) {
+            let _ = prctl::set_name(&name);
+        }
+        let template = self.template;
+        let restored = Machine::restore(
+            &template.kvm,
+            template.memory.clone(),
+            &template.state,
+            File::from(disk),
+            agent,
+            &mut |stage| stages.done(stage),
+        );
+        let machine = match restored {
+            Ok(machine) => machine,
+            Err(e) => {
+                let end = hermitage_vmm_proto::End::HostError(format!("fork: {e}"));
+                let _ = send(&control, &MachineEvent::Ended(end), &[]);
+                return 1;
+            }
+        };
+        if let Err(e) = send(&control, &MachineEvent::Running { stages: stages.list }, &[]) {
+            tracing::warn!(error = %e, "tell serve that the machine runs");
+        }
+        let end = control::serve(&machine, control);
+        tracing::debug!(%end, "machine ended");
+        // The guest's acknowledged writes are in the file by now (a write is acknowledged after
+        // pwritev); the lock goes with the process.
+        0
+    }
+
+    /// The child has no business with the server's socket, and its signals are its own. The numbers
+    /// stay taken, so that whatever still refers to them refers to nothing of use.
+    fn release_server_descriptors(&self) {
+        let Ok(null) = File::open("/dev/null") else {
+            return;
+        };
+        for fd in [self.socket.as_fd(), self.signals.as_fd()] {
+            replace(fd, null.as_fd());
+        }
+    }
+
+    fn reap(&mut self) -> anyhow::Result<()> {
+        loop {
+            let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, ProcessExit::Code(code)),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    (pid, ProcessExit::Signal(signal as i32))
+                }
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e).context("waitpid"),
+            };
+            if let Some(machine) = self.machines.remove(&pid) {
+                self.tell(&ForkEvent::Exited { machine, exit })?;
+            }
+        }
+    }
+
+    fn tell(&self, event: &ForkEvent) -> anyhow::Result<()> {
+        loop {
+            match send(&self.socket, event, &[]) {
+                Err(SocketError::WouldBlock) => {
+                    let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+                    let _ = poll(&mut fds, PollTimeout::from(1000u16));
+                }
+                // The request side will see the same and end the server.
+                Err(SocketError::Closed) => return Ok(()),
+                result => return result.context("tell serve"),
+            }
+        }
+    }
+}
+
+fn replace(fd: BorrowedFd<'_>, with: BorrowedFd<'_>) {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: dup3 on two open descriptors; the number stays open, as its owner expects.
+    let _ = unsafe { libc::dup3(with.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
+}
+
+/// How long each step took.
+struct Stages {
+    last: Instant,
+    list: Vec<Stage>,
+}
+
+impl Stages {
+    fn since(start: Instant) -> Self {
+        Self { last: start, list: Vec::with_capacity(8) }
+    }
+
+    fn done(&mut self, name: &str) {
+        let now = Instant::now();
+        let nanoseconds = u64::try_from((now - self.last).as_nanos()).unwrap_or(u64::MAX);
+        self.list.push(Stage { name: name.to_owned(), nanoseconds });
+        self.last = now;
+    }
+}

@@ -1,0 +1,252 @@
+//! The one table of devices, for boot and for restore, and the address decoding in front of it.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use hermitage_guest_proto::CONTROL_PORT;
+use hermitage_vmm_proto::End;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+use super::{EndCell, Exits, MachineError, owner, vcpus::lock};
+use crate::{
+    boot::acpi::S5,
+    devices::{
+        bus::{
+            I8042_COMMAND_PORT, I8042_RESET, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT,
+            VIRTIO_DEVICES,
+        },
+        serial::{BASE_PORT, SerialConsole, SerialConsoleState},
+        virtio::{
+            Block, Console, Fault, Interrupt, Transport, TransportState, VirtioDevice, Vsock,
+        },
+    },
+    memory::{
+        GuestMemory,
+        layout::{FIRST_GSI, MMIO_START, MMIO_WINDOW, SERIAL_GSI},
+    },
+    poller::{Key, Poller},
+};
+
+pub struct Devices {
+    pub console: Transport<Console>,
+    pub vsock: Transport<Vsock>,
+    pub block: Transport<Block>,
+    pub serial: Mutex<SerialConsole>,
+    end: Arc<EndCell>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct DeviceStates {
+    pub console: TransportState<<Console as VirtioDevice>::State>,
+    pub vsock: TransportState<<Vsock as VirtioDevice>::State>,
+    pub block: TransportState<<Block as VirtioDevice>::State>,
+    pub serial: SerialConsoleState,
+}
+
+/// Position in the table: memory window and interrupt line.
+const CONSOLE: u32 = 0;
+const VSOCK: u32 = 1;
+const BLOCK: u32 = 2;
+const SERIAL: Key = Key { owner: owner::SERIAL, token: 0 };
+const _: () = assert!(BLOCK + 1 == VIRTIO_DEVICES);
+
+/// An input of the I/O APIC.
+struct Line {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl Interrupt for Line {
+    fn set_level(&self, high: bool) -> io::Result<()> {
+        self.vm.set_irq_line(self.gsi, high).map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    }
+}
+
+fn line_of(vm: &Arc<VmFd>, gsi: u32) -> Line {
+    Line { vm: vm.clone(), gsi }
+}
+
+/// What devices are restored with.
+pub struct RestoreDevices<'a> {
+    pub state: &'a DeviceStates,
+    pub memory: &'a GuestMemory,
+    pub vm: &'a Arc<VmFd>,
+    pub poller: &'a Arc<Poller>,
+    pub end: Arc<EndCell>,
+    pub disk: File,
+    pub agent: OwnedFd,
+}
+
+impl Devices {
+    pub fn new(
+        memory: &GuestMemory,
+        vm: &Arc<VmFd>,
+        poller: &Arc<Poller>,
+        end: Arc<EndCell>,
+        serial_log: Option<File>,
+    ) -> Self {
+        let line = |n| line_of(vm, FIRST_GSI + n);
+        Self {
+            console: Transport::new(
+                Console::new(poller.clone(), owner::CONSOLE),
+                memory.clone(),
+                line(CONSOLE),
+            ),
+            vsock: Transport::new(
+                Vsock::new(poller.clone(), owner::VSOCK),
+                memory.clone(),
+                line(VSOCK),
+            ),
+            block: Transport::new(Block::new(), memory.clone(), line(BLOCK)),
+            serial: Mutex::new(SerialConsole::new(
+                Arc::new(line_of(vm, SERIAL_GSI)),
+                poller.clone(),
+                SERIAL,
+                serial_log,
+            )),
+            end,
+        }
+    }
+
+    /// After the interrupt controllers' state is in place: what is pending is raised again.
+    pub fn restore(with: RestoreDevices<'_>) -> Result<Self, MachineError> {
+        let RestoreDevices { state, memory, vm, poller, end, disk, agent } = with;
+        let line = |n| line_of(vm, FIRST_GSI + n);
+        let devices = Self {
+            console: Transport::restore(
+                state.console.clone(),
+                Console::new(poller.clone(), owner::CONSOLE),
+                memory.clone(),
+                line(CONSOLE),
+            )?,
+            vsock: Transport::restore(
+                state.vsock.clone(),
+                Vsock::new(poller.clone(), owner::VSOCK),
+                memory.clone(),
+                line(VSOCK),
+            )?,
+            block: Transport::restore(
+                state.block.clone(),
+                Block::new(),
+                memory.clone(),
+                line(BLOCK),
+            )?,
+            serial: Mutex::new(SerialConsole::restore(
+                &state.serial,
+                Arc::new(line_of(vm, SERIAL_GSI)),
+                poller.clone(),
+                SERIAL,
+            )?),
+            end,
+        };
+        devices.block.attach(disk)?;
+        devices.vsock.adopt(CONTROL_PORT, agent)?;
+        devices.console.resume()?;
+        devices.vsock.resume()?;
+        devices.block.resume()?;
+        Ok(devices)
+    }
+
+    /// The vCPUs are paused. Waits for requests under way.
+    pub fn save(&self) -> Result<DeviceStates, MachineError> {
+        const LIMIT: Duration = Duration::from_secs(10);
+        if !self.block.drain(LIMIT) {
+            return Err(MachineError::Drain(LIMIT));
+        }
+        Ok(DeviceStates {
+            console: self.console.save()?,
+            vsock: self.vsock.save()?,
+            block: self.block.save()?,
+            serial: lock(&self.serial).save(),
+        })
+    }
+}
+
+/// A fault as the end of the machine.
+pub fn end_of(fault: Fault) -> End {
+    match fault {
+        Fault::Guest { .. } => End::GuestFault(fault.to_string()),
+        Fault::Host { .. } => End::HostError(fault.to_string()),
+    }
+}
+
+/// Device and offset of an address in the virtio windows.
+fn window(address: u64) -> Option<(u32, u64)> {
+    let offset = address.checked_sub(MMIO_START)?;
+    let device = u32::try_from(offset / MMIO_WINDOW).ok()?;
+    (device < VIRTIO_DEVICES).then_some((device, offset % MMIO_WINDOW))
+}
+
+impl Exits for Devices {
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match window(address) {
+            Some((CONSOLE, offset)) => self.console.read(offset, data),
+            Some((VSOCK, offset)) => self.vsock.read(offset, data),
+            Some((BLOCK, offset)) => self.block.read(offset, data),
+            // Nobody answers: all ones, as on a real bus.
+            _ => data.fill(0xff),
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) -> Option<End> {
+        let result = match window(address) {
+            Some((CONSOLE, offset)) => self.console.write(offset, data),
+            Some((VSOCK, offset)) => self.vsock.write(offset, data),
+            Some((BLOCK, offset)) => self.block.write(offset, data),
+            // Nobody listens; writes to the read-only root image end here too.
+            _ => Ok(()),
+        };
+        result.err().map(end_of)
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (Some(offset @ 0..8), [byte]) = (port.checked_sub(BASE_PORT), data) {
+            *byte = lock(&self.serial).read(offset as u8);
+        }
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<End> {
+        let &[value] = data else {
+            return None;
+        };
+        match port {
+            SLEEP_CONTROL_PORT => {
+                // Sleep control register (ACPI 6.5 table 4.19): SLP_TYP is bits 2 to 4, SLP_EN bit 5.
+                (value & 1 << 5 != 0 && (value >> 2) & 7 == S5).then_some(End::PowerOff)
+            }
+            RESET_PORT => (value == RESET_VALUE).then_some(End::Reset),
+            I8042_COMMAND_PORT => (value == I8042_RESET).then_some(End::Reset),
+            _ => {
+                if let Some(offset @ 0..8) = port.checked_sub(BASE_PORT) {
+                    lock(&self.serial).write(offset as u8, value);
+                }
+                None
+            }
+        }
+    }
+
+    fn end(&self, end: End) {
+        self.end.set(end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_one_page_each_and_end_after_the_last_device() {
+        assert_eq!(window(MMIO_START), Some((CONSOLE, 0)));
+        assert_eq!(window(MMIO_START + 0x1050), Some((VSOCK, 0x50)));
+        assert_eq!(window(MMIO_START + 0x2fff), Some((BLOCK, 0xfff)));
+        assert_eq!(window(MMIO_START + 0x3000), None);
+        assert_eq!(window(MMIO_START - 1), None);
+    }
+}
