@@ -1,0 +1,179 @@
+//! Runs the stories one after another and says how each went.
+//!
+//! One at a time, because several of them kill the service or measure its memory; and with two emulated
+//! CPUs nothing would be faster in parallel.
+
+use std::{
+    io::Write as _,
+    path::Path,
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    Options,
+    harness::{Story, World},
+    stories,
+};
+
+/// A test: its name, how long it may take with patience 1, and what it does.
+pub struct Test {
+    pub name: &'static str,
+    pub limit: Duration,
+    pub story: fn(&Story) -> Result<()>,
+}
+
+pub const fn test(name: &'static str, seconds: u64, story: fn(&Story) -> Result<()>) -> Test {
+    Test { name, limit: Duration::from_secs(seconds), story }
+}
+
+/// Returned by a story that can't be told here. Not a failure, but never silent.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+impl std::fmt::Display for Skip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// Ends a story as skipped.
+pub fn skip<T>(why: impl Into<String>) -> Result<T> {
+    Err(Skip(why.into()).into())
+}
+
+enum Outcome {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+struct Done {
+    name: &'static str,
+    outcome: Outcome,
+    seconds: f64,
+}
+
+/// True if nothing failed.
+pub fn run(options: &Options) -> Result<bool> {
+    let tests: Vec<Test> = stories::all()
+        .into_iter()
+        .filter(|test| {
+            options.filter.is_empty() || options.filter.iter().any(|part| test.name.contains(part))
+        })
+        .collect();
+    if options.list {
+        for test in &tests {
+            println!("{}", test.name);
+        }
+        return Ok(true);
+    }
+    if tests.is_empty() {
+        bail!("no test's name contains {:?}; --list shows them", options.filter);
+    }
+    if let Some(dir) = &options.results {
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("can't make the results folder {}", dir.display()))?;
+    }
+    let world = Arc::new(World::new(options)?);
+    println!("seed {}, patience {}", world.seed, options.patience);
+
+    let mut done = Vec::new();
+    for test in tests {
+        print!("{:<44} ", test.name);
+        std::io::stdout().flush().ok();
+        let result = one(&world, &test);
+        println!("{}", line(&result));
+        if let Outcome::Failed(why) = &result.outcome {
+            let report = format!("{why}\n\n{}", world.evidence());
+            for text in why.lines() {
+                println!("    {text}");
+            }
+            if let Some(dir) = &options.results {
+                let path = dir.join(format!("{}.log", result.name));
+                std::fs::write(&path, report)
+                    .with_context(|| format!("can't write {}", path.display()))?;
+            }
+        }
+        done.push(result);
+    }
+    if let Some(dir) = &options.results {
+        write_json(dir, &done)?;
+    }
+    let count = |what: fn(&Outcome) -> bool| done.iter().filter(|d| what(&d.outcome)).count();
+    let failed = count(|o| matches!(o, Outcome::Failed(_)));
+    println!(
+        "{} passed, {failed} failed, {} skipped",
+        count(|o| matches!(o, Outcome::Passed)),
+        count(|o| matches!(o, Outcome::Skipped(_))),
+    );
+    Ok(failed == 0)
+}
+
+/// Runs one test in a thread of its own: a panic in it is its failure, and one that does not heed its
+/// deadline is left behind instead of holding up the others.
+fn one(world: &Arc<World>, test: &Test) -> Done {
+    let limit = world.patient(test.limit);
+    let begun = Instant::now();
+    let (sender, receiver) = mpsc::channel();
+    let story = Story::new(world.clone(), begun + limit);
+    let tell = test.story;
+    let handle = thread::spawn(move || {
+        let result = tell(&story);
+        let cleaned = story.finish();
+        // The receiver is gone when this test was given up.
+        let _ = sender.send(result.and(cleaned));
+    });
+    // Every wait of a story ends at its deadline; what is added is for cleaning up.
+    let outcome = match receiver.recv_timeout(limit + world.patient(Duration::from_secs(60))) {
+        Ok(Ok(())) => Outcome::Passed,
+        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+            Some(skip) => Outcome::Skipped(skip.0.clone()),
+            None => Outcome::Failed(format!("{error:#}")),
+        },
+        Err(mpsc::RecvTimeoutError::Disconnected) => {
+            let panic = handle.join().err();
+            let text = panic
+                .as_ref()
+                .and_then(|p| p.downcast_ref::<String>().map(String::as_str))
+                .or_else(|| panic.as_ref().and_then(|p| p.downcast_ref::<&str>().copied()));
+            Outcome::Failed(format!("panicked: {}", text.unwrap_or("no message")))
+        }
+        Err(mpsc::RecvTimeoutError::Timeout) => {
+            Outcome::Failed(format!("did not end within {} s and was given up", limit.as_secs()))
+        }
+    };
+    Done { name: test.name, outcome, seconds: begun.elapsed().as_secs_f64() }
+}
+
+fn line(done: &Done) -> String {
+    match &done.outcome {
+        Outcome::Passed => format!("ok       {:6.1} s", done.seconds),
+        Outcome::Failed(_) => format!("FAILED   {:6.1} s", done.seconds),
+        Outcome::Skipped(why) => format!("skipped  {:6.1} s  {why}", done.seconds),
+    }
+}
+
+fn write_json(dir: &Path, done: &[Done]) -> Result<()> {
+    let rows: Vec<_> = done
+        .iter()
+        .map(|done| {
+            let (outcome, detail) = match &done.outcome {
+                Outcome::Passed => ("passed", None),
+                Outcome::Failed(why) => ("failed", Some(why)),
+                Outcome::Skipped(why) => ("skipped", Some(why)),
+            };
+            serde_json::json!({
+                "test": done.name, "outcome": outcome, "detail": detail, "seconds": done.seconds,
+            })
+        })
+        .collect();
+    let path = dir.join("results.json");
+    std::fs::write(&path, serde_json::to_vec_pretty(&rows)?)
+        .with_context(|| format!("can't write {}", path.display()))
+}
