@@ -1,0 +1,294 @@
+//! The emulated lab machine's own kernel, initrd and root disk: stock Debian, put together by
+//! `mmdebstrap`, with a start-up of a few shell lines instead of systemd (emulated, that matters).
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::layout::Layout;
+use crate::process::{is_root, privileged, run_captured, run_logged};
+use crate::tools::tool;
+
+const SUITE: &str = "trixie";
+const ROOT_DISK_MIB: u64 = 2048;
+const PACKAGES: &str = include_str!("../../machine/packages.txt");
+const INITRD_INIT: &str = include_str!("../../machine/initrd-init");
+
+/// Modules the initrd needs before the root disk is there, and what they depend on.
+const EARLY_MODULES: &[&str] = &["virtio_pci", "virtio_blk"];
+
+/// Files put into the root disk: path, mode, content.
+const FILES: &[(&str, u32, &str)] = &[
+    ("etc/inittab", 0o644, include_str!("../../machine/inittab")),
+    ("etc/lab/rc", 0o755, include_str!("../../machine/rc")),
+    ("etc/lab/down", 0o755, include_str!("../../machine/down")),
+    ("etc/lab/hold-kvm", 0o755, include_str!("../../machine/hold-kvm")),
+    ("etc/ssh/sshd_config", 0o644, include_str!("../../machine/sshd_config")),
+    ("etc/hostname", 0o644, "lab\n"),
+    ("etc/hosts", 0o644, "127.0.0.1 localhost\n127.0.1.1 lab\n"),
+];
+
+/// A machine image on disk; its folder's name is the digest of what it was made from.
+#[derive(Clone, Debug)]
+pub struct MachineImage {
+    dir: PathBuf,
+}
+
+impl MachineImage {
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    pub fn initrd(&self) -> PathBuf {
+        self.dir.join("initrd.img")
+    }
+
+    pub fn root_disk(&self) -> PathBuf {
+        self.dir.join("root.ext4")
+    }
+
+    /// Public host key of the machine's sshd, as `known_hosts` wants it after the name.
+    pub fn host_key(&self) -> Result<String> {
+        let path = self.dir.join("host-key.pub");
+        Ok(fs::read_to_string(&path)
+            .with_context(|| format!("read {}", path.display()))?
+            .trim()
+            .to_owned())
+    }
+
+    /// The image for this checkout; whether it is there already is `exists`.
+    pub fn current(layout: &Layout) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for part in
+            [SUITE, PACKAGES, INITRD_INIT].into_iter().chain(FILES.iter().map(|(_, _, text)| *text))
+        {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+        let key = hasher.finalize().to_hex();
+        Self { dir: layout.shared().join("machine").join(&key[..16]) }
+    }
+
+    pub fn exists(&self) -> bool {
+        self.dir.exists()
+    }
+
+    /// Builds it, as root: the lab calls itself through sudo when it is not.
+    pub fn build(&self, layout: &Layout) -> Result<()> {
+        let log = layout.step_log();
+        if !is_root() {
+            let me = std::env::current_exe().context("find this program")?;
+            return run_logged(privileged(me).arg("make-machine"), &log);
+        }
+        let parent = self.dir.parent().context("the machine folder has a parent")?;
+        fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
+        let part = self.dir.with_extension("part");
+        remove_tree(&part)?;
+        fs::create_dir(&part).with_context(|| format!("make {}", part.display()))?;
+        make(&part, &log)?;
+        fs::rename(&part, &self.dir).with_context(|| format!("rename {}", part.display()))
+    }
+}
+
+fn make(dir: &Path, log: &Path) -> Result<()> {
+    let packages: Vec<&str> = PACKAGES
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect();
+    let archive = dir.join("root.tar");
+    run_logged(
+        tool("mmdebstrap")
+            // Debian would make an initrd that the lab does not use.
+            .env("INITRD", "No")
+            .args(["--quiet", "--variant=minbase"])
+            .arg(format!("--include={}", packages.join(",")))
+            .args(
+                ["doc", "man", "locale"]
+                    .map(|dir| format!("--dpkgopt=path-exclude=/usr/share/{dir}/*")),
+            )
+            .arg(SUITE)
+            .arg(&archive),
+        log,
+    )?;
+    let root = dir.join("root");
+    fs::create_dir(&root)?;
+    run_logged(tool("tar").arg("-xpf").arg(&archive).arg("-C").arg(&root), log)?;
+    fs::remove_file(&archive)?;
+
+    for (path, mode, content) in FILES {
+        let path = root.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
+    }
+    for name in ["init", "poweroff", "reboot", "halt"] {
+        let link = root.join("usr/sbin").join(name);
+        if link.symlink_metadata().is_ok() {
+            fs::remove_file(&link)?;
+        }
+        std::os::unix::fs::symlink("../bin/busybox", &link)?;
+    }
+    fs::copy(root.join("etc/ssh/ssh_host_ed25519_key.pub"), dir.join("host-key.pub"))
+        .context("the machine image has no ssh host key")?;
+    let kernel = only_entry(&root.join("boot"), "vmlinuz-")?;
+    fs::rename(kernel, dir.join("vmlinuz"))?;
+    make_initrd(&root, dir, log)?;
+    for unused in ["boot", "var/cache/apt", "var/lib/apt/lists", "var/cache/debconf"] {
+        remove_tree(&root.join(unused))?;
+        fs::create_dir_all(root.join(unused))?;
+    }
+
+    let disk = dir.join("root.ext4");
+    fs::File::create(&disk)?.set_len(ROOT_DISK_MIB << 20)?;
+    run_logged(
+        tool("mke2fs")
+            .args([
+                "-q",
+                "-t",
+                "ext4",
+                "-L",
+                "lab-root",
+                "-m",
+                "0",
+                "-E",
+                "lazy_itable_init=0",
+                "-d",
+            ])
+            .arg(&root)
+            .arg(&disk),
+        log,
+    )?;
+    remove_tree(&root)
+}
+
+/// busybox, the few modules and one script, as a newc archive.
+fn make_initrd(root: &Path, dir: &Path, log: &Path) -> Result<()> {
+    let tree = dir.join("initrd");
+    fs::create_dir_all(tree.join("bin"))?;
+    fs::create_dir_all(tree.join("modules"))?;
+    fs::create_dir_all(tree.join("dev"))?;
+    fs::copy(root.join("usr/bin/busybox"), tree.join("bin/busybox")).context("copy busybox")?;
+    let init = tree.join("init");
+    fs::write(&init, INITRD_INIT)?;
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+
+    let modules = only_entry(&root.join("usr/lib/modules"), "")?;
+    let depends = fs::read_to_string(modules.join("modules.dep")).context("read modules.dep")?;
+    let mut order = String::new();
+    for path in load_order(&depends, EARLY_MODULES)? {
+        let packed = modules.join(&path);
+        let name = path.rsplit('/').next().unwrap_or(&path).trim_end_matches(".xz");
+        let content = match path.ends_with(".xz") {
+            true => run_captured(tool("xz").arg("-dc").arg(&packed))?.stdout,
+            false => fs::read(&packed)?,
+        };
+        fs::write(tree.join("modules").join(name), content)?;
+        order.push_str(name);
+        order.push('\n');
+    }
+    fs::write(tree.join("modules/order"), order)?;
+
+    let image = fs::File::create(dir.join("initrd.img"))?;
+    let mut names = Vec::new();
+    list(&tree, &tree, &mut names)?;
+    let mut cpio = Command::new("cpio")
+        .args(["--quiet", "-o", "-H", "newc", "-R", "0:0"])
+        .current_dir(&tree)
+        .stdin(Stdio::piped())
+        .stdout(image)
+        .stderr(fs::OpenOptions::new().create(true).append(true).open(log)?)
+        .spawn()
+        .context("start cpio")?;
+    let mut stdin = cpio.stdin.take().context("cpio's standard input")?;
+    std::io::Write::write_all(&mut stdin, names.join("\n").as_bytes())
+        .context("give cpio its list")?;
+    drop(stdin);
+    let status = cpio.wait()?;
+    if !status.success() {
+        bail!("cpio ended with {status}; see {}", log.display());
+    }
+    remove_tree(&tree)
+}
+
+/// Module files in an order in which each comes after what it needs. A module that `modules.dep` does
+/// not name is built into the kernel.
+fn load_order(depends: &str, wanted: &[&str]) -> Result<Vec<String>> {
+    let mut order: Vec<String> = Vec::new();
+    for name in wanted {
+        let is_it = |path: &str| {
+            let file = path.rsplit('/').next().unwrap_or(path);
+            file.split(".ko").next().is_some_and(|stem| stem.replace('-', "_") == *name)
+        };
+        let Some((path, needs)) =
+            depends.lines().filter_map(|l| l.split_once(':')).find(|(p, _)| is_it(p))
+        else {
+            continue;
+        };
+        // modules.dep lists the nearest need first; loading starts with the farthest.
+        for file in needs.split_ascii_whitespace().rev().chain([path]) {
+            if !order.iter().any(|known| known == file) {
+                order.push(file.to_owned());
+            }
+        }
+    }
+    Ok(order)
+}
+
+fn only_entry(dir: &Path, prefix: &str) -> Result<PathBuf> {
+    let mut found: Vec<PathBuf> = fs::read_dir(dir)
+        .with_context(|| format!("list {}", dir.display()))?
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)))
+        .collect();
+    match (found.pop(), found.is_empty()) {
+        (Some(one), true) => Ok(one),
+        (None, _) => bail!("{}: nothing named {prefix}… in it", dir.display()),
+        (Some(_), false) => bail!("{}: more than one {prefix}… in it", dir.display()),
+    }
+}
+
+fn list(dir: &Path, base: &Path, names: &mut Vec<String>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        names.push(path.strip_prefix(base)?.to_string_lossy().into_owned());
+        if path.is_dir() {
+            list(&path, base, names)?;
+        }
+    }
+    names.sort();
+    Ok(())
+}
+
+fn remove_tree(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_load_after_what_they_need() {
+        let depends = "kernel/virtio-net.ko.xz: kernel/net_failover.ko.xz kernel/failover.ko.xz\n\
+                       kernel/virtio_blk.ko.xz:\n";
+        let order = load_order(depends, &["virtio_net", "virtio_blk", "built_in"]).unwrap();
+        let expected = [
+            "kernel/failover.ko.xz",
+            "kernel/net_failover.ko.xz",
+            "kernel/virtio-net.ko.xz",
+            "kernel/virtio_blk.ko.xz",
+        ];
+        assert_eq!(order, expected);
+    }
+}

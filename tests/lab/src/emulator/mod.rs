@@ -1,0 +1,194 @@
+//! The emulated lab machine: QEMU in pure software emulation of a CPU with SVM, whose stock Debian
+//! kernel then has a working `/dev/kvm` (design: "the lab, KVM anywhere").
+
+pub mod image;
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::layout::Layout;
+use crate::process::{self, Process, run_logged, wait_until};
+use crate::ssh::{self, Ssh};
+use crate::tools::tool;
+use image::MachineImage;
+
+const DATA_DISK_BYTES: u64 = 40 << 30;
+const EXCHANGE_DISK_BYTES: u64 = 8 << 30;
+/// Under load of everything else on a two-core host; alone it takes about five seconds.
+const BOOT_BOUND: Duration = Duration::from_secs(120);
+const DOWN_BOUND: Duration = Duration::from_secs(90);
+
+/// The exchange disk as the machine sees it (third in the order of [`qemu`]'s drives).
+pub const EXCHANGE_DEVICE: &str = "/dev/vdc";
+
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub memory_mib: u32,
+    pub cpus: u32,
+    /// Port on the host's loopback that leads to Hermitage's port.
+    pub port: u16,
+}
+
+#[derive(Debug)]
+pub struct Started {
+    pub process: Process,
+    pub ssh_port: u16,
+}
+
+pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Started> {
+    fs::create_dir_all(layout.own())?;
+    ssh::ensure_key(layout)?;
+    ensure_data_disk(layout)?;
+    ensure_exchange_disk(layout)?;
+    if TcpListener::bind(("127.0.0.1", shape.port)).is_err() {
+        bail!("port {} on 127.0.0.1 is taken; choose another with --port", shape.port);
+    }
+    let ssh_port = free_port()?;
+    let serial = layout.serial_log();
+    if serial.exists() {
+        fs::rename(&serial, serial.with_extension("log.1"))
+            .context("put the last serial log aside")?;
+    }
+    let pidfile = layout.own().join("qemu.pid");
+    let key = ssh::public_blob(&ssh::key_file(layout).with_extension("pub"))?;
+    run_logged(&mut qemu(layout, image, shape, ssh_port, &key, &pidfile), &layout.step_log())
+        .context("start the emulator")?;
+    let pid = fs::read_to_string(&pidfile).context("read the emulator's pid file")?;
+    let process = pid.trim().parse().ok().and_then(Process::find);
+    let Some(process) = process else {
+        bail!("the emulator ended at once; serial log:\n{}", process::tail(&serial, 40));
+    };
+    let ssh = Ssh::new(layout, ssh_port);
+    ssh.disconnect();
+    ssh.trust(&image.host_key()?)?;
+    let up =
+        wait_until("the lab machine's \"lab: ready\" on its serial console", BOOT_BOUND, || {
+            if !process.is_alive() {
+                bail!("the emulator ended");
+            }
+            Ok(says(&serial, "lab: ready"))
+        });
+    if let Err(error) = up.and_then(|()| ssh.connect()) {
+        let log = process::tail(&serial, 40);
+        process.signal(Signal::SIGKILL)?;
+        return Err(
+            error.context(format!("the lab machine did not come up; {}:\n{log}", serial.display()))
+        );
+    }
+    Ok(Started { process, ssh_port })
+}
+
+/// Ends the machine in order; kills it when that takes too long, and says so.
+pub fn stop(layout: &Layout, process: Process, ssh_port: u16) -> Result<()> {
+    if !process.is_alive() {
+        return Ok(());
+    }
+    let ssh = Ssh::new(layout, ssh_port);
+    let asked =
+        ssh.connect().and_then(|()| process::run_captured(&mut ssh.command(&["poweroff"], false)));
+    let ended = match asked {
+        Ok(_) => process.wait_end("the lab machine", DOWN_BOUND),
+        Err(error) => Err(error),
+    };
+    ssh.disconnect();
+    if let Err(error) = ended {
+        let log = process::tail(&layout.serial_log(), 30);
+        process.signal(Signal::SIGKILL)?;
+        process.wait_end("the killed lab machine", Duration::from_secs(10))?;
+        return Err(
+            error.context(format!("the lab machine did not stop by itself and was killed:\n{log}"))
+        );
+    }
+    Ok(())
+}
+
+/// Why the machine is no more, as far as the console tells.
+pub fn last_words(layout: &Layout) -> String {
+    process::tail(&layout.serial_log(), 30)
+}
+
+fn qemu(
+    layout: &Layout,
+    image: &MachineImage,
+    shape: Shape,
+    ssh_port: u16,
+    key: &str,
+    pidfile: &Path,
+) -> Command {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-M", "q35"]);
+    qemu.args(["-cpu", "EPYC-Rome-v1,-arch-capabilities", "-no-reboot"]);
+    qemu.args(["-smp", &shape.cpus.to_string(), "-m", &shape.memory_mib.to_string()]);
+    qemu.arg("-name").arg(format!("hermitage-lab-{}", layout.name()));
+    qemu.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initrd());
+    // nx_huge_pages: with it KVM_CREATE_VM takes 24 ms here, without 0.75.
+    qemu.arg("-append").arg(format!(
+        "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable kvm.nx_huge_pages=never hermitage_lab_key={key}"
+    ));
+    // What is installed in the running machine goes with it: each boot starts from the same root disk.
+    drive(&mut qemu, "root", &image.root_disk(), "snapshot=on,cache=unsafe");
+    drive(&mut qemu, "data", &layout.data_disk(), "cache=writeback,discard=unmap");
+    drive(&mut qemu, "exchange", &layout.exchange_disk(), "cache=writeback,readonly=on");
+    qemu.arg("-netdev").arg(format!(
+        "user,id=net,hostfwd=tcp:127.0.0.1:{}-:2222,hostfwd=tcp:127.0.0.1:{ssh_port}-:22",
+        shape.port
+    ));
+    qemu.args(["-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"]);
+    qemu.args(["-display", "none", "-vga", "none", "-monitor", "none"]);
+    qemu.arg("-serial").arg(format!("file:{}", escaped(&layout.serial_log())));
+    qemu.arg("-pidfile").arg(pidfile).arg("-daemonize");
+    qemu
+}
+
+fn drive(qemu: &mut Command, name: &str, file: &Path, options: &str) {
+    qemu.arg("-drive")
+        .arg(format!("if=none,id={name},format=raw,file={},{options}", escaped(file)));
+    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name}"));
+}
+
+/// A path in a QEMU option: commas are doubled.
+fn escaped(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+fn says(serial: &Path, text: &str) -> bool {
+    fs::read(serial)
+        .is_ok_and(|bytes| bytes.windows(text.len()).any(|window| window == text.as_bytes()))
+}
+
+fn ensure_data_disk(layout: &Layout) -> Result<()> {
+    let disk = layout.data_disk();
+    if disk.exists() {
+        return Ok(());
+    }
+    let part = disk.with_extension("part");
+    fs::File::create(&part)?.set_len(DATA_DISK_BYTES)?;
+    run_logged(
+        tool("mke2fs").args(["-q", "-F", "-t", "ext4", "-L", "lab-data", "-m", "0"]).arg(&part),
+        &layout.step_log(),
+    )?;
+    fs::rename(&part, &disk).context("put the data disk in place")
+}
+
+fn ensure_exchange_disk(layout: &Layout) -> Result<()> {
+    let path = layout.exchange_disk();
+    fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.set_len(EXCHANGE_DISK_BYTES))
+        .with_context(|| format!("make {}", path.display()))
+}
+
+/// A port that was free a moment ago; should somebody take it meanwhile, the emulator says so.
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
+    Ok(listener.local_addr()?.port())
+}

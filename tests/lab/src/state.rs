@@ -1,0 +1,100 @@
+//! What is written down about a running lab, so that the next `cargo lab` finds it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+
+use anyhow::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::layout::Layout;
+use crate::process::{Process, write_whole};
+
+/// A lab that was started. Whether it still runs is for its process to tell.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
+    pub place: Place,
+    /// Hermitage's port on loopback.
+    pub port: u16,
+    /// Digest of each thing that was brought to the serving machine since it started, by its path
+    /// there.
+    #[serde(default)]
+    pub pushed: BTreeMap<String, String>,
+}
+
+/// Where the service runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// This very machine, whose KVM is real.
+    Native,
+    Emulated {
+        process: Process,
+        ssh_port: u16,
+        memory_mib: u32,
+        cpus: u32,
+    },
+}
+
+impl State {
+    pub fn load(layout: &Layout) -> Result<Option<Self>> {
+        let path = layout.state_file();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        serde_json::from_slice(&bytes)
+            .with_context(|| {
+                format!(
+                    "{} is not a lab's state; remove it after stopping that lab by hand",
+                    path.display()
+                )
+            })
+            .map(Some)
+    }
+
+    pub fn save(&self, layout: &Layout) -> Result<()> {
+        write_whole(&layout.state_file(), &serde_json::to_vec_pretty(self)?)
+    }
+
+    pub fn remove(layout: &Layout) -> Result<()> {
+        match fs::remove_file(layout.state_file()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context("remove the lab's state")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Only one `up`, `down` or `sync` of a lab works at a time; the others wait for it.
+pub struct Claim {
+    _lock: Flock<fs::File>,
+}
+
+impl Claim {
+    pub fn take(layout: &Layout) -> Result<Self> {
+        fs::create_dir_all(layout.own())
+            .with_context(|| format!("make {}", layout.own().display()))?;
+        let path = layout.own().join("lock");
+        let file = fs::File::create(&path).with_context(|| format!("open {}", path.display()))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
+                crate::steps::note(&format!(
+                    "another cargo lab works on lab {}; waiting for it",
+                    layout.name()
+                ));
+                Flock::lock(file, FlockArg::LockExclusive)
+                    .map_err(|(_, error)| error)
+                    .with_context(|| format!("lock {}", path.display()))?
+            }
+            Err((_, error)) => {
+                return Err(error).with_context(|| format!("lock {}", path.display()));
+            }
+        };
+        Ok(Self { _lock: lock })
+    }
+}

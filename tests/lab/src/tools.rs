@@ -1,0 +1,73 @@
+//! Tools the lab needs from Debian, installed when missing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::process::{privileged, run_logged};
+use crate::steps::step;
+
+/// Tool and the Debian package that has it.
+const TOOLS: &[(&str, &str)] = &[
+    ("cc", "build-essential"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("mkfs.erofs", "erofs-utils"),
+    ("mke2fs", "e2fsprogs"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+    ("cpio", "cpio"),
+    ("tar", "tar"),
+    ("ssh", "openssh-client"),
+    ("rsync", "rsync"),
+    ("sshpass", "sshpass"),
+];
+
+/// Only for the emulated machine.
+const EMULATOR: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
+
+/// What `mmdebstrap` checks the packages' signatures with.
+const KEYRING: (&str, &str) =
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring");
+
+pub fn install_missing(emulated: bool, log: &Path) -> Result<()> {
+    let mut missing: Vec<&str> = TOOLS
+        .iter()
+        .chain(emulated.then_some(&EMULATOR))
+        .filter(|(tool, _)| find(tool).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !Path::new(KEYRING.0).exists() {
+        missing.push(KEYRING.1);
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if find("apt-get").is_none() {
+        bail!("missing: {}. This system has no apt-get; install them by hand", missing.join(" "));
+    }
+    step(&format!("install {}", missing.join(" ")), || {
+        run_logged(apt().arg("update"), log)?;
+        run_logged(apt().args(["install", "--yes", "--no-install-recommends"]).args(&missing), log)
+    })
+}
+
+fn apt() -> Command {
+    let mut command = privileged("env");
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=300"]);
+    command
+}
+
+/// Looks in PATH and in the folders of root's PATH, where Debian keeps file system tools.
+pub fn find(tool: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(tool))
+        .find(|file| file.is_file())
+}
+
+/// A command for a tool that may lie outside an ordinary user's PATH.
+pub fn tool(name: &str) -> Command {
+    Command::new(find(name).unwrap_or_else(|| PathBuf::from(name)))
+}
