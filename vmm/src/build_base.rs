@@ -15,7 +15,7 @@ use hermitage_guest_proto::{AgentMessage, CONTROL_PORT, Decoder, VERSION};
 use hermitage_vmm_proto::stream_pair;
 
 use crate::{
-    kvm,
+    kvm::{self, IdleVm},
     machine::{BootConfig, Machine, MachineState, control, vcpus::lock},
     memory::{self, Backing, GuestMemory, layout::Layout},
 };
@@ -70,6 +70,7 @@ pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Resul
         None => None,
     };
     let kvm = kvm::open()?;
+    let _idle = IdleVm::new(&kvm)?;
     let cmdline = format!("{CMDLINE} {}", config.cmdline_extra).trim().to_owned();
     let started = Instant::now();
     let machine = Machine::boot(

@@ -29,16 +29,33 @@ use nix::{
 };
 
 use crate::{
+    kvm::IdleVm,
     machine::{Machine, MachineState, control},
     memory::GuestMemory,
 };
 
 /// A base, ready to be forked.
 pub struct Template {
-    pub id: String,
-    pub kvm: Kvm,
-    pub memory: GuestMemory,
-    pub state: MachineState,
+    id: String,
+    kvm: Kvm,
+    memory: GuestMemory,
+    state: MachineState,
+    /// Opened before the sandbox has no files any more.
+    null: File,
+    _idle: IdleVm,
+}
+
+impl Template {
+    pub fn new(
+        id: String,
+        kvm: Kvm,
+        memory: GuestMemory,
+        state: MachineState,
+    ) -> anyhow::Result<Self> {
+        let idle = IdleVm::new(&kvm)?;
+        let null = File::open("/dev/null").context("open /dev/null")?;
+        Ok(Self { id, kvm, memory, state, null, _idle: idle })
+    }
 }
 
 /// Serves `socket` until its other end closes. Machines live on then, until they notice by their own
@@ -184,11 +201,8 @@ impl Server<'_> {
     /// The child has no business with the server's socket, and its signals are its own. The numbers
     /// stay taken, so that whatever still refers to them refers to nothing of use.
     fn release_server_descriptors(&self) {
-        let Ok(null) = File::open("/dev/null") else {
-            return;
-        };
         for fd in [self.socket.as_fd(), self.signals.as_fd()] {
-            replace(fd, null.as_fd());
+            replace(fd, self.template.null.as_fd());
         }
     }
 
@@ -224,7 +238,8 @@ impl Server<'_> {
     }
 }
 
-fn replace(fd: BorrowedFd<'_>, with: BorrowedFd<'_>) {
+/// Makes `fd`'s number refer to what `with` does.
+pub fn replace(fd: BorrowedFd<'_>, with: BorrowedFd<'_>) {
     use std::os::fd::AsRawFd as _;
     // SAFETY: dup3 on two open descriptors; the number stays open, as its owner expects.
     let _ = unsafe { libc::dup3(with.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };

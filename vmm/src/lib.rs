@@ -9,3 +9,8 @@ pub mod machine;
 pub mod memory;
 pub mod poller;
 pub mod probe;
+pub mod sandbox;
+
+/// Version of a machine's state as written to `state.bin` ([`machine::MachineState`]). Any change of
+/// what is saved or of its order is a new version.
+pub const SNAPSHOT_VERSION: u32 = 1;

@@ -1,1 +1,210 @@
-fn main() {}
+//! `hermitage-vmm`: builds bases, forks machines. Started by `hermitage`, seldom by hand.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, Subcommand};
+use hermitage_storage::{
+    base::{Base, BaseWriter, Description, HostKind},
+    image::{self, Image},
+};
+use hermitage_vmm::{
+    SNAPSHOT_VERSION,
+    build_base::{self, Config},
+    fork_server::{self, Template},
+    kvm,
+    memory::{self, Backing, layout::Layout},
+    probe, sandbox,
+};
+use hermitage_vmm_proto::{ForkEvent, send};
+
+/// Builds bases and forks machines of them. `hermitage` runs it; by hand only for a look.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot an image, wait for its agent, and save the machine as a base
+    BuildBase(BuildBase),
+    /// Serve forks of a base; the socket for requests is descriptor 3
+    ForkServer(ForkServer),
+    /// Tell whether this host's KVM runs guests (exit status 0) or why not (1)
+    Probe,
+}
+
+#[derive(clap::Args)]
+struct BuildBase {
+    /// Image directory, as `hermitage-image build` makes it
+    #[arg(long)]
+    image: PathBuf,
+    /// Directory for the base; must not exist yet, appears whole or not at all
+    #[arg(long)]
+    out: PathBuf,
+    /// RAM of every machine of this base, in MiB
+    #[arg(long, default_value_t = 512)]
+    memory_mib: u64,
+    /// Virtual CPUs of every machine of this base
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: u8,
+    /// Added to the kernel's command line
+    #[arg(long, default_value = "")]
+    cmdline_extra: String,
+    /// Write what the guest's serial console says to this file
+    #[arg(long)]
+    serial_log: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct ForkServer {
+    /// Base directory
+    #[arg(long)]
+    base: PathBuf,
+    /// User id that machines run as
+    #[arg(long, default_value_t = 65534)]
+    uid: u32,
+    /// An existing empty directory, the root of the sandbox
+    #[arg(long, default_value = "/var/empty")]
+    sandbox_root: PathBuf,
+    /// Run machines without a sandbox: for development without privileges, never for strangers
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match Cli::parse().command {
+        Command::BuildBase(args) => build(&args),
+        Command::ForkServer(args) => serve(&args),
+        Command::Probe => probe::run().map_err(anyhow::Error::msg),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("hermitage-vmm: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build(args: &BuildBase) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let progress = |what: &str| eprintln!("{:6.1} s  {what}", started.elapsed().as_secs_f64());
+    probe::run().map_err(|e| anyhow::anyhow!("this host can't run machines: {e}"))?;
+    let image = Image::open(&args.image)?;
+    image.verify()?;
+    progress("image checked");
+    let config = Config {
+        kernel: image.path(image::KERNEL),
+        initrd: image.path(image::INITRD),
+        root: image.path(image::ROOT),
+        memory_mib: args.memory_mib,
+        vcpus: u32::from(args.vcpus),
+        cmdline_extra: args.cmdline_extra.clone(),
+        serial_log: args.serial_log.clone(),
+    };
+    let writer = BaseWriter::create(&args.out, args.memory_mib << 20)?;
+    let built = build_base::boot_and_pause(&config, &progress)?;
+    let written = memory::save_ram(&built.memory, &built.layout, writer.memory())?;
+    progress(&format!("memory saved, {} MiB of {}", written >> 20, args.memory_mib));
+    let state = postcard::to_stdvec(&built.state).context("encode the machine's state")?;
+    let description = Description {
+        image: image.id.as_str().to_owned(),
+        agent_protocol: hermitage_guest_proto::VERSION,
+        guest_kernel: built.kernel_release,
+        vcpus: args.vcpus,
+        restorable_on: host_kind(&kvm::open()?)?,
+    };
+    let id = writer.finish(description, &state, &config.root)?;
+    progress("base sealed");
+    println!("{id}");
+    Ok(())
+}
+
+fn host_kind(kvm: &kvm_ioctls::Kvm) -> anyhow::Result<HostKind> {
+    let digest = kvm::cpuid::fingerprint(&kvm::cpuid::supported(kvm)?);
+    HostKind::here(SNAPSHOT_VERSION, digest).context("look at this host's CPU")
+}
+
+fn serve(args: &ForkServer) -> anyhow::Result<()> {
+    let socket = request_socket()?;
+    match template(args) {
+        Ok(template) => fork_server::serve(&template, socket),
+        Err(e) => {
+            let reason = format!("{e:#}");
+            // Said twice: to `serve` and, should that be gone, to whoever reads our error output.
+            let _ = send(&socket, &ForkEvent::Refused { reason }, &[]);
+            Err(e)
+        }
+    }
+}
+
+/// The socket that `hermitage serve` passed as descriptor 3.
+fn request_socket() -> anyhow::Result<OwnedFd> {
+    const EXPECTED: &str =
+        "descriptor 3 is to be a SOCK_SEQPACKET socket: `hermitage serve` starts this";
+    // SAFETY: called first thing in `serve`; nothing in this process owns descriptor 3, which is either
+    // not open, and then fails below, or was passed to us.
+    let inherited = unsafe { BorrowedFd::borrow_raw(3) };
+    let socket = rustix::io::fcntl_dupfd_cloexec(inherited, 4).context(EXPECTED)?;
+    let kind = rustix::net::sockopt::socket_type(&socket).context(EXPECTED)?;
+    if kind != rustix::net::SocketType::SEQPACKET {
+        bail!(EXPECTED);
+    }
+    // The number stays open, but not as a second way to the socket, whose end has to be seen.
+    let null = File::open("/dev/null").context("open /dev/null")?;
+    fork_server::replace(inherited, null.as_fd());
+    Ok(socket)
+}
+
+fn template(args: &ForkServer) -> anyhow::Result<Template> {
+    let base = Base::open(&args.base)?;
+    let kvm = kvm::open()?;
+    let content = &base.manifest.content;
+    let mismatches = content.restorable_on.mismatches(&host_kind(&kvm)?);
+    if !mismatches.is_empty() {
+        bail!(
+            "{}: this base can't be used on this host: {}; make a new one with: hermitage base build",
+            args.base.display(),
+            mismatches.join("; ")
+        );
+    }
+    let template = load(&base, kvm).with_context(|| format!("base {}", args.base.display()))?;
+    if !args.no_sandbox {
+        make_root(&args.sandbox_root)?;
+        sandbox::enter(&args.sandbox_root, args.uid)?;
+    }
+    Ok(template)
+}
+
+fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
+    let content = &base.manifest.content;
+    let state = hermitage_vmm::machine::MachineState::decode(&base.state)?;
+    if state.vcpus.len() != usize::from(content.machine.vcpus) {
+        bail!(
+            "base.json says {} vCPUs, state.bin has {}",
+            content.machine.vcpus,
+            state.vcpus.len()
+        );
+    }
+    let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
+    let memory = memory::map(&layout, Backing::Base(&base.memory), &base.root)?;
+    Template::new(base.id().as_str().to_owned(), kvm, memory, state)
+}
+
+fn make_root(root: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(root)
+        .with_context(|| format!("create the sandbox's root {}", root.display()))
+}

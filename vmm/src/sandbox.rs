@@ -62,7 +62,8 @@ pub fn enter(root: &Path, uid: u32) -> Result<(), SandboxError> {
     step("change group", setresgid(gid, gid, gid))?;
     step("change user", setresuid(uid, uid, uid))?;
     step("no new privileges", prctl::set_no_new_privs())?;
-    filter().and_then(|program| apply_filter(&program).map_err(|e| e.to_string()))
+    filter()
+        .and_then(|program| apply_filter(&program).map_err(|e| e.to_string()))
         .map_err(SandboxError::Filter)
 }
 

@@ -52,6 +52,10 @@ pub enum MachineError {
     State(#[from] StateError),
     #[error("the disk's requests did not finish within {0:?}")]
     Drain(std::time::Duration),
+    #[error("the machine's state does not decode: {0}")]
+    Decode(#[source] postcard::Error),
+    #[error("the machine's state has {0} bytes too many")]
+    Leftover(usize),
     #[error("set up the machine's event loop: {0}")]
     Poller(#[source] io::Error),
     #[error("{0}")]
@@ -64,6 +68,18 @@ pub struct MachineState {
     pub vm: VmState,
     pub vcpus: Vec<VcpuState>,
     pub devices: DeviceStates,
+}
+
+impl MachineState {
+    /// Bytes that were checked for being what was written; this checks that they make sense.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MachineError> {
+        let (state, rest) =
+            postcard::take_from_bytes::<Self>(bytes).map_err(MachineError::Decode)?;
+        if !rest.is_empty() {
+            return Err(MachineError::Leftover(rest.len()));
+        }
+        Ok(state)
+    }
 }
 
 pub struct Machine {

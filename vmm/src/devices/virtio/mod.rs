@@ -16,6 +16,8 @@ pub mod transport;
 pub mod vsock;
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod testing;
 
 pub use block::{Block, BlockStats};

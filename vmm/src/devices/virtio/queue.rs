@@ -3,8 +3,6 @@
 //! The registers are kept apart from the running queue, which exists only once the driver has said
 //! *ready* and everything it gave was found to lie in RAM.
 
-use std::sync::atomic::Ordering;
-
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
@@ -154,24 +152,11 @@ impl VirtQueue {
         result.map_err(|error| self.broken(error.to_string()))
     }
 
-    /// Whether the driver has made chains available that were not taken. Without looking into them.
-    pub fn has_available(&self, memory: &GuestMemory) -> bool {
-        self.running.as_ref().is_some_and(|queue| {
-            queue.avail_idx(memory, Ordering::Acquire).is_ok_and(|at| at.0 != queue.next_avail())
-        })
-    }
-
     /// Asks the driver to notify when it makes the next chain available. True if there is one already:
     /// the notification for it may never come.
     pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
         let Some(queue) = &mut self.running else { return Ok(false) };
         queue.enable_notification(memory).map_err(|error| self.broken(error.to_string()))
-    }
-
-    /// Tells the driver that notifications would be in vain for now.
-    pub fn disarm(&mut self, memory: &GuestMemory) -> Result<(), Fault> {
-        let Some(queue) = &mut self.running else { return Ok(()) };
-        queue.disable_notification(memory).map_err(|error| self.broken(error.to_string()))
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call.

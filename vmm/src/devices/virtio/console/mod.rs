@@ -78,6 +78,11 @@ impl Console {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn check_bounds(&self) {
+        assert!(self.farewells.len() <= FAREWELLS);
+    }
+
     fn key(&self, token: u32) -> Key {
         Key { owner: self.owner, token }
     }

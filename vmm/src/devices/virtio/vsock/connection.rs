@@ -92,6 +92,12 @@ impl Connection {
         }
     }
 
+    #[cfg(test)]
+    pub fn check_bounds(&self) {
+        assert!(self.held.len() <= super::credit::BUFFER as usize);
+        assert_eq!(self.held.len(), self.credit.held() as usize);
+    }
+
     pub fn adopt(&mut self, source: Source) {
         self.source = Some(source);
     }

@@ -129,6 +129,14 @@ impl Vsock {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn check_bounds(&self) {
+        assert!(self.connections.len() <= MAX_CONNECTIONS);
+        assert!(self.resets.len() <= MAX_RESETS);
+        assert!(self.owing.len() <= MAX_CONNECTIONS, "{} owing", self.owing.len());
+        self.connections.values().for_each(Connection::check_bounds);
+    }
+
     fn source(&self, socket: OwnedFd, token: u32) -> Source {
         Source::new(self.poller.clone(), socket, Key { owner: self.owner, token })
     }
