@@ -3,9 +3,15 @@
 //! Every figure comes with its ratio to a peer of the same run, because absolute times mean nothing on
 //! an emulated CPU. `docs/bench.md` tells what each row is.
 
+pub mod base;
+pub mod cgroup;
 pub mod clock;
+pub mod floor;
+pub mod fork;
 pub mod host;
+pub mod idle;
 pub mod login;
+pub mod machines;
 pub mod prompt;
 pub mod report;
 pub mod stats;

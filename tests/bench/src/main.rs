@@ -4,8 +4,12 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use bench::{
+    base::Base,
+    fork,
     host::Host,
-    login, progress,
+    idle, login,
+    machines::server::ForkServer,
+    progress,
     report::{Report, Section},
 };
 use clap::{Parser, ValueEnum};
@@ -20,9 +24,12 @@ struct Options {
     /// Measure only this; may be repeated. Rows that need another section's figure for a ratio get it.
     #[arg(long, value_enum, value_name = "SECTION")]
     only: Vec<What>,
-    /// Samples of each section instead of its default (login 10 rounds).
+    /// Samples of each section instead of its default (floor and fork 200, agent 50, login 10).
     #[arg(short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     n: Option<u32>,
+    /// Machines to have alive at once for their memory.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    machines: u32,
     /// Print JSON on standard output.
     #[arg(long)]
     json: bool,
@@ -43,8 +50,16 @@ struct Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
+    /// The bare KVM calls of a fork.
+    Floor,
+    /// A machine, by stage, against the floor.
+    Fork,
+    /// From the fork to the agent and to the shell's prompt.
+    Agent,
     /// Login by ssh against OpenSSH.
     Login,
+    /// An idle logged-in machine, many alive.
+    Memory,
 }
 
 fn main() -> ExitCode {
@@ -68,30 +83,19 @@ fn finish(result: anyhow::Result<()>) -> ExitCode {
 /// Measures section after section. One that fails is told and does not keep the others from being
 /// measured, but the run has failed then.
 fn run(options: &Options) -> anyhow::Result<()> {
-    let mut report = Report::new(Host::look());
-    let libexec = libexec_dir(options)?;
-    let mut failed = Vec::new();
-    let mut take = |name: &'static str, result: anyhow::Result<Vec<Section>>| match result {
-        Ok(sections) => report.sections.extend(sections),
-        Err(e) => {
-            progress!("{name}: {e:#}");
-            let mut section = Section::new(name, format!("{name}: FAILED"));
-            section.note(format!("{e:#}"));
-            report.sections.push(section);
-            failed.push(name);
-        }
+    let mut bench = Bench {
+        options,
+        libexec: libexec_dir(options)?,
+        report: Report::new(Host::look()),
+        failed: Vec::new(),
     };
-    let wanted = |what| options.only.is_empty() || options.only.contains(&what);
-    if wanted(What::Login) {
-        let config = login::Config {
-            hermitage: &libexec.join("hermitage"),
-            state_dir: &options.state_dir,
-            run_dir: &options.run_dir,
-            port: options.ssh_port,
-            rounds: options.n.unwrap_or(10) as usize,
-        };
-        take("login", login::measure(&config).map(|section| vec![section]));
-    }
+    // Held for the whole run: where no machine is alive, making and dropping many in a row has locked
+    // up an emulated host, and a host that serves always has some.
+    let kvm = kvm_ioctls::Kvm::new().context("open /dev/kvm")?;
+    let _idle = kvm.create_vm().context("create a VM to hold")?;
+    bench.machines();
+    bench.login();
+    let Bench { report, failed, .. } = bench;
 
     let table = report.table();
     if options.json {
@@ -104,6 +108,83 @@ fn run(options: &Options) -> anyhow::Result<()> {
         anyhow::bail!("not measured: {}", failed.join(", "));
     }
     Ok(())
+}
+
+struct Bench<'a> {
+    options: &'a Options,
+    libexec: PathBuf,
+    report: Report,
+    failed: Vec<&'static str>,
+}
+
+impl Bench<'_> {
+    fn wanted(&self, what: &[What]) -> bool {
+        self.options.only.is_empty() || what.iter().any(|what| self.options.only.contains(what))
+    }
+
+    fn n(&self, default: usize) -> usize {
+        self.options.n.map_or(default, |n| n as usize)
+    }
+
+    fn machines(&mut self) {
+        if !self.wanted(&[What::Floor, What::Fork, What::Agent, What::Memory]) {
+            return;
+        }
+        progress!("reading the base");
+        let base = match Base::current(&self.options.state_dir) {
+            Ok(base) => base,
+            Err(e) => return self.fail("base", &e),
+        };
+        self.report.base = Some(base.id.clone());
+        let vmm = self.libexec.join("hermitage-vmm");
+        let start = || ForkServer::start(&vmm, &base.dir);
+
+        if self.wanted(&[What::Floor, What::Fork, What::Agent]) {
+            // The others' ratios are to the floor: it is measured with them in any case.
+            let n = self.n(200);
+            let result = start().and_then(|mut server| {
+                let (mut sections, floor) = fork::measure(&base, &mut server, n)?;
+                if self.wanted(&[What::Agent]) {
+                    sections.push(fork::measure_agent(&base, &mut server, self.n(50), floor)?);
+                }
+                Ok(sections)
+            });
+            self.take("fork", result);
+        }
+        if self.wanted(&[What::Memory]) {
+            let n = self.options.machines as usize;
+            let result = start().and_then(|server| idle::measure(&base, server, n));
+            self.take("memory", result.map(|section| vec![section]));
+        }
+    }
+
+    fn login(&mut self) {
+        if self.wanted(&[What::Login]) {
+            let result = login::measure(&login::Config {
+                hermitage: &self.libexec.join("hermitage"),
+                state_dir: &self.options.state_dir,
+                run_dir: &self.options.run_dir,
+                port: self.options.ssh_port,
+                rounds: self.n(10),
+            });
+            self.take("login", result.map(|section| vec![section]));
+        }
+    }
+
+    fn take(&mut self, name: &'static str, result: anyhow::Result<Vec<Section>>) {
+        match result {
+            Ok(sections) => self.report.sections.extend(sections),
+            Err(e) => self.fail(name, &e),
+        }
+    }
+
+    fn fail(&mut self, name: &'static str, error: &anyhow::Error) {
+        progress!("{name}: {error:#}");
+        let mut section = Section::new(name, format!("{name}: FAILED"));
+        section.note(format!("{error:#}"));
+        self.report.sections.push(section);
+        self.failed.push(name);
+    }
 }
 
 fn libexec_dir(options: &Options) -> anyhow::Result<PathBuf> {

@@ -1,0 +1,81 @@
+//! The base that is measured, and disks for machines forked from it.
+
+use std::{
+    fs::{self, File},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use hermitage_storage::{
+    StateDir, base,
+    disk::{self, DiskError},
+    image::{DISK_TEMPLATE, Image, ImageId},
+};
+use hermitage_vmm::{machine::MachineState, memory::layout::Layout};
+
+/// The service's default size of an account's disk.
+pub const DISK_BYTES: u64 = 10 << 30;
+
+pub struct Base {
+    pub id: String,
+    pub dir: PathBuf,
+    pub layout: Layout,
+    pub state: MachineState,
+    pub memory: File,
+    pub root: File,
+    /// The disk of an account that never logged in.
+    pub new_disk: PathBuf,
+    /// Where disks are made: the file system they would be on.
+    scratch: tempfile::TempDir,
+}
+
+impl Base {
+    /// The one new machines are forked from.
+    pub fn current(state_dir: &Path) -> anyhow::Result<Self> {
+        let dirs = StateDir::new(state_dir);
+        let id = dirs.current_base()?.with_context(|| {
+            format!("no base in {}: make one with `hermitage base build`", state_dir.display())
+        })?;
+        let dir = dirs.base(&id);
+        let found = base::Base::open(&dir)?;
+        let content = &found.manifest.content;
+        let image = ImageId::parse(&content.image)
+            .with_context(|| format!("base {id} names no image but {:?}", content.image))?;
+        let image = Image::open(&dirs.image(&image))?;
+        let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
+        let state = MachineState::decode(&found.state)
+            .with_context(|| format!("state.bin of base {id}"))?;
+        let scratch = tempfile::Builder::new()
+            .prefix("bench-")
+            .tempdir_in(state_dir)
+            .with_context(|| format!("make a folder in {}", state_dir.display()))?;
+        Ok(Self {
+            id: id.to_string(),
+            dir,
+            layout,
+            state,
+            memory: found.memory,
+            root: found.root,
+            new_disk: image.path(DISK_TEMPLATE),
+            scratch,
+        })
+    }
+
+    /// A copy of a disk, locked, without a name: it is gone with its last descriptor.
+    pub fn disk(&self, template: &Path) -> Result<OwnedFd, DiskError> {
+        let path = self.scratch.path().join("disk.img");
+        disk::create(template, &path, DISK_BYTES)?;
+        let file = disk::open_locked(&path);
+        let _ = fs::remove_file(&path);
+        Ok(file?.into())
+    }
+
+    /// A disk with a name, for the run.
+    pub fn kept_disk(&self, template: &Path) -> Result<(PathBuf, OwnedFd), DiskError> {
+        let path = self.scratch.path().join("kept.img");
+        disk::create(template, &path, DISK_BYTES)?;
+        let file = disk::open_locked(&path)?;
+        Ok((path, file.into()))
+    }
+}
