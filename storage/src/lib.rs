@@ -1,1 +1,17 @@
+//! What Hermitage keeps: accounts, their disks, and the base snapshots that machines are forked from.
+//!
+//! A leaf: it knows files and their formats, not machines or sessions. The service and the machine
+//! processes both stand on it, with different halves: the accounts database is behind the `accounts`
+//! feature, which a machine's process is built without (it must never hold accounts).
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "accounts")]
+pub mod accounts;
+pub mod base;
+pub mod disk;
+pub mod image;
+pub mod publish;
+pub mod sparse;
+mod state_dir;
+
+pub use state_dir::StateDir;

@@ -1,0 +1,59 @@
+-- The schema of accounts.db. docs/accounts.md tells what each table is for.
+--
+-- This file only grows: a section, once released, is never edited. A database remembers in
+-- PRAGMA user_version how many sections it has been through; opening it applies the rest, each in one
+-- transaction with its number. Times are seconds since 1970-01-01 UTC.
+
+-- section 1
+CREATE TABLE accounts (
+    id            TEXT    NOT NULL PRIMARY KEY,             -- UUID, also the folder's name
+    name          TEXT    NOT NULL,                         -- login name
+    uid           INTEGER NOT NULL CHECK (uid BETWEEN 1000 AND 59999),  -- in the guest
+    hostname      TEXT    NOT NULL,
+    machine_id    BLOB    NOT NULL CHECK (length(machine_id) = 16),     -- /etc/machine-id
+    password      TEXT,                                     -- argon2id, PHC string; NULL: keys only
+    disabled      INTEGER NOT NULL DEFAULT 0 CHECK (disabled IN (0, 1)),
+    created       INTEGER NOT NULL,
+    removed       INTEGER,                                  -- NULL: alive
+    disk_bytes    INTEGER NOT NULL CHECK (disk_bytes > 0),
+    max_sessions  INTEGER NOT NULL CHECK (max_sessions > 0),
+    linger_s      INTEGER CHECK (linger_s >= 0)             -- NULL: as the service's configuration says
+) STRICT;
+
+-- A removed account keeps its row until it is purged, so that its disk still has an owner; its name is free.
+CREATE UNIQUE INDEX accounts_by_name ON accounts (name) WHERE removed IS NULL;
+
+CREATE TABLE keys (
+    id            INTEGER NOT NULL PRIMARY KEY,
+    account       TEXT    NOT NULL REFERENCES accounts (id) ON DELETE CASCADE,
+    type          TEXT    NOT NULL,                         -- ssh-ed25519, …
+    blob          BLOB    NOT NULL,                         -- as on the wire (RFC 4253 §6.6)
+    fingerprint   TEXT    NOT NULL,                         -- SHA256:…, as ssh-keygen -l prints it
+    comment       TEXT    NOT NULL,
+    added         INTEGER NOT NULL,
+    UNIQUE (account, blob)
+) STRICT;
+
+CREATE TABLE sessions (
+    id            INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+    account       TEXT    NOT NULL REFERENCES accounts (id) ON DELETE CASCADE,
+    source        TEXT    NOT NULL,                         -- address and port of the client
+    kind          TEXT    NOT NULL,                         -- shell, exec, sftp, …
+    started       INTEGER NOT NULL,
+    ended         INTEGER,                                  -- NULL: going on
+    outcome       TEXT                                      -- how it ended, for people
+) STRICT;
+
+CREATE INDEX sessions_by_account ON sessions (account, id);
+CREATE INDEX sessions_open ON sessions (id) WHERE ended IS NULL;
+
+-- What the service was about to do with an account's machine: written before it is done, read when the
+-- service starts again.
+CREATE TABLE machines (
+    account       TEXT    NOT NULL PRIMARY KEY REFERENCES accounts (id) ON DELETE CASCADE,
+    state         TEXT    NOT NULL,
+    since         INTEGER NOT NULL,
+    pid           INTEGER,
+    base          TEXT,
+    detail        TEXT                                      -- why, for people
+) STRICT;

@@ -1,0 +1,292 @@
+//! Accounts and their keys: what the administrator decides.
+
+use super::database::{Accounts, AccountsError, now};
+use super::{AccountName, PublicKey};
+use rusqlite::{OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use uuid::Uuid;
+
+/// Size of an account's disk where nothing else was asked for.
+pub const DEFAULT_DISK_BYTES: u64 = 10 << 30;
+/// Sessions of an account at once where nothing else was asked for.
+pub const DEFAULT_MAX_SESSIONS: u32 = 32;
+/// User id in the guest. It is the only person there, so all have the same.
+pub const GUEST_UID: u32 = 1000;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Account {
+    pub id: Uuid,
+    pub name: String,
+    pub uid: u32,
+    pub hostname: String,
+    pub machine_id: [u8; 16],
+    /// argon2id, PHC string. `None`: keys only.
+    pub password: Option<String>,
+    pub disabled: bool,
+    pub created: i64,
+    pub removed: Option<i64>,
+    pub disk_bytes: u64,
+    pub max_sessions: u32,
+    /// `None`: as the service's configuration says.
+    pub linger_s: Option<u32>,
+}
+
+impl Account {
+    /// May it log in at all?
+    pub fn is_open(&self) -> bool {
+        !self.disabled && self.removed.is_none()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct NewAccount {
+    pub name: AccountName,
+    pub password_hash: Option<String>,
+    pub keys: Vec<PublicKey>,
+    pub disk_bytes: u64,
+    pub max_sessions: u32,
+    pub linger_s: Option<u32>,
+}
+
+impl NewAccount {
+    /// With default limits, no password, no key.
+    pub fn new(name: AccountName) -> Self {
+        Self {
+            name,
+            password_hash: None,
+            keys: Vec::new(),
+            disk_bytes: DEFAULT_DISK_BYTES,
+            max_sessions: DEFAULT_MAX_SESSIONS,
+            linger_s: None,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredKey {
+    pub key_type: String,
+    pub blob: Vec<u8>,
+    pub fingerprint: String,
+    pub comment: String,
+    pub added: i64,
+}
+
+/// Whether a call found something to change: commands can be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Done,
+    AlreadySo,
+}
+
+const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
+                       disk_bytes, max_sessions, linger_s";
+
+impl Accounts {
+    /// Makes an account with a new id and machine id, all of it or nothing.
+    pub fn create(&mut self, new: &NewAccount) -> Result<Account, AccountsError> {
+        let limit = |what, value| AccountsError::Limit { what, value };
+        let disk = i64::try_from(new.disk_bytes).map_err(|_| limit("disk", new.disk_bytes))?;
+        if disk == 0 {
+            return Err(limit("disk", 0));
+        }
+        if new.max_sessions == 0 {
+            return Err(limit("sessions", 0));
+        }
+        let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        if alive(&tx, new.name.as_str())?.is_some() {
+            return Err(AccountsError::NameTaken(new.name.to_string()));
+        }
+        let id = Uuid::new_v4();
+        // machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
+        let machine_id = *Uuid::new_v4().as_bytes();
+        tx.execute(
+            "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
+             max_sessions, linger_s) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+            params![
+                id.to_string(),
+                new.name.as_str(),
+                GUEST_UID,
+                new.name.hostname(),
+                machine_id,
+                new.password_hash,
+                now(),
+                disk,
+                new.max_sessions,
+                new.linger_s,
+            ],
+        )?;
+        for key in &new.keys {
+            insert_key(&tx, id, key)?;
+        }
+        let account = alive(&tx, new.name.as_str())?;
+        tx.commit()?;
+        account.ok_or_else(|| AccountsError::Unknown(new.name.to_string()))
+    }
+
+    /// All accounts by name; the removed ones, not yet purged, after the others.
+    pub fn list(&self, with_removed: bool) -> Result<Vec<Account>, AccountsError> {
+        let mut statement = self.db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM accounts WHERE removed IS NULL OR ?1 \
+             ORDER BY removed IS NOT NULL, name, removed"
+        ))?;
+        let rows = statement.query_map([with_removed], account)?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// The account of that name, disabled or not, unless it is removed.
+    pub fn by_name(&self, name: &str) -> Result<Option<Account>, AccountsError> {
+        Ok(alive(&self.db, name)?)
+    }
+
+    /// As [`Self::by_name`], for when it has to be there.
+    pub fn named(&self, name: &str) -> Result<Account, AccountsError> {
+        self.by_name(name)?.ok_or_else(|| AccountsError::Unknown(name.to_owned()))
+    }
+
+    /// Removed or not.
+    pub fn by_id(&self, id: Uuid) -> Result<Option<Account>, AccountsError> {
+        let sql = format!("SELECT {COLUMNS} FROM accounts WHERE id = ?1");
+        let mut statement = self.db.prepare_cached(&sql)?;
+        Ok(statement.query_row([id.to_string()], account).optional()?)
+    }
+
+    /// Removed accounts that had this name and are not purged, the last removed first.
+    pub fn removed(&self, name: &str) -> Result<Vec<Account>, AccountsError> {
+        let mut statement = self.db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM accounts WHERE name = ?1 AND removed IS NOT NULL \
+             ORDER BY removed DESC, id"
+        ))?;
+        let rows = statement.query_map([name], account)?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// `hash` as [`super::hash_password`] makes it; `None` takes the password away.
+    pub fn set_password(&self, id: Uuid, hash: Option<&str>) -> Result<(), AccountsError> {
+        let changed = self.db.execute(
+            "UPDATE accounts SET password = ?2 WHERE id = ?1",
+            params![id.to_string(), hash],
+        )?;
+        known(id, changed)
+    }
+
+    pub fn set_disabled(&self, id: Uuid, disabled: bool) -> Result<Change, AccountsError> {
+        let changed = self.db.execute(
+            "UPDATE accounts SET disabled = ?2 WHERE id = ?1 AND disabled <> ?2",
+            params![id.to_string(), disabled],
+        )?;
+        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
+    }
+
+    /// Frees the name and takes keys and password away. The row stays for [`Self::purge`], because the
+    /// disk does.
+    pub fn remove(&mut self, id: Uuid) -> Result<Change, AccountsError> {
+        let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let changed = tx.execute(
+            "UPDATE accounts SET removed = ?2, password = NULL WHERE id = ?1 AND removed IS NULL",
+            params![id.to_string(), now()],
+        )?;
+        tx.execute("DELETE FROM keys WHERE account = ?1", [id.to_string()])?;
+        tx.commit()?;
+        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
+    }
+
+    /// Forgets a removed account, sessions log and all. Delete its disk first: afterwards nothing
+    /// knows whose it was.
+    pub fn purge(&self, id: Uuid) -> Result<(), AccountsError> {
+        let sql = "DELETE FROM accounts WHERE id = ?1 AND removed IS NOT NULL";
+        known(id, self.db.execute(sql, [id.to_string()])?)
+    }
+
+    /// In the order they were added.
+    pub fn keys(&self, id: Uuid) -> Result<Vec<StoredKey>, AccountsError> {
+        let mut statement = self.db.prepare_cached(
+            "SELECT type, blob, fingerprint, comment, added FROM keys WHERE account = ?1 ORDER BY id",
+        )?;
+        let rows = statement.query_map([id.to_string()], |row| {
+            Ok(StoredKey {
+                key_type: row.get(0)?,
+                blob: row.get(1)?,
+                fingerprint: row.get(2)?,
+                comment: row.get(3)?,
+                added: row.get(4)?,
+            })
+        })?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// May this key (blob as on the wire, RFC 4253 §6.6) log in to the account? Also asks whether the
+    /// account is open.
+    pub fn key_opens(&self, id: Uuid, blob: &[u8]) -> Result<bool, AccountsError> {
+        let mut statement = self.db.prepare_cached(
+            "SELECT EXISTS (SELECT 1 FROM keys JOIN accounts ON accounts.id = keys.account \
+             WHERE account = ?1 AND blob = ?2 AND NOT disabled AND removed IS NULL)",
+        )?;
+        Ok(statement.query_row(params![id.to_string(), blob], |row| row.get(0))?)
+    }
+
+    pub fn add_key(&mut self, id: Uuid, key: &PublicKey) -> Result<Change, AccountsError> {
+        let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let change = insert_key(&tx, id, key)?;
+        tx.commit()?;
+        Ok(change)
+    }
+
+    /// `fingerprint` as [`super::fingerprint`] makes it.
+    pub fn remove_key(&self, id: Uuid, fingerprint: &str) -> Result<Change, AccountsError> {
+        let sql = "DELETE FROM keys WHERE account = ?1 AND fingerprint = ?2";
+        let changed = self.db.execute(sql, params![id.to_string(), fingerprint])?;
+        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
+    }
+}
+
+fn insert_key(tx: &Transaction, id: Uuid, key: &PublicKey) -> Result<Change, AccountsError> {
+    let changed = tx.execute(
+        "INSERT INTO keys (account, type, blob, fingerprint, comment, added) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (account, blob) DO NOTHING",
+        params![
+            id.to_string(),
+            key.key_type(),
+            key.blob(),
+            key.fingerprint(),
+            key.comment(),
+            now()
+        ],
+    )?;
+    Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
+}
+
+fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {
+    if changed == 0 { Err(AccountsError::Unknown(id.to_string())) } else { Ok(()) }
+}
+
+fn alive(db: &rusqlite::Connection, name: &str) -> Result<Option<Account>, rusqlite::Error> {
+    let sql = format!("SELECT {COLUMNS} FROM accounts WHERE name = ?1 AND removed IS NULL");
+    db.prepare_cached(&sql)?.query_row([name], account).optional()
+}
+
+fn account(row: &Row) -> Result<Account, rusqlite::Error> {
+    Ok(Account {
+        id: id_column(row, 0)?,
+        name: row.get(1)?,
+        uid: row.get(2)?,
+        hostname: row.get(3)?,
+        machine_id: row.get(4)?,
+        password: row.get(5)?,
+        disabled: row.get(6)?,
+        created: row.get(7)?,
+        removed: row.get(8)?,
+        disk_bytes: row.get::<_, i64>(9)?.unsigned_abs(),
+        max_sessions: row.get(10)?,
+        linger_s: row.get(11)?,
+    })
+}
+
+pub(super) fn id_column(row: &Row, index: usize) -> Result<Uuid, rusqlite::Error> {
+    let text: String = row.get(index)?;
+    Uuid::try_parse(&text).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, error.into())
+    })
+}
+
+#[cfg(test)]
+#[path = "account_tests.rs"]
+mod tests;

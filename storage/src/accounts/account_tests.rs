@@ -1,0 +1,185 @@
+use super::super::*;
+use rusqlite::params;
+use uuid::Uuid;
+
+fn database() -> (tempfile::TempDir, Accounts) {
+    let dir = tempfile::tempdir().unwrap();
+    let accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+    (dir, accounts)
+}
+
+fn keys() -> Vec<PublicKey> {
+    parse_keys(include_str!("../../testdata/authorized_keys")).unwrap()
+}
+
+fn new(name: &str) -> NewAccount {
+    NewAccount { keys: keys()[..2].to_vec(), ..NewAccount::new(AccountName::parse(name).unwrap()) }
+}
+
+#[test]
+fn an_account_is_found_as_it_was_made() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    assert_eq!(accounts.by_name("alice").unwrap().unwrap(), alice);
+    assert_eq!(accounts.by_id(alice.id).unwrap().unwrap(), alice);
+    assert_eq!(accounts.named("alice").unwrap(), alice);
+    assert_eq!(alice.disk_bytes, DEFAULT_DISK_BYTES);
+    assert!(alice.is_open());
+    let bob = accounts.create(&new("bob")).unwrap();
+    assert_ne!(alice.machine_id, bob.machine_id);
+    assert_eq!(accounts.list(false).unwrap(), vec![alice, bob]);
+    assert!(
+        matches!(accounts.named("carol"), Err(AccountsError::Unknown(name)) if name == "carol")
+    );
+}
+
+#[test]
+fn a_name_is_taken_once() {
+    let (_dir, mut accounts) = database();
+    accounts.create(&new("alice")).unwrap();
+    let again = accounts.create(&new("alice"));
+    assert!(matches!(again, Err(AccountsError::NameTaken(name)) if name == "alice"));
+    assert_eq!(accounts.list(true).unwrap().len(), 1);
+}
+
+#[test]
+fn impossible_limits_are_refused() {
+    let (_dir, mut accounts) = database();
+    for bad in [
+        NewAccount { disk_bytes: 0, ..new("a") },
+        NewAccount { disk_bytes: u64::MAX, ..new("a") },
+        NewAccount { max_sessions: 0, ..new("a") },
+    ] {
+        assert!(matches!(accounts.create(&bad), Err(AccountsError::Limit { .. })));
+    }
+    assert!(accounts.by_name("a").unwrap().is_none());
+}
+
+#[test]
+fn a_key_opens_its_account_only() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    let bob = accounts.create(&NewAccount { keys: vec![], ..new("bob") }).unwrap();
+    let key = &keys()[0];
+    assert!(accounts.key_opens(alice.id, key.blob()).unwrap());
+    assert!(!accounts.key_opens(bob.id, key.blob()).unwrap());
+    assert!(!accounts.key_opens(alice.id, keys()[2].blob()).unwrap());
+    assert!(!accounts.key_opens(Uuid::nil(), key.blob()).unwrap());
+
+    accounts.set_disabled(alice.id, true).unwrap();
+    assert!(!accounts.key_opens(alice.id, key.blob()).unwrap(), "disabled");
+    assert!(!accounts.named("alice").unwrap().is_open());
+    accounts.set_disabled(alice.id, false).unwrap();
+    assert!(accounts.key_opens(alice.id, key.blob()).unwrap());
+    accounts.remove(alice.id).unwrap();
+    assert!(!accounts.key_opens(alice.id, key.blob()).unwrap(), "removed");
+}
+
+#[test]
+fn keys_come_and_go() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    let key = &keys()[3];
+    assert_eq!(accounts.add_key(alice.id, key).unwrap(), Change::Done);
+    assert_eq!(accounts.add_key(alice.id, key).unwrap(), Change::AlreadySo);
+    let stored = accounts.keys(alice.id).unwrap();
+    assert_eq!(stored.len(), 3);
+    assert_eq!((&stored[2].fingerprint, &*stored[2].comment), (&key.fingerprint(), key.comment()));
+    assert_eq!(accounts.remove_key(alice.id, &key.fingerprint()).unwrap(), Change::Done);
+    assert_eq!(accounts.remove_key(alice.id, &key.fingerprint()).unwrap(), Change::AlreadySo);
+    assert_eq!(accounts.keys(alice.id).unwrap().len(), 2);
+    assert!(accounts.add_key(Uuid::nil(), key).is_err(), "a key needs an account");
+}
+
+#[test]
+fn a_removed_name_is_free_and_its_row_waits_for_purge() {
+    let (_dir, mut accounts) = database();
+    let first = accounts.create(&new("alice")).unwrap();
+    accounts.set_password(first.id, Some("$argon2id$…")).unwrap();
+    assert_eq!(accounts.remove(first.id).unwrap(), Change::Done);
+    assert_eq!(accounts.remove(first.id).unwrap(), Change::AlreadySo);
+    assert!(accounts.by_name("alice").unwrap().is_none());
+    assert!(accounts.by_id(first.id).unwrap().unwrap().password.is_none());
+    assert!(accounts.keys(first.id).unwrap().is_empty());
+
+    let second = accounts.create(&new("alice")).unwrap();
+    assert_ne!(first.id, second.id);
+    assert_eq!(accounts.removed("alice").unwrap().len(), 1);
+    assert_eq!(accounts.list(false).unwrap().len(), 1);
+    assert_eq!(accounts.list(true).unwrap().len(), 2);
+    assert!(accounts.purge(second.id).is_err(), "only what was removed can be purged");
+    accounts.purge(first.id).unwrap();
+    assert!(accounts.by_id(first.id).unwrap().is_none());
+    assert!(accounts.by_id(second.id).unwrap().is_some());
+}
+
+#[test]
+fn another_connection_sees_a_change_at_once() {
+    let (dir, mut accounts) = database();
+    let other = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+    let alice = accounts.create(&new("alice")).unwrap();
+    assert!(other.key_opens(alice.id, keys()[0].blob()).unwrap());
+    accounts.remove_key(alice.id, &keys()[0].fingerprint()).unwrap();
+    assert!(!other.key_opens(alice.id, keys()[0].blob()).unwrap());
+}
+
+#[test]
+fn sessions_are_logged_with_their_end() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    let session = NewSession { account: alice.id, source: "192.0.2.1:1234", kind: "shell" };
+    let first = accounts.session_started(&session).unwrap();
+    let second = accounts.session_started(&session).unwrap();
+    accounts.session_ended(first, "exit 0").unwrap();
+    accounts.session_ended(first, "too late").unwrap();
+    let log = accounts.sessions(alice.id, 10).unwrap();
+    assert_eq!(log.iter().map(|s| s.id).collect::<Vec<_>>(), [second, first]);
+    assert_eq!(log[1].outcome.as_deref(), Some("exit 0"));
+    assert_eq!(log[0].ended, None);
+    assert_eq!(accounts.end_open_sessions("the service was killed").unwrap(), 1);
+    assert_eq!(
+        accounts.sessions(alice.id, 1).unwrap()[0].outcome.as_deref(),
+        Some("the service was killed")
+    );
+    assert_eq!(accounts.end_open_sessions("again").unwrap(), 0);
+}
+
+#[test]
+fn intent_is_replaced_and_ends_with_the_account() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    let mut intent = Intent {
+        account: alice.id,
+        state: MachineState::Starting,
+        pid: None,
+        base: Some("b1".into()),
+        detail: None,
+        since: 0,
+    };
+    accounts.record_intent(&intent).unwrap();
+    intent = Intent { state: MachineState::Running, pid: Some(42), ..intent };
+    accounts.record_intent(&intent).unwrap();
+    let found = accounts.intents().unwrap();
+    assert_eq!(found.len(), 1);
+    assert!(found[0].since > 0);
+    assert_eq!(Intent { since: 0, ..found[0].clone() }, intent);
+
+    accounts.remove(alice.id).unwrap();
+    accounts.purge(alice.id).unwrap();
+    assert!(accounts.intents().unwrap().is_empty());
+    assert!(accounts.record_intent(&intent).is_err(), "no machine without an account");
+}
+
+#[test]
+fn an_unknown_machine_state_is_an_error() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap();
+    accounts
+        .db
+        .execute(
+            "INSERT INTO machines (account, state, since) VALUES (?1, 'dreaming', 1)",
+            params![alice.id.to_string()],
+        )
+        .unwrap();
+    assert!(accounts.intents().unwrap_err().to_string().contains("dreaming"));
+}

@@ -1,0 +1,27 @@
+//! Accounts: names, keys, passwords, limits, and what the service notes about sessions and machines.
+//!
+//! One SQLite file, `accounts.db`; its schema is `accounts.sql` at the top of the repository, and
+//! `docs/accounts.md` says what it means. The service and the admin commands open it at the same time:
+//! each call here is one transaction, and nothing is cached, so what a command changed counts from the
+//! next call on.
+//!
+//! Calls block (on the disk, and on another process' transaction for at most [`BUSY`]): not for
+//! asynchronous threads.
+
+mod account;
+mod database;
+mod keys;
+mod machines;
+mod name;
+mod password;
+mod sessions;
+
+pub use account::{
+    Account, Change, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount, StoredKey,
+};
+pub use database::{Accounts, AccountsError, BUSY};
+pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
+pub use machines::{Intent, MachineState};
+pub use name::{AccountName, MAX_NAME, NameError};
+pub use password::{MAX_PASSWORD, PasswordError, hash_password, verify_password};
+pub use sessions::{NewSession, SessionRecord};

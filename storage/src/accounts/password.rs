@@ -1,0 +1,110 @@
+//! Passwords: argon2id, and the same work whether or not there is anything to compare with.
+
+use argon2::password_hash::{self, PasswordHasher, PasswordVerifier, phc::PasswordHash};
+use argon2::{Algorithm, Argon2, Params, Version};
+
+/// OWASP's first recommendation for argon2id: 19 MiB, two passes, one lane.
+const MEMORY_KIB: u32 = 19 * 1024;
+const PASSES: u32 = 2;
+const LANES: u32 = 1;
+
+/// Longer ones are refused before any work: the hash reads all of it.
+pub const MAX_PASSWORD: usize = 1024;
+
+/// A hash that nothing matches, made with the parameters above; its password was random and not kept.
+/// A constant, because making one at first use would make the first unknown user cost twice.
+const NOBODY: &str = "$argon2id$v=19$m=19456,t=2,p=1$tADriiEtTJAqnC5mXaFaqQ$nQewTROgDfIzMn9L+BtfnuBEAwKqeTjzLZPAlgoAPPk";
+
+#[derive(Debug, thiserror::Error)]
+pub enum PasswordError {
+    #[error("the password is empty")]
+    Empty,
+    #[error("the password has {0} bytes; at most {MAX_PASSWORD} are allowed")]
+    TooLong(usize),
+    #[error("the password could not be hashed: {0}")]
+    Hash(password_hash::Error),
+}
+
+fn argon2() -> Result<Argon2<'static>, password_hash::Error> {
+    let params = Params::new(MEMORY_KIB, PASSES, LANES, None)
+        .map_err(|_| password_hash::Error::ParamsInvalid)?;
+    Ok(Argon2::new(Algorithm::Argon2id, Version::V0x13, params))
+}
+
+/// The PHC string to store. Takes some 20 ms and 19 MiB.
+pub fn hash_password(password: &[u8]) -> Result<String, PasswordError> {
+    match password.len() {
+        0 => return Err(PasswordError::Empty),
+        n if n > MAX_PASSWORD => return Err(PasswordError::TooLong(n)),
+        _ => {}
+    }
+    let hash = argon2().and_then(|argon2| argon2.hash_password(password));
+    Ok(hash.map_err(PasswordError::Hash)?.to_string())
+}
+
+/// Whether the password fits the stored hash. Without one (unknown user, no password set, account
+/// disabled) or with one that can't be read, the same work is done against a hash that nothing
+/// matches, so that the answer's time says nothing about who exists.
+///
+/// Blocks for some 20 ms and takes 19 MiB: bound how many run at once.
+pub fn verify_password(stored: Option<&str>, password: &[u8]) -> bool {
+    let parsed = stored.and_then(|hash| PasswordHash::new(hash).ok());
+    let real = parsed.is_some() && password.len() <= MAX_PASSWORD;
+    let Some(hash) = parsed.or_else(|| PasswordHash::new(NOBODY).ok()) else {
+        return false;
+    };
+    let password = &password[..password.len().min(MAX_PASSWORD)];
+    let matches = argon2().and_then(|a| a.verify_password(password, &hash)).is_ok();
+    matches && real
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_password_fits_its_hash_only() {
+        let hash = hash_password(b"correct horse").unwrap();
+        assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
+        assert_ne!(hash, hash_password(b"correct horse").unwrap(), "salted");
+        assert!(verify_password(Some(&hash), b"correct horse"));
+        assert!(!verify_password(Some(&hash), b"correct hors"));
+        assert!(!verify_password(None, b"correct horse"));
+        assert!(!verify_password(Some("nonsense"), b"correct horse"));
+        assert!(!verify_password(Some(&hash), b""));
+    }
+
+    #[test]
+    fn impossible_passwords_are_refused() {
+        assert!(matches!(hash_password(b""), Err(PasswordError::Empty)));
+        let long = vec![b'x'; MAX_PASSWORD + 1];
+        assert!(matches!(hash_password(&long), Err(PasswordError::TooLong(n)) if n == long.len()));
+        let hash = hash_password(&long[1..]).unwrap();
+        assert!(!verify_password(Some(&hash), &long), "its first 1024 bytes fit, it does not");
+    }
+
+    /// The work of a refusal is the dummy's parameters: they must be those of a real hash.
+    #[test]
+    fn nobody_costs_what_somebody_costs() {
+        let real = hash_password(b"x").unwrap();
+        let parameters = |hash: &str| hash.rsplitn(3, '$').nth(2).unwrap().to_owned();
+        assert_eq!(parameters(NOBODY), parameters(&real));
+        let parsed = PasswordHash::new(NOBODY).unwrap();
+        let real_parsed = PasswordHash::new(&real).unwrap();
+        assert_eq!(parsed.hash.unwrap().len(), real_parsed.hash.unwrap().len());
+
+        let fastest = |stored: Option<&str>| {
+            (0..5).map(|_| timed(|| assert!(!verify_password(stored, b"y")))).min().unwrap()
+        };
+        let (with, without) = (fastest(Some(&real)), fastest(None));
+        let ratio = without.as_secs_f64() / with.as_secs_f64();
+        assert!((0.4..2.5).contains(&ratio), "{without:?} without a hash, {with:?} with one");
+    }
+
+    fn timed(work: impl FnOnce()) -> Duration {
+        let start = Instant::now();
+        work();
+        start.elapsed()
+    }
+}

@@ -1,0 +1,16 @@
+//! Base snapshots: the sealed folder that machines are forked from.
+//!
+//! `docs/formats/base.md` is the normative text. A base is written once by [`BaseWriter`], never
+//! changed again, and checked whole by [`Base::open`] before anything of it is used: what was forked
+//! from a damaged base would be damaged in ways nobody could tell.
+
+mod manifest;
+mod open;
+mod writer;
+
+pub use manifest::{
+    BaseId, Content, FORMAT_VERSION, FileSeal, Files, HostKind, MANIFEST, MEMORY, Machine,
+    Manifest, ROOT, STATE,
+};
+pub use open::{Base, BaseError, Listed, MAX_STATE, list, remove};
+pub use writer::{BaseWriter, Description};
