@@ -2,10 +2,13 @@
 //! machine that has it; and the place where the end-to-end tests and benchmarks run.
 
 mod emulator;
+mod follow;
+mod guest_image;
 mod hold;
 mod layout;
 mod process;
 mod programs;
+mod service;
 mod serving;
 mod ssh;
 mod state;
@@ -37,6 +40,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Build what is not built, start the service, print the ssh line
+    ///
+    /// Quick when everything is up to date. Without --detach it shows the service's log and stops the
+    /// lab at Ctrl-C.
+    Up {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Leave the lab running and return
+        #[arg(long)]
+        detach: bool,
+    },
     /// Start the lab machine alone, without building or serving anything
     Boot(MachineOptions),
     /// Run a command as root on the serving machine
@@ -46,10 +60,23 @@ enum Verb {
     },
     /// Open a root shell on the serving machine
     Shell,
-    /// Bring the programs in target/release to the serving machine
-    Sync,
+    /// Build, bring the new programs to the running lab, restart the service if it changed
+    Sync {
+        /// Bring what is in target/release without building
+        #[arg(long)]
+        no_build: bool,
+    },
     /// Say what runs and where
     Status,
+    /// Show the service's log, or the lab machine's console
+    Logs {
+        /// The emulated machine's serial console instead
+        #[arg(long)]
+        serial: bool,
+        /// Go on as more comes
+        #[arg(short, long)]
+        follow: bool,
+    },
     /// Stop the service and the machine in order; data stays
     Down,
     #[command(hide = true)]
@@ -58,17 +85,17 @@ enum Verb {
     MakeMachine,
 }
 
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 struct MachineOptions {
-    /// Port on 127.0.0.1 for ssh into accounts
-    #[arg(long, default_value_t = 2222)]
-    port: u16,
-    /// Memory of the emulated machine in MiB
-    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1024..))]
-    memory: u32,
-    /// CPUs of the emulated machine
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    cpus: u32,
+    /// Port on 127.0.0.1 for ssh into accounts [default: 2222]
+    #[arg(long)]
+    port: Option<u16>,
+    /// Memory of the emulated machine in MiB [default: 4096]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1024..))]
+    memory: Option<u32>,
+    /// CPUs of the emulated machine [default: 2]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: Option<u32>,
     /// Use the emulated machine even where KVM is real
     #[arg(long, conflicts_with = "native")]
     emulated: bool,
@@ -95,15 +122,29 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let layout = Layout::new(&cli.name)?;
     match cli.command {
         Verb::HoldKvm => {}
+        Verb::Up { machine, detach } => {
+            let serving = {
+                let _claim = Claim::take(&layout)?;
+                let serving = up::up(&layout, &machine)?;
+                up::greet(&serving)?;
+                serving
+            };
+            if !detach {
+                follow::until_interrupted(&serving)?;
+                let _claim = Claim::take(&layout)?;
+                up::down(&layout)?;
+            }
+        }
         Verb::Boot(options) => {
             let _claim = Claim::take(&layout)?;
             up::boot(&layout, &options)?;
         }
         Verb::Exec { command } => return exec(&layout, &command),
         Verb::Shell => return exec(&layout, &["bash".into(), "-l".into()]),
-        Verb::Sync => {
+        Verb::Logs { serial, follow } => return logs(&layout, serial, follow),
+        Verb::Sync { no_build } => {
             let _claim = Claim::take(&layout)?;
-            up::sync(&mut Serving::find(&layout)?)?;
+            up::sync(&mut Serving::find(&layout)?, !no_build)?;
         }
         Verb::Status => status(&layout)?,
         Verb::Down => {
@@ -129,6 +170,23 @@ fn exec(layout: &Layout, command: &[OsString]) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(255)))
 }
 
+fn logs(layout: &Layout, serial: bool, follow: bool) -> Result<ExitCode> {
+    let mut tail = vec!["tail".to_owned(), "-n".to_owned(), "200".to_owned()];
+    if follow {
+        tail.push("-F".to_owned());
+    }
+    if !serial {
+        tail.push(Serving::find(layout)?.log_file());
+        return exec(layout, &tail.into_iter().map(OsString::from).collect::<Vec<_>>());
+    }
+    let status = std::process::Command::new("tail")
+        .args(&tail[1..])
+        .arg(layout.serial_log())
+        .status()
+        .context("start tail")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
 fn status(layout: &Layout) -> Result<()> {
     let serving = Serving::find(layout)?;
     let state = serving.state();
@@ -140,6 +198,8 @@ fn status(layout: &Layout) -> Result<()> {
             process.pid()
         ),
     }
+    let service = if service::is_serving(&serving) { "runs" } else { "does not run" };
+    println!("service: {service}");
     println!("accounts: ssh -p {} NAME@127.0.0.1", state.port);
     for (path, digest) in &state.pushed {
         println!("  {path}  {}", digest.get(..12).unwrap_or(digest));

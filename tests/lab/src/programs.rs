@@ -2,24 +2,72 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::layout::Layout;
+use crate::process::run_logged;
 use crate::serving::Serving;
 
-/// What the serving machine gets, and where the lab puts it there.
+/// What the serving machine gets. The image builder runs here, not there.
 const SERVED: &[&str] = &["hermitage", "hermitage-vmm", "hermitage-bench"];
 const FOLDER: &str = "/usr/local/bin";
 
-/// Packages to build for the host. The image builder runs here, not in the lab machine.
-const PACKAGES: &[&str] = &["hermitage-sshd", "hermitage-vmm", "hermitage-image"];
+/// Builds everything that a served login needs.
+pub fn build(layout: &Layout) -> Result<()> {
+    let mut host = cargo(layout);
+    host.args([
+        "build",
+        "--release",
+        "-p",
+        "hermitage",
+        "-p",
+        "hermitage-vmm",
+        "-p",
+        "hermitage-image",
+    ]);
+    run_logged(&mut host, &layout.step_log())?;
+
+    // PID 1 of a machine has nothing to load libraries from, so it is linked statically; its own
+    // target keeps that flag from rebuilding everything else.
+    let target = "x86_64-unknown-linux-gnu";
+    let mut agent = cargo(layout);
+    agent
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
+        .args(["build", "--release", "-p", "hermitage-agent", "--target", target]);
+    run_logged(&mut agent, &layout.step_log())
+}
+
+/// Builds one more package.
+pub fn build_package(layout: &Layout, package: &str) -> Result<()> {
+    run_logged(cargo(layout).args(["build", "--release", "-p", package]), &layout.step_log())
+}
+
+/// `cargo` in the checkout, without what the outer `cargo run` put into the environment.
+pub fn cargo(layout: &Layout) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(layout.root());
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&*name);
+        }
+    }
+    command
+}
 
 /// What came of bringing the programs over.
 #[derive(Debug, Default)]
 pub struct Brought {
     pub changed: Vec<String>,
     pub absent: Vec<String>,
+}
+
+impl Brought {
+    pub fn has_changed(&self, name: &str) -> bool {
+        self.changed.iter().any(|changed| changed == name)
+    }
 }
 
 /// Brings every program that is built; one that is not is named.
@@ -33,8 +81,12 @@ pub fn bring(serving: &mut Serving) -> Result<Brought> {
             brought.absent.push(name);
             continue;
         }
-        let digest = digest(&file)?;
-        if serving.push(&file, &format!("{FOLDER}/{name}"), &digest)? {
+        if serving.is_native() {
+            // They lie where the wrappers expect them; only what is new is of interest.
+            if serving.note_digest(&name, &digest(&file)?)? {
+                brought.changed.push(name);
+            }
+        } else if serving.push(&file, &format!("{FOLDER}/{name}"), &digest(&file)?)? {
             brought.changed.push(name);
         }
     }
@@ -47,5 +99,21 @@ pub fn digest(file: &Path) -> Result<String> {
     fs::File::open(file)
         .and_then(|opened| hasher.update_reader(opened).map(|_| ()))
         .with_context(|| format!("read {}", file.display()))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// One digest over several files and words, in order.
+pub fn digest_of(files: &[PathBuf], words: &[&str]) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for file in files {
+        if !file.exists() {
+            bail!("{} is missing; was it built?", file.display());
+        }
+        hasher.update(digest(file)?.as_bytes());
+    }
+    for word in words {
+        hasher.update(&(word.len() as u64).to_le_bytes());
+        hasher.update(word.as_bytes());
+    }
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -115,8 +115,11 @@ impl Serving {
         Ok(output)
     }
 
-    pub fn try_run(&self, line: &str) -> bool {
-        self.run(line).is_ok()
+    /// Writes down a program's digest; true when it is another than before.
+    pub fn note_digest(&mut self, name: &str, digest: &str) -> Result<bool> {
+        let before = self.state.pushed.insert(name.to_owned(), digest.to_owned());
+        self.state.save(&self.layout)?;
+        Ok(before.as_deref() != Some(digest))
     }
 
     /// Brings a file or folder to `destination` (an absolute path whose last part it replaces in one
@@ -182,6 +185,32 @@ impl Serving {
             bail!("tar of {}/{name} ended with {status}", dir.display());
         }
         Ok(claim)
+    }
+
+    /// The service's state directory on the serving machine, as a shell's word.
+    pub fn state_dir(&self) -> String {
+        match &self.state.place {
+            Place::Native => quote(&self.layout.own().join("native/state").to_string_lossy()),
+            Place::Emulated { .. } => "/var/lib/hermitage".to_owned(),
+        }
+    }
+
+    /// The service's run directory on the serving machine.
+    pub fn run_dir(&self) -> String {
+        match &self.state.place {
+            Place::Native => self.layout.own().join("native/run").to_string_lossy().into_owned(),
+            Place::Emulated { .. } => "/run/hermitage".to_owned(),
+        }
+    }
+
+    /// The service's log on the serving machine.
+    pub fn log_file(&self) -> String {
+        match &self.state.place {
+            Place::Native => {
+                self.layout.own().join("native/serve.log").to_string_lossy().into_owned()
+            }
+            Place::Emulated { .. } => "/var/log/hermitage.log".to_owned(),
+        }
     }
 
     /// Where the native lab's `hermitage` (a wrapper that adds our configuration) lies.

@@ -1,26 +1,155 @@
 //! Bringing a lab up and down, step by step; each step does nothing when its result is there.
 
-use anyhow::{Result, bail};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
 
 use crate::MachineOptions;
 use crate::emulator::{self, image::MachineImage};
+use crate::guest_image::GuestImage;
 use crate::layout::Layout;
-use crate::programs;
+use crate::process::{privileged, run_captured};
+use crate::programs::{self, Brought};
+use crate::service::{self, Demo};
 use crate::serving::Serving;
 use crate::state::{Place, State};
 use crate::steps::{note, skip, step};
 use crate::tools;
 
+const DEFAULT_PORT: u16 = 2222;
+const DEFAULT_MEMORY_MIB: u32 = 4096;
+const DEFAULT_CPUS: u32 = 2;
+
+/// From nothing, or from whatever is there, to a service that answers.
+pub fn up(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
+    make_folder(layout)?;
+    tools::install_missing(false, &layout.step_log())?;
+    step("build the programs", || programs::build(layout))?;
+    let image = GuestImage::current(layout)?;
+    if image.exists() {
+        skip("build the guest image", "up to date");
+    } else {
+        step("build the guest image (Debian)", || image.build(layout))?;
+    }
+    let mut serving = place(layout, options)?;
+    let brought = bring(&mut serving)?;
+    service::install(&mut serving)?;
+    base(&mut serving, &image)?;
+    serve(&serving, &brought)?;
+    Ok(serving)
+}
+
+/// The demo account and what a person types to reach it.
+pub fn greet(serving: &Serving) -> Result<()> {
+    let Demo { password, identity } =
+        step("make sure of the account demo", || service::demo(serving))?;
+    let key = identity.map(|file| format!(" -i {}", file.display())).unwrap_or_default();
+    note("");
+    note(&format!("    ssh -p {}{key} demo@127.0.0.1", serving.state().port));
+    note(&format!("    password: {password}"));
+    note("");
+    Ok(())
+}
+
 /// The emulated machine alone, with whatever programs are built.
 pub fn boot(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
-    std::fs::create_dir_all(layout.own())?;
-    tools::install_missing(true, &layout.step_log())?;
+    make_folder(layout)?;
     let mut serving = emulated(layout, options)?;
-    let brought = step("bring the programs", || programs::bring(&mut serving))?;
-    if !brought.absent.is_empty() {
-        note(&format!("          not built yet: {}", brought.absent.join(", ")));
-    }
+    bring(&mut serving)?;
+    service::install(&mut serving)?;
     Ok(serving)
+}
+
+/// New programs into a running lab; the service is restarted when it runs an old one.
+pub fn sync(serving: &mut Serving, build: bool) -> Result<()> {
+    serving.connect()?;
+    if build {
+        step("build the programs", || programs::build(serving.layout()))?;
+    }
+    let brought = bring(serving)?;
+    service::install(serving)?;
+    let image = GuestImage::current(serving.layout());
+    match image {
+        Ok(image) if image.exists() && serving.layout().program("hermitage").exists() => {
+            base(serving, &image)?;
+            serve(serving, &brought)
+        }
+        _ => {
+            skip("serve", "there is no guest image yet; `cargo lab up` makes one");
+            Ok(())
+        }
+    }
+}
+
+pub fn down(layout: &Layout) -> Result<()> {
+    let serving = match Serving::find(layout) {
+        Ok(serving) => serving,
+        Err(why) => {
+            skip("stop the lab", &format!("{why:#}"));
+            return State::remove(layout);
+        }
+    };
+    let stopped = step("stop the service", || {
+        serving.connect()?;
+        service::stop(&serving)
+    });
+    // A machine that can't be reached any more is ended all the same.
+    let ended = step("stop the lab machine", || serving.end());
+    stopped.and(ended)
+}
+
+fn make_folder(layout: &Layout) -> Result<()> {
+    std::fs::create_dir_all(layout.own())
+        .with_context(|| format!("make {}", layout.own().display()))?;
+    // What is kept is what this run's failure will point at.
+    std::fs::write(layout.step_log(), "").context("empty the log of steps")
+}
+
+/// Where to serve: on what already runs, else here if KVM is real, else emulated.
+fn place(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
+    let running = State::load(layout)?;
+    let native = match running.as_ref().map(|state| &state.place) {
+        Some(Place::Emulated { process, .. }) if process.is_alive() => {
+            if options.native {
+                bail!("lab {} runs emulated; `cargo lab down` first", layout.name());
+            }
+            false
+        }
+        _ if options.native => true,
+        _ if options.emulated => false,
+        _ => {
+            match step("look whether this machine's KVM is real", || Ok(why_not_native(layout)))? {
+                None => true,
+                Some(why) => {
+                    note(&format!("           it is not ({why}): serving in an emulated machine"));
+                    false
+                }
+            }
+        }
+    };
+    if !native {
+        return emulated(layout, options);
+    }
+    note("           serving on this machine");
+    let port = options.port.or(running.as_ref().map(|state| state.port)).unwrap_or(DEFAULT_PORT);
+    let pushed = running.map(|state| state.pushed).unwrap_or_default();
+    Serving::new(layout, State { place: Place::Native, port, pushed })
+}
+
+/// A `/dev/kvm` that opens proves nothing: the CPU has to have the extension, and a guest to run.
+fn why_not_native(layout: &Layout) -> Option<String> {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let has_extension = cpu.lines().find(|line| line.starts_with("flags")).is_some_and(|line| {
+        line.split_ascii_whitespace().any(|flag| flag == "svm" || flag == "vmx")
+    });
+    if !has_extension {
+        return Some("the CPU shows neither svm nor vmx".to_owned());
+    }
+    if !Path::new("/dev/kvm").exists() {
+        return Some("there is no /dev/kvm".to_owned());
+    }
+    let probe = run_captured(privileged(layout.program("hermitage-vmm")).arg("probe"));
+    probe.err().map(|error| format!("{error:#}"))
 }
 
 /// The emulated machine, started when it does not run.
@@ -29,7 +158,10 @@ fn emulated(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
         && let Place::Emulated { process, memory_mib, cpus, .. } = &state.place
         && process.is_alive()
     {
-        if (*memory_mib, *cpus, state.port) != (options.memory, options.cpus, options.port) {
+        let other = options.port.is_some_and(|port| port != state.port)
+            || options.memory.is_some_and(|memory| memory != *memory_mib)
+            || options.cpus.is_some_and(|wanted| wanted != *cpus);
+        if other {
             bail!(
                 "lab {} runs with --port {} --memory {memory_mib} --cpus {cpus}; `cargo lab down` first to change that",
                 layout.name(),
@@ -41,49 +173,54 @@ fn emulated(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
         skip("start the lab machine", "it runs");
         return Ok(serving);
     }
+    tools::install_missing(true, &layout.step_log())?;
     let image = MachineImage::current(layout);
     if image.exists() {
         skip("build the lab machine", "up to date");
     } else {
         step("build the lab machine (Debian, once)", || image.build(layout))?;
     }
-    let shape =
-        emulator::Shape { memory_mib: options.memory, cpus: options.cpus, port: options.port };
+    let shape = emulator::Shape {
+        memory_mib: options.memory.unwrap_or(DEFAULT_MEMORY_MIB),
+        cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
+        port: options.port.unwrap_or(DEFAULT_PORT),
+    };
     let started = step("start the lab machine", || emulator::start(layout, &image, shape))?;
-    Serving::new(
-        layout,
-        State {
-            place: Place::Emulated {
-                process: started.process,
-                ssh_port: started.ssh_port,
-                memory_mib: options.memory,
-                cpus: options.cpus,
-            },
-            port: options.port,
-            pushed: Default::default(),
-        },
-    )
+    let place = Place::Emulated {
+        process: started.process,
+        ssh_port: started.ssh_port,
+        memory_mib: shape.memory_mib,
+        cpus: shape.cpus,
+    };
+    Serving::new(layout, State { place, port: shape.port, pushed: Default::default() })
 }
 
-pub fn sync(serving: &mut Serving) -> Result<()> {
-    serving.connect()?;
+fn bring(serving: &mut Serving) -> Result<Brought> {
     let brought = step("bring the programs", || programs::bring(serving))?;
-    match brought.changed.as_slice() {
-        [] => skip("changed programs", "none"),
-        changed => note(&format!("          brought: {}", changed.join(", "))),
+    if !brought.changed.is_empty() {
+        note(&format!("           new: {}", brought.changed.join(", ")));
     }
     if !brought.absent.is_empty() {
-        note(&format!("          not built yet: {}", brought.absent.join(", ")));
+        note(&format!("           not built: {}", brought.absent.join(", ")));
     }
-    Ok(())
+    Ok(brought)
 }
 
-pub fn down(layout: &Layout) -> Result<()> {
-    match Serving::find(layout) {
-        Ok(serving) => step("stop the lab", || serving.end()),
-        Err(why) => {
-            skip("stop the lab", &why.to_string());
-            State::remove(layout)
-        }
+fn base(serving: &mut Serving, image: &GuestImage) -> Result<()> {
+    let key = service::base_key(serving, image)?;
+    if service::base_is_current(serving, &key) {
+        skip("make the base snapshot", "up to date");
+        return Ok(());
     }
+    let place = step("bring the guest image", || service::bring_image(serving, image))?;
+    step("make the base snapshot", || service::make_base(serving, &place, &key))
+}
+
+fn serve(serving: &Serving, brought: &Brought) -> Result<()> {
+    let stale = brought.has_changed("hermitage") || brought.has_changed("hermitage-vmm");
+    if !stale && service::is_serving(serving) {
+        skip("start the service", "it runs");
+        return Ok(());
+    }
+    step("start the service", || service::start(serving))
 }

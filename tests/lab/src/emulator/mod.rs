@@ -42,7 +42,7 @@ pub struct Started {
 }
 
 pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Started> {
-    fs::create_dir_all(layout.own())?;
+    end_orphan(layout)?;
     ssh::ensure_key(layout)?;
     ensure_data_disk(layout)?;
     ensure_exchange_disk(layout)?;
@@ -55,7 +55,7 @@ pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Star
         fs::rename(&serial, serial.with_extension("log.1"))
             .context("put the last serial log aside")?;
     }
-    let pidfile = layout.own().join("qemu.pid");
+    let pidfile = pid_file(layout);
     let key = ssh::public_blob(&ssh::key_file(layout).with_extension("pub"))?;
     run_logged(&mut qemu(layout, image, shape, ssh_port, &key, &pidfile), &layout.step_log())
         .context("start the emulator")?;
@@ -82,6 +82,24 @@ pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Star
         );
     }
     Ok(Started { process, ssh_port })
+}
+
+fn pid_file(layout: &Layout) -> std::path::PathBuf {
+    layout.own().join("qemu.pid")
+}
+
+/// A `cargo lab` that was interrupted between starting the emulator and writing that down leaves one
+/// behind that nobody knows of.
+fn end_orphan(layout: &Layout) -> Result<()> {
+    let Ok(text) = fs::read_to_string(pid_file(layout)) else { return Ok(()) };
+    let Some(process) = text.trim().parse().ok().and_then(Process::find) else { return Ok(()) };
+    let arguments = fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap_or_default();
+    let ours = format!("pidfile\0{}\0", pid_file(layout).display());
+    if String::from_utf8_lossy(&arguments).contains(&ours) {
+        process.signal(Signal::SIGKILL)?;
+        process.wait_end("an emulator left behind", Duration::from_secs(10))?;
+    }
+    Ok(())
 }
 
 /// Ends the machine in order; kills it when that takes too long, and says so.
