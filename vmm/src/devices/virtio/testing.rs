@@ -212,6 +212,16 @@ impl<D: VirtioDevice> Driver<D> {
         out
     }
 
+    /// Takes every descriptor as free again and the available ring's index as it stands, for drivers
+    /// that broke their rings.
+    pub fn forget(&mut self, queue: usize) {
+        let ring = &mut self.rings[queue];
+        ring.free = (0..ring.size).rev().collect();
+        ring.chains.clear();
+        ring.available = read_u16(&self.memory, ring.driver() + 2);
+        ring.seen = read_u16(&self.memory, ring.device() + 2);
+    }
+
     /// What an interrupt handler does first.
     pub fn acknowledge(&self) -> u32 {
         let status = self.get(register::INTERRUPT_STATUS);

@@ -314,7 +314,7 @@ fn transmit_queue(port: usize) -> usize {
 
 /// None for the control queues.
 fn queue_port(queue: usize) -> Option<(usize, Direction)> {
-    let direction = if queue % 2 == 0 { Direction::Receive } else { Direction::Transmit };
+    let direction = if queue.is_multiple_of(2) { Direction::Receive } else { Direction::Transmit };
     match queue / 2 {
         0 => Some((0, direction)),
         1 => None,

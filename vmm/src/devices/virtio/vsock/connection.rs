@@ -272,7 +272,7 @@ impl Connection {
             && self.guest_closed & shutdown::RECEIVE == 0
             && self.host_closed & shutdown::SEND == 0
             && self.source.is_some();
-        if open { self.credit.to_guest() } else { 0 }
+        if open { self.credit.guest_room() } else { 0 }
     }
 
     /// Reads from the socket into `into`, which has no more than `room` bytes.
@@ -283,7 +283,7 @@ impl Connection {
                 // Bounded by `into`.
                 let count = count as u32;
                 self.credit.sent(count);
-                self.owed.credit_request |= self.credit.to_guest() == 0;
+                self.owed.credit_request |= self.credit.guest_room() == 0;
                 Input::Bytes(count)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Input::Nothing,

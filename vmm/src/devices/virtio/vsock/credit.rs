@@ -34,7 +34,7 @@ impl Credit {
     }
 
     /// How many bytes the guest has room for.
-    pub fn to_guest(&self) -> u32 {
+    pub fn guest_room(&self) -> u32 {
         let on_the_way = (self.sent - self.peer_forwarded).0;
         // Less than nothing if the guest took room back, or lies.
         self.peer_room.saturating_sub(on_the_way)
@@ -108,9 +108,9 @@ mod tests {
             credit.sent(65536);
             credit.hear(65536, credit.sent.0);
         }
-        assert_eq!((credit.held(), credit.to_guest()), (0, 65536));
+        assert_eq!((credit.held(), credit.guest_room()), (0, 65536));
         credit.sent(65536);
-        assert_eq!(credit.to_guest(), 0);
+        assert_eq!(credit.guest_room(), 0);
     }
 
     #[test]
@@ -119,9 +119,9 @@ mod tests {
         credit.hear(1000, 0);
         credit.sent(1000);
         credit.hear(10, 500);
-        assert_eq!(credit.to_guest(), 0);
+        assert_eq!(credit.guest_room(), 0);
         // More forwarded than was ever sent.
         credit.hear(u32::MAX, 5000);
-        assert!(credit.to_guest() < u32::MAX);
+        assert!(credit.guest_room() < u32::MAX);
     }
 }

@@ -137,6 +137,13 @@ impl Vsock {
         self.connections.values().for_each(Connection::check_bounds);
     }
 
+    /// The guest's and the host's port of some connection.
+    #[cfg(test)]
+    pub(super) fn some_ports(&self, which: u64) -> Option<(u32, u32)> {
+        let at = which.checked_rem(self.connections.len() as u64)?;
+        self.connections.values().nth(at as usize).map(|c| (c.guest_port, c.host_port))
+    }
+
     fn source(&self, socket: OwnedFd, token: u32) -> Source {
         Source::new(self.poller.clone(), socket, Key { owner: self.owner, token })
     }
