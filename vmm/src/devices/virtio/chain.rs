@@ -203,3 +203,123 @@ fn add_segment(
     segments.push(Segment { address: GuestAddress(address), length });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::testing::{MEMORY, descriptor, memory};
+    use proptest::prelude::*;
+
+    const TABLE: u64 = 0x1000;
+    const SIZE: u16 = 16;
+
+    fn table(indirect: bool) -> Table {
+        Table { address: GuestAddress(TABLE), size: SIZE, indirect }
+    }
+
+    fn put(memory: &GuestMemory, at: u64, entries: &[(u64, u32, u16, u16)]) {
+        for (i, &(address, length, flags, next)) in entries.iter().enumerate() {
+            let raw = descriptor(address, length, flags, next);
+            memory.write_slice(&raw, GuestAddress(at + 16 * i as u64)).unwrap();
+        }
+    }
+
+    fn segment(address: u64, length: u32) -> Segment {
+        Segment { address: GuestAddress(address), length }
+    }
+
+    #[test]
+    fn a_chain_is_read_in_order() {
+        let memory = memory();
+        put(&memory, TABLE, &[(0x5000, 10, NEXT, 2), (0, 0, 0, 0), (0x6000, 20, NEXT | WRITE, 5)]);
+        put(&memory, TABLE + 5 * 16, &[(0x7000, 30, WRITE, 9)]);
+        let chain = read(&memory, table(false), 0).unwrap();
+        assert_eq!(chain.readable, [segment(0x5000, 10)]);
+        assert_eq!(chain.writable, [segment(0x6000, 20), segment(0x7000, 30)]);
+    }
+
+    #[test]
+    fn an_indirect_table_is_followed_once_and_only_if_allowed() {
+        let memory = memory();
+        put(&memory, TABLE, &[(0x9000, 48, INDIRECT, 0)]);
+        put(&memory, 0x9000, &[(0x5000, 1, NEXT, 2), (0, 0, 0, 0), (0x6000, 2, WRITE, 0)]);
+        let chain = read(&memory, table(true), 0).unwrap();
+        assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (1, 2));
+        assert!(read(&memory, table(false), 0).unwrap_err().contains("indirect"));
+        put(&memory, 0x9000, &[(0x9000, 48, INDIRECT, 0)]);
+        assert!(read(&memory, table(true), 0).unwrap_err().contains("indirect"));
+        for length in [0, 15, 17] {
+            put(&memory, TABLE, &[(0x9000, length, INDIRECT, 0)]);
+            assert!(read(&memory, table(true), 0).unwrap_err().contains("indirect table"));
+        }
+        put(&memory, TABLE, &[(0x9000, 48, INDIRECT | NEXT, 1)]);
+        assert!(read(&memory, table(true), 0).unwrap_err().contains("other flags"));
+    }
+
+    #[test]
+    fn loops_and_strays_are_found() {
+        let memory = memory();
+        put(&memory, TABLE, &[(0x5000, 1, NEXT, 1), (0x5000, 1, NEXT, 0)]);
+        assert!(read(&memory, table(false), 0).unwrap_err().contains("longer than 16"));
+        put(&memory, TABLE, &[(0x5000, 1, NEXT, 16)]);
+        assert!(read(&memory, table(false), 0).unwrap_err().contains("outside its table"));
+        assert!(read(&memory, table(false), 16).unwrap_err().contains("outside its table"));
+        put(&memory, TABLE, &[(MEMORY - 1, 2, 0, 0)]);
+        assert!(read(&memory, table(false), 0).unwrap_err().contains("not in memory"));
+        // An indirect table of the greatest size, all of it a loop: bounded by our limit, not by its.
+        let far = 0x10_0000;
+        put(&memory, TABLE, &[(far, 65535 * 16, INDIRECT, 0)]);
+        put(&memory, far, &[(0x5000, 1, NEXT, 0)]);
+        assert!(read(&memory, table(true), 0).unwrap_err().contains("longer than 256"));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_table_says_a_chain_lies_in_memory_and_is_bounded(
+            entries in prop::collection::vec(
+                (
+                    prop_oneof![0..MEMORY + 4096, any::<u64>()],
+                    prop_oneof![0..5000u32, any::<u32>()],
+                    prop_oneof![4 => 0..4u16, 1 => any::<u16>()],
+                    0..SIZE + 2,
+                ),
+                SIZE as usize,
+            ),
+            head in 0..SIZE + 2,
+            indirect: bool,
+        ) {
+            let memory = memory();
+            put(&memory, TABLE, &entries);
+            if let Ok(chain) = read(&memory, table(indirect), head) {
+                let all: Vec<_> = chain.readable.iter().chain(&chain.writable).collect();
+                prop_assert!(all.len() <= MAX_DESCRIPTORS);
+                for segment in all {
+                    prop_assert!(segment.length > 0);
+                    let end = segment.address.0.checked_add(u64::from(segment.length));
+                    prop_assert!(end.is_some_and(|end| end <= MEMORY));
+                }
+            }
+        }
+
+        #[test]
+        fn a_window_is_what_slicing_the_bytes_would_give(
+            lengths in prop::collection::vec(1..50u32, 0..8),
+            skip in 0..400u64,
+            limit in prop_oneof![0..400u64, Just(u64::MAX)],
+        ) {
+            // Each segment at an address of its own, so that bytes are told apart by theirs.
+            let segments: Vec<_> = lengths
+                .iter()
+                .enumerate()
+                .map(|(i, length)| segment(0x1000 * (i as u64 + 1), *length))
+                .collect();
+            let bytes = |segments: &[Segment]| -> Vec<u64> {
+                segments.iter().flat_map(|s| s.address.0..s.address.0 + u64::from(s.length)).collect()
+            };
+            let all = bytes(&segments);
+            let start = (skip as usize).min(all.len());
+            let end = start + (limit.min(1 << 20) as usize).min(all.len() - start);
+            prop_assert_eq!(bytes(&window(&segments, skip, limit)), &all[start..end]);
+        }
+    }
+}

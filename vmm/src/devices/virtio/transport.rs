@@ -342,10 +342,12 @@ impl<D: VirtioDevice> Core<D> {
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
             return read_config_bytes(&self.device.config(), offset, data);
         }
-        // §4.2.2.2: registers are read 32 bits at a time. Anything else has no meaning.
+        // §4.2.2.2: registers are read in aligned words. Anything else has no meaning.
         match <&mut [u8; 4]>::try_from(&mut *data) {
-            Ok(word) => *word = self.read_register(offset).to_le_bytes(),
-            Err(_) => data.fill(0),
+            Ok(word) if offset.is_multiple_of(4) => {
+                *word = self.read_register(offset).to_le_bytes();
+            }
+            _ => data.fill(0),
         }
     }
 
@@ -619,3 +621,6 @@ fn set_low(register: &mut u64, value: u32) {
 fn set_high(register: &mut u64, value: u32) {
     *register = *register & u64::from(u32::MAX) | u64::from(value) << 32;
 }
+
+#[cfg(test)]
+mod tests;
