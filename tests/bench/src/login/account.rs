@@ -15,6 +15,11 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Account {
     pub name: String,
+    host: Host,
+}
+
+/// The service it is on.
+struct Host {
     hermitage: PathBuf,
     state_dir: PathBuf,
     run_dir: PathBuf,
@@ -27,20 +32,20 @@ impl Account {
         run_dir: &Path,
         key: &Path,
     ) -> anyhow::Result<Self> {
-        let account = Self {
-            // Unlikely to be anybody's.
-            name: format!("bench-{:x}", std::process::id()),
+        let host = Host {
             hermitage: hermitage.to_owned(),
             state_dir: state_dir.to_owned(),
             run_dir: run_dir.to_owned(),
         };
-        account.command(&["account", "add", &account.name], &[Path::new("--key"), key])?;
-        Ok(account)
+        // Unlikely to be anybody's.
+        let name = format!("bench-{:x}", std::process::id());
+        host.command(&["account", "add", &name], &[Path::new("--key"), key])?;
+        Ok(Self { name, host })
     }
 
     /// Stops the account's machine; returns when it is gone.
     pub fn stop_machine(&self) -> anyhow::Result<()> {
-        let path = self.run_dir.join("admin.sock");
+        let path = self.host.run_dir.join("admin.sock");
         let socket = UnixStream::connect(&path).with_context(|| {
             format!("connect to {} (is `hermitage serve` running?)", path.display())
         })?;
@@ -58,7 +63,9 @@ impl Account {
         }
         Ok(())
     }
+}
 
+impl Host {
     fn command(&self, words: &[&str], paths: &[&Path]) -> anyhow::Result<()> {
         let output = Command::new(&self.hermitage)
             .arg("--state-dir")
@@ -84,7 +91,7 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        if let Err(e) = self.command(&["account", "remove", "--purge", &self.name], &[]) {
+        if let Err(e) = self.host.command(&["account", "remove", "--purge", &self.name], &[]) {
             eprintln!("hermitage-bench: the account {} stays behind: {e:#}", self.name);
         }
     }

@@ -51,9 +51,11 @@ impl OpenSsh {
             keys.display(),
         );
         fs::write(&config, text).with_context(|| format!("write {}", config.display()))?;
+        let log = dir.join("sshd.log");
         let child = Command::new(&program)
             .arg("-D")
-            .arg("-e")
+            .arg("-E")
+            .arg(&log)
             .arg("-f")
             .arg(&config)
             .stdin(Stdio::null())
@@ -61,7 +63,10 @@ impl OpenSsh {
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
         let mut server = Self { child, port };
-        server.wait_for_banner()?;
+        server.wait_for_banner().with_context(|| {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            format!("{} said {said:?}", program.display())
+        })?;
         Ok(server)
     }
 
@@ -69,7 +74,7 @@ impl OpenSsh {
         let deadline = Deadline::after(START_LIMIT);
         loop {
             if let Some(status) = self.child.try_wait().context("wait for sshd")? {
-                bail!("sshd ended at once: {status} (its reason is on standard error)");
+                bail!("sshd ended at once: {status}");
             }
             let left = deadline.left("greeting from sshd")?;
             if let Ok(mut socket) = TcpStream::connect(("127.0.0.1", self.port)) {
