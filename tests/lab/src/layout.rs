@@ -48,10 +48,6 @@ impl Layout {
         &self.root
     }
 
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
     /// What all labs share.
     pub fn shared(&self) -> PathBuf {
         self.target.join("lab")

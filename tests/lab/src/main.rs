@@ -1,6 +1,8 @@
 //! `cargo lab`: from a checkout to a served login with one command, on real KVM or in an emulated
 //! machine that has it; and the place where the end-to-end tests and benchmarks run.
 
+mod bench;
+mod checks;
 mod emulator;
 mod follow;
 mod guest_image;
@@ -13,6 +15,7 @@ mod serving;
 mod ssh;
 mod state;
 mod steps;
+mod suite;
 mod tools;
 mod up;
 
@@ -31,9 +34,9 @@ use crate::state::{Claim, Place};
 #[derive(Parser)]
 #[command(name = "cargo lab", bin_name = "cargo lab")]
 struct Cli {
-    /// Which lab: each has a machine and data of its own
-    #[arg(long = "lab", global = true, default_value = "dev", value_name = "NAME")]
-    name: String,
+    /// Which lab: each has a machine and data of its own [default: dev; test and bench have their own]
+    #[arg(long = "lab", global = true, value_name = "NAME")]
+    name: Option<String>,
     #[command(subcommand)]
     command: Verb,
 }
@@ -77,6 +80,38 @@ enum Verb {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Run the tests: those that need no machine, then the end-to-end suite in a lab of its own
+    Test {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Only the tests that need no machine
+        #[arg(long, conflicts_with = "e2e")]
+        unit: bool,
+        /// Only the end-to-end suite
+        #[arg(long)]
+        e2e: bool,
+        /// Leave the lab up afterwards, to look into it
+        #[arg(long)]
+        keep: bool,
+        /// Only tests whose name contains one of these
+        filter: Vec<String>,
+        /// After `--`: options of the end-to-end suite, such as `--rounds 50 --seed 7`
+        #[arg(last = true, value_name = "E2E OPTIONS")]
+        options: Vec<String>,
+    },
+    /// Measure, in a lab of its own with one CPU
+    Bench {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Leave the lab up afterwards
+        #[arg(long)]
+        keep: bool,
+        /// After `--`: options of hermitage-bench
+        #[arg(last = true, value_name = "BENCH OPTIONS")]
+        options: Vec<String>,
+    },
+    /// Check licences, directions of imports, and paths that documents name
+    Check,
     /// Stop the service and the machine in order; data stays
     Down,
     #[command(hide = true)]
@@ -119,7 +154,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if let Verb::HoldKvm = cli.command {
         match hold::hold()? {}
     }
-    let layout = Layout::new(&cli.name)?;
+    let own_lab = match cli.command {
+        Verb::Test { .. } => "test",
+        Verb::Bench { .. } => "bench",
+        _ => "dev",
+    };
+    let layout = Layout::new(cli.name.as_deref().unwrap_or(own_lab))?;
     match cli.command {
         Verb::HoldKvm => {}
         Verb::Up { machine, detach } => {
@@ -146,6 +186,20 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let _claim = Claim::take(&layout)?;
             up::sync(&mut Serving::find(&layout)?, !no_build)?;
         }
+        Verb::Test { machine, unit, e2e, keep, filter, options } => {
+            let selection = suite::Selection {
+                filters: filter,
+                unit: !e2e,
+                end_to_end: !unit,
+                arguments: options,
+                keep,
+            };
+            return Ok(code(suite::run(&layout, &machine, &selection)?));
+        }
+        Verb::Bench { machine, keep, options } => {
+            return Ok(code(bench::run(&layout, &machine, &options, keep)?));
+        }
+        Verb::Check => checks::all(&layout)?,
         Verb::Status => status(&layout)?,
         Verb::Down => {
             let _claim = Claim::take(&layout)?;
@@ -184,7 +238,11 @@ fn logs(layout: &Layout, serial: bool, follow: bool) -> Result<ExitCode> {
         .arg(layout.serial_log())
         .status()
         .context("start tail")?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(code(status.success()))
+}
+
+fn code(success: bool) -> ExitCode {
+    if success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn status(layout: &Layout) -> Result<()> {

@@ -187,12 +187,17 @@ impl Serving {
         Ok(claim)
     }
 
-    /// The service's state directory on the serving machine, as a shell's word.
-    pub fn state_dir(&self) -> String {
+    /// The service's state directory on the serving machine.
+    pub fn state_path(&self) -> String {
         match &self.state.place {
-            Place::Native => quote(&self.layout.own().join("native/state").to_string_lossy()),
+            Place::Native => self.layout.own().join("native/state").to_string_lossy().into_owned(),
             Place::Emulated { .. } => "/var/lib/hermitage".to_owned(),
         }
+    }
+
+    /// The same as a shell's word.
+    pub fn state_dir(&self) -> String {
+        quote(&self.state_path())
     }
 
     /// The service's run directory on the serving machine.
