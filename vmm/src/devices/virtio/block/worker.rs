@@ -87,6 +87,7 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
+    let mut failures = 0u64;
     loop {
         let mut inbox = shared.inbox();
         let (request, disk) = loop {
@@ -99,7 +100,7 @@ fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
             inbox = shared.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         };
         drop(inbox);
-        let done = execute(&request, disk.as_deref(), memory);
+        let done = execute(&request, disk.as_deref(), memory, &mut failures);
         let Some(device) = device.upgrade() else { return };
         if let Err(fault) = device.with(|block, context| block.finish(&[done], context)) {
             device.leave_fault(fault);
@@ -108,7 +109,12 @@ fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
 }
 
 /// Does one request, whatever comes of it.
-fn execute(request: &Request, disk: Option<&File>, memory: &GuestMemory) -> Done {
+fn execute(
+    request: &Request,
+    disk: Option<&File>,
+    memory: &GuestMemory,
+    failures: &mut u64,
+) -> Done {
     let mut stats = BlockStats::default();
     let result = match disk {
         // Without a disk the capacity is 0, so only what touches no data comes this far.
@@ -119,7 +125,11 @@ fn execute(request: &Request, disk: Option<&File>, memory: &GuestMemory) -> Done
         Ok(written) => (Status::Ok, written),
         Err(Failure::Status(status)) => (status, 0),
         Err(Failure::Io(error)) => {
-            tracing::warn!(%error, "disk request failed");
+            *failures += 1;
+            // The first ones, then ever fewer: a guest with a full disk would fill the log.
+            if failures.is_power_of_two() {
+                tracing::warn!(%error, failures, "disk request failed");
+            }
             (Status::IoError, 0)
         }
     };

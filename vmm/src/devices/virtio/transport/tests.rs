@@ -125,8 +125,8 @@ fn rings_outside_of_memory_or_out_of_order_end_the_machine() {
         (16, [MEMORY, 0x2000, 0x3000]),
         (16, [0x1000, MEMORY - 16, 0x3000]),
         (16, [0x1000, 0x2000, MEMORY - 64]),
-        (16, [u64::MAX & !0xf, 0x2000, 0x3000]),
-        (16, [0x1000, u64::MAX & !1, 0x3000]),
+        (16, [!0xf, 0x2000, 0x3000]),
+        (16, [0x1000, !1, 0x3000]),
     ];
     for (size, addresses) in cases {
         let bare = Bare::new();

@@ -13,7 +13,7 @@ use hermitage_vmm_proto::stream_pair;
 
 use crate::devices::virtio::testing::Driver;
 
-use super::super::*;
+use super::super::{packet::HEADER, *};
 
 pub const OWNER: u8 = 9;
 const BUFFER: u32 = 3776;
