@@ -220,3 +220,6 @@ pub fn attach(n: u64, disk_size: u64) -> anyhow::Result<Vec<u8>> {
     });
     Ok(encode(&attach)?)
 }
+
+#[cfg(test)]
+mod tests;
