@@ -31,10 +31,11 @@ const QUIET_LIMIT: Duration = Duration::from_secs(60);
 /// 4 KiB page it writes, a huge page would be 512 of them. `random.trust_cpu=off`: what is seeded
 /// before the snapshot is shared by all forks anyway; each gets its own seed at once.
 /// `init_on_alloc=0`: free pages are zero in the base; writing zeroes over them again costs a private
-/// page each. `panic=-1`: a panic ends the machine at once.
+/// page each. `tsc=nowatchdog`: kvm-clock is watched by nobody, and waking up twice a second to watch the
+/// TSC is not free. `pci=conf1`: see [`crate::devices::bus::PCI_ADDRESS_PORT`]. `panic=-1`: a panic ends the machine at once.
 pub const CMDLINE: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=k no_timer_check \
     transparent_hugepage=never random.trust_cpu=off init_on_alloc=0 mitigations=auto \
-    nowatchdog audit=0 selinux=0 apparmor=0";
+    tsc=nowatchdog nowatchdog pci=conf1 audit=0 selinux=0 apparmor=0";
 
 pub struct Config {
     pub kernel: PathBuf,

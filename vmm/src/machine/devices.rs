@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,8 +21,8 @@ use crate::{
     boot::acpi::S5,
     devices::{
         bus::{
-            I8042_COMMAND_PORT, I8042_RESET, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT,
-            VIRTIO_DEVICES,
+            I8042_COMMAND_PORT, I8042_RESET, PCI_ADDRESS_PORT, RESET_PORT, RESET_VALUE,
+            SLEEP_CONTROL_PORT, VIRTIO_DEVICES,
         },
         serial::{BASE_PORT, SerialConsole, SerialConsoleState},
         virtio::{
@@ -38,6 +41,8 @@ pub struct Devices {
     pub vsock: Transport<Vsock>,
     pub block: Transport<Block>,
     pub serial: Mutex<SerialConsole>,
+    /// Used while booting only: not part of the state.
+    pci_address: AtomicU32,
     end: Arc<EndCell>,
 }
 
@@ -110,6 +115,7 @@ impl Devices {
                 SERIAL,
                 serial_log,
             )),
+            pci_address: AtomicU32::new(0),
             end,
         }
     }
@@ -143,6 +149,7 @@ impl Devices {
                 poller.clone(),
                 SERIAL,
             )?),
+            pci_address: AtomicU32::new(0),
             end,
         };
         devices.block.attach(disk)?;
@@ -207,13 +214,20 @@ impl Exits for Devices {
 
     fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        if let (Some(offset @ 0..8), [byte]) = (port.checked_sub(BASE_PORT), data) {
+        if port == PCI_ADDRESS_PORT
+            && let Ok(word) = <&mut [u8; 4]>::try_from(&mut *data)
+        {
+            *word = self.pci_address.load(Ordering::Relaxed).to_le_bytes();
+        } else if let (Some(offset @ 0..8), [byte]) = (port.checked_sub(BASE_PORT), data) {
             *byte = lock(&self.serial).read(offset as u8);
         }
     }
 
     fn port_write(&self, port: u16, data: &[u8]) -> Option<End> {
         let &[value] = data else {
+            if let (PCI_ADDRESS_PORT, Ok(word)) = (port, data.try_into()) {
+                self.pci_address.store(u32::from_le_bytes(word), Ordering::Relaxed);
+            }
             return None;
         };
         match port {
