@@ -1,1 +1,15 @@
+//! Hermitage: shell accounts, each in a virtual machine of its own.
+//!
+//! This is the part that strangers talk to: it authenticates them, starts and stops their machines and
+//! relays bytes. It never touches guest memory, guest file systems or formats that a guest wrote
+//! (docs/architecture.md), and has no unsafe code.
+#![forbid(unsafe_code)]
 
+pub mod admin;
+mod auth;
+pub mod config;
+mod lifecycle;
+mod machine;
+pub mod server;
+mod session;
+mod store;

@@ -1,0 +1,230 @@
+//! The admin socket: what operators ask of the running service. See [`protocol`] for the words.
+//!
+//! Only the service's own user may connect: the socket is mode 0600 and made that way before it is
+//! listened on.
+
+pub mod protocol;
+
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+
+use crate::{lifecycle::StopCause, server::Server};
+use protocol::{AccountStatus, MAX_REQUEST, Reply, Request, SOCKET_NAME, Status};
+
+/// How long a client may take for its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Requests, and consoles, at once.
+const MAX_CLIENTS: usize = 64;
+
+/// The socket, removed when the service ends.
+pub struct AdminSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl AdminSocket {
+    pub fn bind(run_dir: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(run_dir)
+            .with_context(|| format!("can't make the run directory {}", run_dir.display()))?;
+        let path = run_dir.join(SOCKET_NAME);
+        // The lock on the state directory is held: a socket that is there is a leftover.
+        let _ = std::fs::remove_file(&path);
+        let beside = run_dir.join(format!("{SOCKET_NAME}.new"));
+        let _ = std::fs::remove_file(&beside);
+        // Bound under another name until its mode is right.
+        let listener = UnixListener::bind(&beside)
+            .with_context(|| format!("can't make the admin socket {}", beside.display()))?;
+        std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600))
+            .and_then(|()| std::fs::rename(&beside, &path))
+            .with_context(|| format!("can't make the admin socket {}", path.display()))?;
+        Ok(Self { listener, path })
+    }
+}
+
+impl Drop for AdminSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Answers requests for ever.
+pub async fn serve(server: Arc<Server>, socket: AdminSocket) {
+    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match socket.listener.accept().await {
+            Ok((stream, _)) => {
+                let server = server.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = attend(&server, stream).await {
+                        tracing::debug!(%error, "admin client");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't accept an admin client");
+                sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> {
+    let request = match timeout(REQUEST_TIMEOUT, read_line(&mut stream)).await {
+        Ok(line) => line?,
+        Err(_) => return Ok(()),
+    };
+    let request = match request.map(|line| serde_json::from_slice::<Request>(&line)) {
+        Some(Ok(request)) => request,
+        Some(Err(error)) => {
+            return answer(&mut stream, &refused(format!("no request: {error}"))).await;
+        }
+        None => {
+            let words = format!("a request is a line of at most {MAX_REQUEST} bytes");
+            return answer(&mut stream, &refused(words)).await;
+        }
+    };
+    tracing::info!(?request, "admin request");
+    match request {
+        Request::AccountChanged { account } => {
+            let reply = account_changed(server, &account).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::StopAccount { account } => {
+            let reply = stop_account(server, &account).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::Status => {
+            let reply = status(server).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::Console { account } => console(server, &account, stream).await,
+    }
+}
+
+/// A line without its newline; None if it is too long or cut short. Byte by byte, because what follows
+/// a console's line is not ours; it is short.
+async fn read_line(stream: &mut UnixStream) -> std::io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    loop {
+        let mut byte = [0];
+        if stream.read(&mut byte).await? == 0 {
+            return Ok(None);
+        }
+        match byte {
+            [b'\n'] => return Ok(Some(line)),
+            [byte] => line.push(byte),
+        }
+        if line.len() >= MAX_REQUEST {
+            return Ok(None);
+        }
+    }
+}
+
+async fn answer(stream: &mut UnixStream, reply: &Reply) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    stream.write_all(&line).await
+}
+
+fn refused(message: String) -> Reply {
+    Reply::Error { message }
+}
+
+/// Only an account that may no longer be here is acted on: keys and passwords count for logins to come.
+async fn account_changed(server: &Server, name: &str) -> Reply {
+    let account = match server.store.by_name(name).await {
+        Ok(account) => account,
+        Err(error) => return refused(error.to_string()),
+    };
+    if account.as_ref().is_some_and(|account| account.is_open()) {
+        return Reply::Done;
+    }
+    // Removed accounts have no name any more: whoever is here and may not be is found by looking.
+    let here = server.registry.known().into_iter().chain(server.connections.accounts());
+    let mut closed: Vec<_> = account.into_iter().map(|account| account.id).collect();
+    for id in here {
+        match server.store.by_id(id).await {
+            Ok(Some(account)) if account.is_open() => {}
+            Ok(_) => closed.push(id),
+            Err(error) => return refused(error.to_string()),
+        }
+    }
+    closed.sort();
+    closed.dedup();
+    for id in closed {
+        let registry = server.registry.clone();
+        server.connections.disconnect_account(id, &StopCause::Closed.to_string());
+        tokio::spawn(async move { registry.stop(id, StopCause::Closed).await });
+    }
+    Reply::Done
+}
+
+async fn stop_account(server: &Server, name: &str) -> Reply {
+    match server.store.by_name(name).await {
+        Ok(Some(account)) => {
+            server.registry.stop(account.id, StopCause::Admin).await;
+            Reply::Done
+        }
+        Ok(None) => refused(format!("there is no account \"{name}\"")),
+        Err(error) => refused(error.to_string()),
+    }
+}
+
+async fn status(server: &Server) -> Reply {
+    let mut accounts = vec![];
+    for (id, status) in server.registry.status() {
+        let name = match server.store.by_id(id).await {
+            Ok(account) => account.map_or_else(|| id.to_string(), |account| account.name),
+            Err(error) => return refused(error.to_string()),
+        };
+        accounts.push(AccountStatus { account: name, ..status });
+    }
+    accounts.sort_by(|a, b| a.account.cmp(&b.account));
+    let since = server.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Reply::Status(Status {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        since: since.as_secs().try_into().unwrap_or(i64::MAX),
+        listen: server.listen.iter().map(ToString::to_string).collect(),
+        base: (server.current_base)(),
+        connections: server.connections.count().try_into().unwrap_or(u32::MAX),
+        accounts,
+    })
+}
+
+async fn console(server: &Server, name: &str, mut stream: UnixStream) -> std::io::Result<()> {
+    let machine = match server.store.by_name(name).await {
+        Ok(Some(account)) => server.registry.machine(account.id),
+        Ok(None) => {
+            let reply = refused(format!("there is no account \"{name}\""));
+            return answer(&mut stream, &reply).await;
+        }
+        Err(error) => return answer(&mut stream, &refused(error.to_string())).await,
+    };
+    let Some(machine) = machine else {
+        let words = format!("no machine of \"{name}\" is running; log in as {name} to start it");
+        return answer(&mut stream, &refused(words)).await;
+    };
+    let mut console = match machine.console().await {
+        Ok(console) => console,
+        Err(error) => return answer(&mut stream, &refused(error.to_string())).await,
+    };
+    answer(&mut stream, &Reply::Done).await?;
+    copy_bidirectional(&mut stream, &mut console).await?;
+    Ok(())
+}

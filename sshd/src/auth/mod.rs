@@ -1,0 +1,89 @@
+//! Who may log in. Every answer comes from the database at the moment it is asked: a key removed a
+//! second ago does not log in, and a key accepted as an offer is looked up again once its signature is
+//! verified.
+//!
+//! Names are not to be found out: an unknown user, a disabled account, an account without a password
+//! and a wrong password all verify one argon2id hash and take the same time.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hermitage_storage::accounts::{Account, MAX_PASSWORD, verify_password};
+use tokio::sync::Semaphore;
+
+use crate::store::Store;
+
+#[derive(Clone)]
+pub struct Authenticator {
+    store: Store,
+    /// Hashing is slow on purpose; this bounds the memory and the cores it takes.
+    hashing: Arc<Semaphore>,
+    failure_delay: Duration,
+}
+
+impl Authenticator {
+    pub fn new(store: Store, password_checks: usize, failure_delay: Duration) -> Self {
+        Self { store, hashing: Arc::new(Semaphore::new(password_checks)), failure_delay }
+    }
+
+    /// Whether this key (blob as on the wire) may try a signature, and as whom.
+    pub async fn key(&self, user: &str, blob: Vec<u8>) -> Option<Account> {
+        match self.store.by_key(user, blob).await {
+            Ok(account) => account,
+            Err(error) => {
+                tracing::error!(%error, "can't look up a key");
+                None
+            }
+        }
+    }
+
+    /// The account whose password this is.
+    pub async fn password(&self, user: &str, password: &str) -> Option<Account> {
+        let begun = Instant::now();
+        let verified = self.verify(user, password).await;
+        if verified.is_none() {
+            tokio::time::sleep(self.failure_delay.saturating_sub(begun.elapsed())).await;
+        }
+        verified
+    }
+
+    async fn verify(&self, user: &str, password: &str) -> Option<Account> {
+        if password.len() > MAX_PASSWORD {
+            return None;
+        }
+        let account = match self.store.by_name(user).await {
+            Ok(account) => account.filter(Account::is_open),
+            Err(error) => {
+                tracing::error!(%error, "can't look up an account");
+                None
+            }
+        };
+        let permit = self.hashing.clone().acquire_owned().await.ok()?;
+        let hash = account.as_ref().and_then(|account| account.password.clone());
+        let password = password.as_bytes().to_owned();
+        let matches = tokio::task::spawn_blocking(move || {
+            let matches = verify_password(hash.as_deref(), &password);
+            drop(permit);
+            matches
+        });
+        if !matches.await.unwrap_or(false) {
+            return None;
+        }
+        // It may have been disabled while the password was hashed.
+        let account = account?;
+        self.still_open(&account).await.then_some(account)
+    }
+
+    /// Whether an account that was let in still may be here.
+    pub async fn still_open(&self, account: &Account) -> bool {
+        match self.store.by_id(account.id).await {
+            Ok(account) => account.is_some_and(|account| account.is_open()),
+            Err(error) => {
+                tracing::error!(%error, "can't look up an account");
+                false
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The service's configuration: one TOML file, every field optional. `config/hermitage.toml` is the
+//! commented default.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+    /// Where `hermitage-vmm` is. Default: beside this program, or `HERMITAGE_LIBEXEC`.
+    pub libexec_dir: Option<PathBuf>,
+    pub ssh: Ssh,
+    pub machines: Machines,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/hermitage".into(),
+            run_dir: "/run/hermitage".into(),
+            libexec_dir: None,
+            ssh: Ssh::default(),
+            machines: Machines::default(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Ssh {
+    pub listen: Vec<SocketAddr>,
+    /// Seconds a client has to authenticate.
+    pub login_grace: u64,
+    /// Failed attempts (a wrong password, a bad signature) after which a connection is closed.
+    pub max_failures: u32,
+    /// Connections that have not authenticated yet, all together and per source address.
+    pub max_unauthenticated: usize,
+    pub max_unauthenticated_per_source: usize,
+    /// Connections, authenticated or not.
+    pub max_connections: usize,
+    /// Channels of one connection.
+    pub max_channels: usize,
+    /// Seconds between keepalives on an otherwise silent connection.
+    pub keepalive: u64,
+    /// Environment variables that clients may set, beside LANG, LC_*, TERM and COLORTERM. A trailing
+    /// `*` stands for anything.
+    pub accept_env: Vec<String>,
+    /// Passwords verified at the same time (each takes 19 MiB and a core for some 20 ms).
+    pub password_checks: usize,
+    /// Milliseconds a failed attempt takes at least.
+    pub failure_delay_ms: u64,
+}
+
+impl Default for Ssh {
+    fn default() -> Self {
+        Self {
+            listen: vec![
+                SocketAddr::from(([0, 0, 0, 0], 2222)),
+                SocketAddr::from(([0u16; 8], 2222)),
+            ],
+            login_grace: 30,
+            max_failures: 6,
+            max_unauthenticated: 100,
+            max_unauthenticated_per_source: 20,
+            max_connections: 4000,
+            max_channels: 64,
+            keepalive: 30,
+            accept_env: vec![],
+            password_checks: 4,
+            failure_delay_ms: 400,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Machines {
+    /// Seconds a machine stays after its last session left.
+    pub linger: u64,
+    /// Seconds from the fork until the account has its machine.
+    pub start_timeout: u64,
+    /// Seconds a guest has to power off in order; then it is killed.
+    pub stop_timeout: u64,
+    /// Seconds to wait for the disk of a machine that a killed service left behind.
+    pub stale_timeout: u64,
+    /// No machine is started with less than this free where the state directory is.
+    pub min_free_mib: u64,
+}
+
+impl Default for Machines {
+    fn default() -> Self {
+        Self {
+            linger: 60,
+            start_timeout: 30,
+            stop_timeout: 20,
+            stale_timeout: 30,
+            min_free_mib: 512,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("can't read the configuration {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("the configuration {path} is not right: {source}")]
+    Parse { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("the configuration: {field} = {value} is out of range; {expected}")]
+    Range { field: &'static str, value: u64, expected: &'static str },
+}
+
+/// Where the configuration is looked for unless told.
+pub const DEFAULT_PATH: &str = "/etc/hermitage/hermitage.toml";
+
+impl Config {
+    /// Reads `path`; without one, the default path if there is such a file, else the defaults.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, required) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
+                return Ok(Self::default());
+            }
+            Err(source) => return Err(ConfigError::Read { path: path.into(), source }),
+        };
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Refuses values that would make the service useless rather than strict.
+    fn check(&self) -> Result<(), ConfigError> {
+        let positive = [
+            ("ssh.login_grace", self.ssh.login_grace),
+            ("ssh.max_failures", self.ssh.max_failures.into()),
+            ("ssh.max_unauthenticated", self.ssh.max_unauthenticated as u64),
+            ("ssh.max_unauthenticated_per_source", self.ssh.max_unauthenticated_per_source as u64),
+            ("ssh.max_connections", self.ssh.max_connections as u64),
+            ("ssh.max_channels", self.ssh.max_channels as u64),
+            ("ssh.keepalive", self.ssh.keepalive),
+            ("ssh.password_checks", self.ssh.password_checks as u64),
+            ("machines.start_timeout", self.machines.start_timeout),
+            ("machines.stop_timeout", self.machines.stop_timeout),
+        ];
+        for (field, value) in positive {
+            if value == 0 {
+                return Err(ConfigError::Range {
+                    field,
+                    value,
+                    expected: "it has to be 1 or more",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where `hermitage-vmm` and `hermitage-image` are.
+    pub fn libexec_dir(&self) -> PathBuf {
+        if let Some(dir) = &self.libexec_dir {
+            return dir.clone();
+        }
+        if let Some(dir) = std::env::var_os("HERMITAGE_LIBEXEC") {
+            return dir.into();
+        }
+        std::env::current_exe()
+            .ok()
+            .and_then(|program| Some(program.parent()?.to_owned()))
+            .unwrap_or_else(|| "/usr/libexec/hermitage".into())
+    }
+}
+
+impl Machines {
+    pub fn linger(&self) -> Duration {
+        Duration::from_secs(self.linger)
+    }
+    pub fn start_timeout(&self) -> Duration {
+        Duration::from_secs(self.start_timeout)
+    }
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_secs(self.stop_timeout)
+    }
+    pub fn stale_timeout(&self) -> Duration {
+        Duration::from_secs(self.stale_timeout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[ssh]\nlogin_grase = 5\n").unwrap();
+        let error = Config::load(Some(file.path())).unwrap_err().to_string();
+        assert!(error.contains("login_grase"), "{error}");
+    }
+
+    #[test]
+    fn a_grace_of_nothing_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[ssh]\nlogin_grace = 0\n").unwrap();
+        let error = Config::load(Some(file.path())).unwrap_err().to_string();
+        assert!(error.contains("ssh.login_grace = 0"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_said_keeps_its_default() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[machines]\nlinger = 5\n").unwrap();
+        let config = Config::load(Some(file.path())).unwrap();
+        assert_eq!(config.machines.linger, 5);
+        assert_eq!(config.ssh.login_grace, 30);
+    }
+
+    #[test]
+    fn a_named_file_that_is_missing_is_an_error() {
+        let error = Config::load(Some(Path::new("/nowhere/h.toml"))).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/h.toml"), "{error}");
+    }
+}

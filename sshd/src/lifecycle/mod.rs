@@ -1,0 +1,266 @@
+//! Which accounts have a machine, and when: a pure function ([`state`]) decides, one task per account
+//! ([`driver`]) carries it out, so that two logins at once can't start two machines.
+//!
+//! Sessions ask the [`Registry`] for a [`Lease`]; the machine stays at least as long as there are leases.
+
+mod driver;
+mod start;
+mod state;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use hermitage_storage::accounts::{Account, Intent, MachineState};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+use uuid::Uuid;
+
+use crate::{admin::protocol::AccountStatus, machine::Machine};
+pub use driver::Context;
+use driver::{Driver, Request};
+pub use state::StopCause;
+
+/// Logins and stops of one account that wait to be looked at.
+const MAILBOX: usize = 64;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LoginError {
+    /// In words for the user.
+    #[error("{0}")]
+    NoMachine(String),
+    #[error("this account has all of its {0} sessions; close one first")]
+    TooMany(u32),
+    #[error("the service is stopping")]
+    Stopping,
+}
+
+/// The right to use an account's machine. The machine does not go to rest while there is one.
+pub struct Lease {
+    pub machine: Arc<Machine>,
+    /// Set when the machine is taken away, with the reason.
+    end: watch::Receiver<Option<String>>,
+    leaves: watch::Sender<u64>,
+}
+
+impl Lease {
+    /// Waits until the machine is taken away and says why.
+    pub async fn must_end(&self) -> String {
+        let mut end = self.end.clone();
+        let reason = end.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        match reason {
+            Some(reason) => reason,
+            // The driver went on to another machine; this one's own end is told by the machine.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.leaves.send_modify(|count| *count += 1);
+    }
+}
+
+/// All accounts' lifecycles.
+#[derive(Clone)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    context: Arc<Context>,
+    accounts: Mutex<HashMap<Uuid, Handle>>,
+    closing: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Handle {
+    mailbox: mpsc::Sender<Request>,
+    status: watch::Receiver<Status>,
+}
+
+/// An account's lifecycle as it shows from outside.
+#[derive(Clone, Debug)]
+pub(crate) struct Status {
+    pub state: MachineState,
+    pub since: SystemTime,
+    pub why: String,
+    pub machine_pid: Option<i32>,
+    pub base: Option<String>,
+    pub sessions: u32,
+    pub machine: Option<std::sync::Weak<MachineCell>>,
+}
+
+/// Keeps `Debug` off the machine.
+pub(crate) struct MachineCell(pub Arc<Machine>);
+
+impl std::fmt::Debug for MachineCell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "machine {}", self.0.id)
+    }
+}
+
+impl Registry {
+    pub fn new(context: Context) -> Self {
+        let inner = Inner {
+            context: Arc::new(context),
+            accounts: Mutex::default(),
+            closing: AtomicBool::new(false),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// A lease on the account's machine, which is started if it has none.
+    pub async fn login(&self, account: &Account) -> Result<Lease, LoginError> {
+        if self.inner.closing.load(Ordering::Acquire) {
+            return Err(LoginError::Stopping);
+        }
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Login { max_sessions: account.max_sessions, reply };
+        let mailbox = self.handle(account).mailbox;
+        mailbox.send(request).await.map_err(|_| LoginError::Stopping)?;
+        answer.await.unwrap_or(Err(LoginError::Stopping))
+    }
+
+    /// Ends the account's sessions and machine; returns when the machine is gone.
+    pub async fn stop(&self, account: Uuid, cause: StopCause) {
+        let Some(handle) = self.accounts().get(&account).cloned() else { return };
+        let (reply, answer) = oneshot::channel();
+        if handle.mailbox.send(Request::Stop { cause, reply }).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+
+    /// Stops every machine at once, and starts no more. Returns how many were not gone in time.
+    pub async fn shutdown(&self, bound: Duration) -> usize {
+        self.inner.closing.store(true, Ordering::Release);
+        let accounts: Vec<Uuid> = self.accounts().keys().copied().collect();
+        let mut stopping = tokio::task::JoinSet::new();
+        for account in accounts {
+            let registry = self.clone();
+            stopping.spawn(async move { registry.stop(account, StopCause::Shutdown).await });
+        }
+        let all = async { while stopping.join_next().await.is_some() {} };
+        let _ = timeout(bound, all).await;
+        stopping.len()
+    }
+
+    /// The account's running machine, if it has one.
+    pub fn machine(&self, account: Uuid) -> Option<Arc<Machine>> {
+        let handle = self.accounts().get(&account).cloned()?;
+        let cell = handle.status.borrow().machine.as_ref()?.upgrade()?;
+        Some(cell.0.clone())
+    }
+
+    /// Accounts with a machine, or that failed to get one, by id.
+    pub fn status(&self) -> Vec<(Uuid, AccountStatus)> {
+        let handles: Vec<(Uuid, Handle)> =
+            self.accounts().iter().map(|(id, handle)| (*id, handle.clone())).collect();
+        handles
+            .into_iter()
+            .filter_map(|(id, handle)| {
+                let status = handle.status.borrow().clone();
+                if status.state == MachineState::Stopped {
+                    return None;
+                }
+                let since = status.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let status = AccountStatus {
+                    account: id.to_string(),
+                    state: status.state.to_string(),
+                    since: since.as_secs().try_into().unwrap_or(i64::MAX),
+                    why: status.why,
+                    machine_pid: status.machine_pid,
+                    base: status.base,
+                    sessions: status.sessions,
+                };
+                Some((id, status))
+            })
+            .collect()
+    }
+
+    /// Starts the current base's fork server, so that the first login does not wait for it.
+    pub fn warm_up(&self) {
+        let context = self.inner.context.clone();
+        tokio::spawn(async move {
+            if let Err(error) = context.forks.server().await {
+                tracing::error!(%error, "machines can't be started");
+            }
+        });
+    }
+
+    /// Accounts that have had a machine since the service started.
+    pub fn known(&self) -> Vec<Uuid> {
+        self.accounts().keys().copied().collect()
+    }
+
+    /// Looks at what a former service left on record. Its machines power off by themselves; their
+    /// accounts are noted as stopped as soon as their disks are free.
+    pub async fn reconcile(&self) {
+        let context = &self.inner.context;
+        match context.store.end_open_sessions("the service ended").await {
+            Ok(0) => {}
+            Ok(count) => tracing::warn!(count, "sessions were cut off when the service ended"),
+            Err(error) => tracing::error!(%error, "can't close the sessions log"),
+        }
+        let unfinished = match context.store.unfinished().await {
+            Ok(unfinished) => unfinished,
+            Err(error) => {
+                tracing::error!(%error, "can't read what the former service left behind");
+                return;
+            }
+        };
+        for intent in unfinished {
+            tracing::warn!(account = %intent.account, state = %intent.state, pid = intent.pid,
+                "a former service left this machine");
+            let context = context.clone();
+            tokio::spawn(async move { settle(&context, intent).await });
+        }
+    }
+
+    fn handle(&self, account: &Account) -> Handle {
+        let mut accounts = self.accounts();
+        accounts
+            .entry(account.id)
+            .or_insert_with(|| {
+                let (mailbox, requests) = mpsc::channel(MAILBOX);
+                let (driver, status) =
+                    Driver::new(self.inner.context.clone(), account.id, requests);
+                tokio::spawn(driver.run());
+                Handle { mailbox, status }
+            })
+            .clone()
+    }
+
+    fn accounts(&self) -> MutexGuard<'_, HashMap<Uuid, Handle>> {
+        self.inner.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until nobody holds the account's disk, then notes it as stopped, unless somebody logged in
+/// meanwhile.
+async fn settle(context: &Context, left: Intent) {
+    let disk = context.state_dir.disk(left.account);
+    if start::open_disk(&disk, context.config.machines.stale_timeout()).await.is_err() {
+        tracing::warn!(account = %left.account, pid = left.pid, "still not stopped");
+        return;
+    }
+    let unchanged = match context.store.unfinished().await {
+        Ok(now) => now.contains(&left),
+        Err(_) => false,
+    };
+    if unchanged {
+        let detail = Some("left behind by a former service".to_owned());
+        let stopped = Intent { state: MachineState::Stopped, pid: None, detail, ..left };
+        if let Err(error) = context.store.record(stopped).await {
+            tracing::error!(%error, "can't note a machine as stopped");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Starting an account's machine: room, disk, identity, fork.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use hermitage_guest_proto::{Attach, WallClock};
+use hermitage_storage::{
+    accounts::Account,
+    disk::{self, DiskError},
+};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::driver::Context;
+use crate::{
+    machine::{ForkError, LaunchError, Machine, Spec, launch},
+    store::StoreError,
+};
+
+/// How often a disk that is still held is tried again.
+const DISK_RETRY: Duration = Duration::from_millis(100);
+
+/// Bytes of the host's random numbers that a guest's generator starts from.
+const ENTROPY: usize = 64;
+
+pub(super) struct Started {
+    pub machine: Arc<Machine>,
+    pub linger: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("the account is disabled or removed")]
+    Closed,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{path} has {free} MiB free, less than machines.min_free_mib = {floor}; make room there", path = path.display())]
+    NoRoom { path: PathBuf, free: u64, floor: u64 },
+    #[error("can't tell how much room {path} has: {source}", path = path.display())]
+    Room { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("can't look at the disk {path}: {source}", path = path.display())]
+    DiskSize { path: PathBuf, source: std::io::Error },
+    #[error("no random numbers: {0}")]
+    Entropy(String),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("starting was cut off: {0}")]
+    Interrupted(String),
+}
+
+impl StartError {
+    /// What the person logging in is told: what she can do something about, and no paths of the host.
+    pub(super) fn for_user(&self) -> String {
+        match self {
+            StartError::Closed => "this account is disabled".into(),
+            StartError::NoRoom { .. } => {
+                "the host's disk is nearly full, so no machine can be started; \
+                 your files are safe, try again later"
+                    .into()
+            }
+            StartError::Disk(DiskError::InUse(_)) => {
+                "your former machine has not ended yet; try again in a minute".into()
+            }
+            StartError::Launch(LaunchError::Fork(ForkError::NoBase)) => {
+                "this host has no base image yet; tell its operator".into()
+            }
+            StartError::Launch(error @ (LaunchError::AttachFailed(_) | LaunchError::Ended(_))) => {
+                error.to_string()
+            }
+            _ => "the host could not start your machine; its operator finds the reason in the log"
+                .into(),
+        }
+    }
+}
+
+pub(super) async fn start(context: Arc<Context>, account: Uuid) -> Result<Started, StartError> {
+    let account =
+        context.store.by_id(account).await?.filter(Account::is_open).ok_or(StartError::Closed)?;
+    let machines = &context.config.machines;
+    check_room(context.state_dir.root(), machines.min_free_mib)?;
+
+    let path = context.state_dir.disk(account.id);
+    let disk = open_disk(&path, machines.stale_timeout()).await?;
+    let disk_size = disk.metadata().map_err(|source| StartError::DiskSize { path, source })?.len();
+
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|error| StartError::Entropy(error.to_string()))?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let attach = Attach {
+        account: account.name.clone(),
+        uid: account.uid,
+        hostname: account.hostname.clone(),
+        machine_id: account.machine_id,
+        entropy,
+        clock: WallClock {
+            seconds: now.as_secs().try_into().unwrap_or(i64::MAX),
+            nanoseconds: now.subsec_nanos(),
+        },
+        disk_size,
+    };
+    let spec = Spec { attach, disk: disk.into(), timeout: machines.start_timeout() };
+    let begun = Instant::now();
+    let machine = launch(&context.forks, spec).await?;
+    tracing::info!(
+        account = account.name,
+        pid = machine.pid,
+        base = machine.base,
+        ms = begun.elapsed().as_millis() as u64,
+        "machine started"
+    );
+    let linger =
+        account.linger_s.map_or(machines.linger(), |seconds| Duration::from_secs(seconds.into()));
+    Ok(Started { machine, linger })
+}
+
+/// Opens and locks an account's disk. A machine that a former service left behind still has it until
+/// it has powered off: that is waited for.
+pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<File, StartError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let owned = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || disk::open_locked(&owned))
+            .await
+            .map_err(|error| StartError::Interrupted(error.to_string()))?;
+        match opened {
+            Err(DiskError::InUse(_)) if Instant::now() < deadline => sleep(DISK_RETRY).await,
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+fn check_room(path: &Path, floor: u64) -> Result<(), StartError> {
+    let stat = nix::sys::statvfs::statvfs(path)
+        .map_err(|errno| StartError::Room { path: path.into(), source: errno.into() })?;
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size()) >> 20;
+    if free < floor {
+        return Err(StartError::NoRoom { path: path.into(), free, floor });
+    }
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! From an account's disk to its running machine: docs/architecture.md "One login", steps 2 and 3.
+
+use std::{io::Write, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use hermitage_guest_proto::{Attach, HostMessage, encode};
+use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, timeout},
+};
+
+use super::{
+    AGENT_QUEUE, Machine,
+    agent::{self, AgentError, Reader},
+    fork_server::{ForkError, ForkServers, Forked},
+    socket::MessageSocket,
+};
+
+/// How long a process may take to be reaped once it has said that it ends.
+const REAP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a machine may go on without its agent: it powers off, and PID 1 is the last to know.
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    #[error("can't make sockets for the machine: {0}")]
+    Sockets(#[from] std::io::Error),
+    #[error("can't tell the agent who the machine is for: {0}")]
+    Attach(#[from] hermitage_guest_proto::FrameError),
+    #[error("the machine could not take up the account: {0}")]
+    AttachFailed(String),
+    #[error("the machine ended before it was ready: {0}")]
+    Ended(String),
+    #[error("the machine was not ready within {0:?}")]
+    Timeout(Duration),
+}
+
+pub struct Spec {
+    pub attach: Attach,
+    /// The account's disk, open for writing and locked.
+    pub disk: OwnedFd,
+    pub timeout: Duration,
+}
+
+/// Forks a machine and waits until it has its account.
+pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, LaunchError> {
+    let label = spec.attach.account.clone();
+    let (control, control_far) = message_pair(false)?;
+    let (agent, agent_far) = stream_pair(true)?;
+    // Before the fork, so that it is there when the guest looks; it fits any socket buffer.
+    let frame = encode(&HostMessage::Attach(spec.attach))?;
+    let mut agent = std::os::unix::net::UnixStream::from(agent);
+    agent.write_all(&frame)?;
+    let agent = UnixStream::from_std(agent)?;
+
+    let forked = forks.fork(label.clone(), [control_far, agent_far, spec.disk]).await?;
+    let machine = supervise(label, forked, MessageSocket::new(control)?, agent);
+
+    let mut attached = machine.attached.subscribe();
+    let outcome = tokio::select! {
+        outcome = attached.wait_for(Option::is_some) => match outcome.ok().and_then(|o| o.clone()) {
+            Some(Ok(())) => return Ok(machine),
+            Some(Err(reason)) => LaunchError::AttachFailed(reason),
+            None => LaunchError::AttachFailed("no answer".into()),
+        },
+        reason = machine.ended() => LaunchError::Ended(reason),
+        () = tokio::time::sleep(spec.timeout) => LaunchError::Timeout(spec.timeout),
+    };
+    machine.kill().await;
+    // Its disk is free only then, and the next attempt wants it.
+    let _ = timeout(REAP_TIMEOUT, machine.gone()).await;
+    Err(outcome)
+}
+
+/// Starts the tasks that go with a machine.
+fn supervise(
+    label: String,
+    forked: Forked,
+    control: MessageSocket,
+    agent: UnixStream,
+) -> Arc<Machine> {
+    let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);
+    let machine = Arc::new(Machine {
+        id: forked.id,
+        pid: forked.pid,
+        base: forked.server.base.clone(),
+        label,
+        control,
+        agent: agent_sender,
+        table: Default::default(),
+        server: forked.server,
+        attached: watch::channel(None).0,
+        ended: watch::channel(None).0,
+        gone: watch::channel(None).0,
+    });
+    let (reader, writer) = agent.into_split();
+    let writing = tokio::spawn(agent::write(writer, agent_messages));
+    let supervised = machine.clone();
+    tokio::spawn(async move {
+        run(&supervised, Reader::new(reader), forked.exited).await;
+        writing.abort();
+    });
+    machine
+}
+
+/// Serves the machine's events until it is gone.
+async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver<ProcessExit>) {
+    let mut reason = None;
+    let mut listening = true;
+    let mut orphaned = None;
+    let mut exit = None;
+    loop {
+        tokio::select! {
+            event = machine.control.receive::<MachineEvent>() => match event {
+                Ok(packet) => match packet.message {
+                    MachineEvent::Ended(end) => reason = Some(describe(&end)),
+                    event => machine.machine_event(event),
+                },
+                Err(_) => break,
+            },
+            message = agent.message(), if listening => match message {
+                Ok(message) => machine.agent_message(message),
+                Err(AgentError::Closed) => {
+                    listening = false;
+                    orphaned = Some(Instant::now() + ORPHAN_TIMEOUT);
+                }
+                Err(error) => {
+                    tracing::warn!(machine = machine.label, %error, "ending the machine");
+                    reason = Some(error.to_string());
+                    listening = false;
+                    machine.kill().await;
+                }
+            },
+            () = deadline(orphaned) => {
+                orphaned = None;
+                reason = Some("its agent is gone".into());
+                machine.kill().await;
+            }
+            status = &mut exited => {
+                exit = Some(status);
+                // What it said last may still be in the socket.
+                while let Ok(Ok(packet)) =
+                    timeout(Duration::ZERO, machine.control.receive::<MachineEvent>()).await
+                {
+                    match packet.message {
+                        MachineEvent::Ended(end) => reason = Some(describe(&end)),
+                        event => machine.machine_event(event),
+                    }
+                }
+                // Likewise: an exit status that the agent sent in time.
+                while listening && let Ok(Ok(message)) =
+                    timeout(Duration::ZERO, agent.message()).await
+                {
+                    machine.agent_message(message);
+                }
+                break;
+            },
+        }
+    }
+    if exit.is_none() && reason.is_none() {
+        // The process tells nothing any more; its exit status will tell something, and soon.
+        exit = timeout(Duration::from_secs(1), &mut exited).await.ok();
+    }
+    let reason = reason.unwrap_or_else(|| match exit {
+        Some(Ok(ProcessExit::Signal(signal))) => {
+            format!("its process was killed by signal {signal}")
+        }
+        Some(Ok(ProcessExit::Code(code))) => format!("its process ended with status {code}"),
+        Some(Err(_)) | None => "its process is gone".into(),
+    });
+    tracing::info!(machine = machine.label, pid = machine.pid, reason, "machine ended");
+    machine.ended.send_replace(Some(reason.clone()));
+    machine.drop_waiting();
+    if exit.is_none() && timeout(REAP_TIMEOUT, &mut exited).await.is_err() {
+        tracing::warn!(machine = machine.label, pid = machine.pid, "not reaped; killing it");
+        machine.kill().await;
+        let _ = timeout(REAP_TIMEOUT, &mut exited).await;
+    }
+    machine.gone.send_replace(Some(reason));
+}
+
+async fn deadline(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn describe(end: &End) -> String {
+    super::printable(&end.to_string())
+}
+
+impl Machine {
+    /// Whoever waits for an answer gets none any more.
+    fn drop_waiting(&self) {
+        let mut table = self.table();
+        table.sessions.clear();
+        table.connecting.clear();
+    }
+}

@@ -1,0 +1,470 @@
+//! russh's callbacks, turned into what sessions understand. Nothing is decided here but who may go on.
+//!
+//! A callback holds up its whole connection, so none of them waits for a machine or a program.
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+
+use hermitage_guest_proto::Window;
+use hermitage_storage::accounts::Account;
+use russh::{
+    Channel, ChannelId, ChannelOpenFailure, ChannelWriteHalf, Sig,
+    keys::Algorithm,
+    server::{
+        Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session as Connection,
+        VerifiedPublicKey,
+    },
+};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Server, connections::Entry, crypto::methods, environment};
+use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
+
+/// Longest command, and longest TERM, in bytes. What the agent is told has to fit a frame.
+const MAX_COMMAND: usize = 128 * 1024;
+const MAX_TERM: usize = 64;
+
+pub struct ClientHandler {
+    server: Arc<Server>,
+    peer: SocketAddr,
+    inflow: Arc<Inflow>,
+    entry: Arc<Entry>,
+    failures: u32,
+    /// Who authenticated last; settled once authentication has succeeded.
+    account: Option<Account>,
+    channels: HashMap<ChannelId, ChannelState>,
+    /// Ends every session of this connection when it goes.
+    gone: DropGuard,
+}
+
+enum ChannelState {
+    /// Open; nothing runs yet.
+    Idle(Box<Setup>),
+    Running(Controls),
+}
+
+struct Setup {
+    write: ChannelWriteHalf<Msg>,
+    pty: Option<Pty>,
+    window: Window,
+    env: environment::Env,
+    input: Arc<InputQueue>,
+}
+
+/// What a running session is told.
+struct Controls {
+    input: Arc<InputQueue>,
+    window: watch::Sender<Window>,
+    signals: mpsc::Sender<String>,
+    closed: CancellationToken,
+}
+
+impl ClientHandler {
+    pub fn new(
+        server: Arc<Server>,
+        peer: SocketAddr,
+        inflow: Arc<Inflow>,
+        entry: Arc<Entry>,
+    ) -> Self {
+        let gone = CancellationToken::new().drop_guard();
+        let channels = HashMap::new();
+        Self { server, peer, inflow, entry, failures: 0, account: None, channels, gone }
+    }
+
+    /// A failed attempt. Offers of keys are none: an agent offers all it has.
+    fn failed(&mut self, user: &str, method: &str) -> Auth {
+        self.failures += 1;
+        tracing::warn!(peer = %self.peer, user = shown(user), method, "failed login");
+        if self.failures >= self.server.config.ssh.max_failures {
+            self.entry.disconnect("too many authentication failures");
+        }
+        again()
+    }
+
+    fn setup(&mut self, channel: ChannelId) -> Option<&mut Setup> {
+        match self.channels.get_mut(&channel) {
+            Some(ChannelState::Idle(setup)) => Some(setup),
+            _ => None,
+        }
+    }
+
+    /// Starts a session on a channel. False if it has one already.
+    fn start(&mut self, channel: ChannelId, kind: Kind, connection: &Connection) -> bool {
+        let Some(account) = self.account.clone() else { return false };
+        let setup = match self.channels.remove(&channel) {
+            Some(ChannelState::Idle(setup)) => *setup,
+            Some(running) => {
+                self.channels.insert(channel, running);
+                return false;
+            }
+            None => return false,
+        };
+        let (window, window_changes) = watch::channel(setup.window);
+        let (signals, signals_received) = mpsc::channel(SIGNALS);
+        let closed = self.gone.token().child_token();
+        let session = Session {
+            account,
+            source: self.peer.to_string(),
+            kind,
+            pty: setup.pty,
+            env: setup.env.into_pairs(),
+            client: Client {
+                input: setup.input.clone(),
+                window: window_changes,
+                signals: signals_received,
+                closed: closed.clone(),
+            },
+            output: Output {
+                channel: setup.write,
+                connection: connection.handle(),
+                inflow: self.inflow.clone(),
+            },
+        };
+        let controls = Controls { input: setup.input, window, signals, closed };
+        self.channels.insert(channel, ChannelState::Running(controls));
+        let (registry, store) = (self.server.registry.clone(), self.server.store.clone());
+        tokio::spawn(session::run(registry, store, session));
+        true
+    }
+
+    fn forget(&mut self, channel: ChannelId) {
+        if let Some(ChannelState::Running(controls)) = self.channels.remove(&channel) {
+            controls.closed.cancel();
+        }
+    }
+}
+
+impl Handler for ClientHandler {
+    type Error = russh::Error;
+
+    async fn auth_none(&mut self, _user: &str) -> Result<Auth, Self::Error> {
+        Ok(again())
+    }
+
+    async fn auth_publickey_offered(
+        &mut self,
+        user: &str,
+        offer: PublicKeyOffer<'_>,
+    ) -> Result<Auth, Self::Error> {
+        // SHA-1 signatures are worth nothing (RFC 8332); the client tries the key again with SHA-2.
+        if *offer.algorithm == (Algorithm::Rsa { hash: None }) {
+            return Ok(again());
+        }
+        let Ok(blob) = offer.public_key.to_bytes() else { return Ok(again()) };
+        let known = self.server.authenticator.key(user, blob).await;
+        Ok(if known.is_some() { Auth::Accept } else { again() })
+    }
+
+    async fn auth_publickey(
+        &mut self,
+        user: &str,
+        key: VerifiedPublicKey<'_>,
+    ) -> Result<Auth, Self::Error> {
+        let account = match key.public_key.to_bytes() {
+            Ok(blob) if *key.algorithm != (Algorithm::Rsa { hash: None }) => {
+                self.server.authenticator.key(user, blob).await
+            }
+            _ => None,
+        };
+        let Some(account) = account else { return Ok(self.failed(user, "publickey")) };
+        let fingerprint = key.public_key.fingerprint(Default::default());
+        tracing::info!(peer = %self.peer, account = account.name, %fingerprint, "login by key");
+        self.account = Some(account);
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
+        let account = self.server.authenticator.password(user, password).await;
+        let Some(account) = account else { return Ok(self.failed(user, "password")) };
+        tracing::info!(peer = %self.peer, account = account.name, "login by password");
+        self.account = Some(account);
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_succeeded(&mut self, _connection: &mut Connection) -> Result<(), Self::Error> {
+        let Some(account) = &self.account else { return Err(russh::Error::Inconsistent) };
+        self.entry.authenticated(account.id);
+        // From here on a change of the account reaches this connection; one that came just before is
+        // seen now.
+        if !self.server.authenticator.still_open(account).await {
+            self.entry.disconnect("this account is disabled");
+        }
+        Ok(())
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        channel: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let most = self.server.config.ssh.max_channels;
+        if self.channels.len() >= most {
+            let reason = format!("a connection has at most {most} channels here");
+            reply.reject(ChannelOpenFailure::Other { code: 4, reason }).await;
+            return Ok(());
+        }
+        // The read half is dropped: data comes through the callbacks below, which can count it.
+        let (_, write) = channel.split();
+        let setup = Setup {
+            pty: None,
+            window: Window::default(),
+            env: environment::Env::default(),
+            input: Arc::new(InputQueue::new(self.inflow.clone())),
+            write,
+        };
+        self.channels.insert(setup.write.id(), ChannelState::Idle(Box::new(setup)));
+        reply.accept().await;
+        Ok(())
+    }
+
+    async fn channel_open_direct_tcpip(
+        &mut self,
+        _channel: Channel<Msg>,
+        _host: &str,
+        _port: u32,
+        _originator: &str,
+        _originator_port: u32,
+        reply: ChannelOpenHandle,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        reply.reject(no_forwarding()).await;
+        Ok(())
+    }
+
+    async fn channel_open_direct_streamlocal(
+        &mut self,
+        _channel: Channel<Msg>,
+        _path: &str,
+        reply: ChannelOpenHandle,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        reply.reject(no_forwarding()).await;
+        Ok(())
+    }
+
+    async fn pty_request(
+        &mut self,
+        channel: ChannelId,
+        term: &str,
+        columns: u32,
+        rows: u32,
+        width_px: u32,
+        height_px: u32,
+        modes: &[(russh::Pty, u32)],
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let plausible = term.len() <= MAX_TERM && term.bytes().all(|byte| byte.is_ascii_graphic());
+        match self.setup(channel) {
+            Some(setup) if setup.pty.is_none() && plausible => {
+                let modes = modes
+                    .iter()
+                    .map(|(mode, value)| (*mode as u8, *value))
+                    .filter(|(mode, _)| *mode != 0)
+                    .collect();
+                setup.pty = Some(Pty { term: term.to_owned(), modes });
+                setup.window = window(columns, rows, width_px, height_px);
+                connection.channel_success(channel)
+            }
+            _ => connection.channel_failure(channel),
+        }
+    }
+
+    async fn env_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        value: &str,
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let server = self.server.clone();
+        let taken = self
+            .setup(channel)
+            .is_some_and(|setup| setup.env.set(name, value, &server.config.ssh.accept_env));
+        match taken {
+            true => connection.channel_success(channel),
+            false => connection.channel_failure(channel),
+        }
+    }
+
+    async fn shell_request(
+        &mut self,
+        channel: ChannelId,
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        match self.start(channel, Kind::Shell, connection) {
+            true => connection.channel_success(channel),
+            false => connection.channel_failure(channel),
+        }
+    }
+
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        command: &[u8],
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let short = command.len() <= MAX_COMMAND && !command.contains(&0);
+        match short && self.start(channel, Kind::Exec(command.to_vec()), connection) {
+            true => connection.channel_success(channel),
+            false => connection.channel_failure(channel),
+        }
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        match name == "sftp" && self.start(channel, Kind::Sftp, connection) {
+            true => connection.channel_success(channel),
+            false => connection.channel_failure(channel),
+        }
+    }
+
+    async fn window_change_request(
+        &mut self,
+        channel: ChannelId,
+        columns: u32,
+        rows: u32,
+        width_px: u32,
+        height_px: u32,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let window = window(columns, rows, width_px, height_px);
+        match self.channels.get_mut(&channel) {
+            Some(ChannelState::Idle(setup)) => setup.window = window,
+            Some(ChannelState::Running(controls)) => {
+                controls.window.send_replace(window);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    async fn signal(
+        &mut self,
+        channel: ChannelId,
+        signal: Sig,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        let Some(name) = signal_name(&signal) else { return Ok(()) };
+        if let Some(ChannelState::Running(controls)) = self.channels.get(&channel)
+            && controls.signals.try_send(name.into()).is_err()
+        {
+            tracing::debug!(peer = %self.peer, name, "too many signals at once; dropped");
+        }
+        Ok(())
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        match self.channels.get(&channel) {
+            Some(ChannelState::Idle(setup)) => setup.input.push(data),
+            Some(ChannelState::Running(controls)) => controls.input.push(data),
+            None => {}
+        }
+        Ok(())
+    }
+
+    async fn channel_eof(
+        &mut self,
+        channel: ChannelId,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        match self.channels.get(&channel) {
+            Some(ChannelState::Idle(setup)) => setup.input.end(),
+            Some(ChannelState::Running(controls)) => controls.input.end(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    async fn channel_close(
+        &mut self,
+        channel: ChannelId,
+        _connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        self.forget(channel);
+        Ok(())
+    }
+
+    async fn tcpip_forward(
+        &mut self,
+        address: &str,
+        port: &mut u32,
+        _connection: &mut Connection,
+    ) -> Result<bool, Self::Error> {
+        tracing::debug!(peer = %self.peer, address = shown(address), port, "forwarding refused");
+        Ok(false)
+    }
+}
+
+/// Try again, with any method.
+fn again() -> Auth {
+    Auth::Reject { proceed_with_methods: Some(methods()), partial_success: false }
+}
+
+fn no_forwarding() -> ChannelOpenFailure {
+    // 1 is SSH_OPEN_ADMINISTRATIVELY_PROHIBITED (RFC 4254 §5.1).
+    ChannelOpenFailure::Other {
+        code: 1,
+        reason: "this version of the service does not forward connections".into(),
+    }
+}
+
+fn window(columns: u32, rows: u32, width_px: u32, height_px: u32) -> Window {
+    let clamp = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+    Window {
+        columns: clamp(columns),
+        rows: clamp(rows),
+        width_px: clamp(width_px),
+        height_px: clamp(height_px),
+    }
+}
+
+/// The signals of RFC 4254 §6.10; others are not passed on.
+fn signal_name(signal: &Sig) -> Option<&'static str> {
+    Some(match signal {
+        Sig::ABRT => "ABRT",
+        Sig::ALRM => "ALRM",
+        Sig::FPE => "FPE",
+        Sig::HUP => "HUP",
+        Sig::ILL => "ILL",
+        Sig::INT => "INT",
+        Sig::KILL => "KILL",
+        Sig::PIPE => "PIPE",
+        Sig::QUIT => "QUIT",
+        Sig::SEGV => "SEGV",
+        Sig::TERM => "TERM",
+        Sig::USR1 => "USR1",
+        Sig::Custom(name) if name == "USR2" => "USR2",
+        Sig::Custom(_) => return None,
+    })
+}
+
+/// A stranger's words for the log.
+fn shown(words: &str) -> String {
+    words.chars().take(64).flat_map(char::escape_default).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_name_can_not_write_log_lines() {
+        assert_eq!(shown("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
+        assert_eq!(shown(&"é".repeat(1000)).len(), 64 * 6);
+    }
+
+    #[test]
+    fn a_giant_window_is_clamped() {
+        assert_eq!(window(u32::MAX, 0, 1, 2).columns, u16::MAX);
+    }
+}

@@ -1,0 +1,136 @@
+//! Taking connections, and the life of each from accept to close.
+//!
+//! The loop is ours: russh's returns at the first accept error, so that running out of descriptors
+//! would end the service.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use russh::Disconnect;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{sleep, timeout},
+};
+
+use super::{
+    Server,
+    connections::Place,
+    handler::ClientHandler,
+    stream::{Stream, Switch},
+};
+use crate::session::Inflow;
+
+/// How long a client may take to close once the server has said all it has to say.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pause after a failed accept. It fails when descriptors run out, which passes.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// A peer that vanished is noticed after 60 + 6 × 15 seconds of silence.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_RETRIES: u32 = 6;
+
+/// Accepts connections for ever.
+pub async fn accept(server: Arc<Server>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((tcp, peer)) => admit(&server, tcp, peer),
+            Err(error) => {
+                tracing::warn!(%error, "can't accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn admit(server: &Arc<Server>, tcp: TcpStream, peer: SocketAddr) {
+    match server.connections.enter(peer, &server.config.ssh) {
+        Ok(place) => {
+            tokio::spawn(attend(server.clone(), tcp, peer, place));
+        }
+        Err(refusal) => tracing::warn!(%peer, %refusal, "connection refused"),
+    }
+}
+
+/// One connection, from its first byte to its last.
+async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place: Place) {
+    tracing::debug!(%peer, "connection");
+    if let Err(error) = prepare(&tcp) {
+        tracing::debug!(%peer, %error, "can't set socket options");
+    }
+    let entry = place.entry.clone();
+    let inflow = Arc::new(Inflow::default());
+    let (stream, switch) = Stream::new(tcp, inflow.clone());
+    let handler = ClientHandler::new(server.clone(), peer, inflow, entry.clone());
+    let grace = sleep(Duration::from_secs(server.config.ssh.login_grace));
+    tokio::pin!(grace);
+
+    let begun = tokio::select! {
+        begun = russh::server::run_stream(server.russh.clone(), stream, handler) => begun,
+        () = &mut grace => {
+            tracing::info!(%peer, "said nothing in time");
+            return;
+        }
+        _ = entry.disconnected() => return,
+    };
+    let mut running = match begun {
+        Ok(running) => running,
+        Err(error) => {
+            tracing::debug!(%peer, %error, "no ssh client");
+            return;
+        }
+    };
+    let handle = running.handle();
+    let mut authenticated = false;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut running => break ended,
+            () = entry.wait_authenticated(), if !authenticated => {
+                authenticated = true;
+                place.authenticated();
+            }
+            () = &mut grace, if !authenticated => {
+                tracing::info!(%peer, "did not authenticate in time");
+                switch.cut();
+                break running.await;
+            }
+            reason = entry.disconnected() => {
+                tracing::info!(%peer, reason, "disconnecting");
+                let by_application = Disconnect::ByApplication;
+                let said = handle.disconnect(by_application, reason, "en".into());
+                let _ = timeout(CLOSE_TIMEOUT, said).await;
+                break close(&switch, running).await;
+            }
+            () = switch.finished.cancelled() => break close(&switch, running).await,
+        }
+    };
+    match ended {
+        Ok(()) => tracing::debug!(%peer, "connection closed"),
+        Err(error) => tracing::debug!(%peer, %error, "connection ended"),
+    }
+}
+
+/// Gives the client a moment to close, then closes.
+async fn close<E>(
+    switch: &Switch,
+    mut running: impl Future<Output = Result<(), E>> + Unpin,
+) -> Result<(), E> {
+    match timeout(CLOSE_TIMEOUT, &mut running).await {
+        Ok(ended) => ended,
+        Err(_) => {
+            switch.cut();
+            running.await
+        }
+    }
+}
+
+fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
+    // Keystrokes are small and wait for nobody.
+    tcp.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_RETRIES);
+    SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+}

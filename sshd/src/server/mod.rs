@@ -1,0 +1,241 @@
+//! `hermitage serve`: start-up checks, the listeners, and an end in order.
+
+mod connections;
+mod crypto;
+mod environment;
+mod handler;
+mod listener;
+mod stream;
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, bail};
+use hermitage_storage::StateDir;
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{self, AdminSocket},
+    auth::Authenticator,
+    config::Config,
+    lifecycle::{self, Registry, StopCause},
+    machine::ForkServers,
+    store::Store,
+};
+use connections::Connections;
+
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: u32 = 256;
+
+/// How long connections may take to end when the service stops.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Beyond a guest's own time to power off: for being killed, and reaped.
+const STOP_MARGIN: Duration = Duration::from_secs(15);
+
+/// What every connection stands on.
+pub struct Server {
+    pub(crate) config: Arc<Config>,
+    pub(crate) store: Store,
+    pub(crate) authenticator: Authenticator,
+    pub(crate) registry: Registry,
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) current_base: Box<dyn Fn() -> Option<String> + Send + Sync>,
+    pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) since: SystemTime,
+    russh: Arc<russh::server::Config>,
+}
+
+/// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stopping = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping");
+            stopping.cancel();
+        });
+        let service = Service::start(config).await?;
+        service.serve(stop).await
+    });
+    // What is left are calls on their own threads, which have no more to say.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+/// A service that listens.
+pub struct Service {
+    server: Arc<Server>,
+    listeners: Vec<TcpListener>,
+    admin: AdminSocket,
+    _lock: File,
+}
+
+impl Service {
+    /// Everything that can fail, before anybody is let in.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let config = Arc::new(config);
+        let state_dir = StateDir::new(&config.state_dir);
+        state_dir.create().context("the state directory can't be made")?;
+        let lock = lock(&state_dir)?;
+        let vmm = vmm(&config)?;
+        if state_dir.current_base().context("the current base can't be told")?.is_none() {
+            bail!(
+                "there is no base in {}; make one first: hermitage image build, then \
+                 hermitage base build",
+                state_dir.bases_dir().display()
+            );
+        }
+        let key = crypto::host_key(&state_dir.host_key())?;
+        let store = Store::open(&state_dir.database())?;
+        let listeners = config
+            .ssh
+            .listen
+            .iter()
+            .map(|address| listen(*address))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        if listeners.is_empty() {
+            bail!("ssh.listen names no address to listen on");
+        }
+        let addresses = listeners.iter().filter_map(|listener| listener.local_addr().ok());
+
+        let bases = state_dir.clone();
+        let current_base = move || match bases.current_base() {
+            Ok(id) => Ok(id.map(|id| id.as_str().to_owned())),
+            Err(error) => Err(error.to_string()),
+        };
+        let told = current_base.clone();
+        let forks = ForkServers::new(vmm, state_dir.bases_dir(), current_base);
+        let registry = Registry::new(lifecycle::Context {
+            config: config.clone(),
+            state_dir,
+            store: store.clone(),
+            forks,
+        });
+        let ssh = &config.ssh;
+        let server = Arc::new(Server {
+            authenticator: Authenticator::new(
+                store.clone(),
+                ssh.password_checks,
+                Duration::from_millis(ssh.failure_delay_ms),
+            ),
+            connections: Arc::default(),
+            current_base: Box::new(move || told().ok().flatten()),
+            listen: addresses.collect(),
+            since: SystemTime::now(),
+            russh: Arc::new(crypto::server_config(ssh, key)),
+            registry,
+            store,
+            config,
+        });
+        let admin = AdminSocket::bind(&server.config.run_dir)?;
+        server.registry.reconcile().await;
+        server.registry.warm_up();
+        Ok(Self { server, listeners, admin, _lock: lock })
+    }
+
+    /// The addresses listened on; the port is real where 0 was asked for.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.server.listen
+    }
+
+    /// Serves until `stop`, then ends everything in order.
+    pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let Self { server, listeners, admin, _lock } = self;
+        for address in &server.listen {
+            tracing::info!(%address, "listening");
+        }
+        let mut tasks = tokio::task::JoinSet::new();
+        for listener in listeners {
+            tasks.spawn(listener::accept(server.clone(), listener));
+        }
+        tasks.spawn(admin::serve(server.clone(), admin));
+        tokio::select! {
+            () = stop.cancelled() => {}
+            // They run for ever.
+            Some(ended) = tasks.join_next() => {
+                tracing::error!(?ended, "a listener ended; stopping");
+            }
+        }
+        tasks.abort_all();
+        server.shut_down().await;
+        Ok(())
+    }
+}
+
+impl Server {
+    async fn shut_down(&self) {
+        let bound = self.config.machines.stop_timeout() + STOP_MARGIN;
+        let left = self.registry.shutdown(bound).await;
+        if left > 0 {
+            tracing::error!(left, "machines did not stop in time; they end with this process");
+        }
+        // Sessions have been told by now; what remains are connections without one.
+        self.connections.disconnect_all(&StopCause::Shutdown.to_string());
+        if timeout(GOODBYE, self.connections.all_gone()).await.is_err() {
+            tracing::warn!(left = self.connections.count(), "connections cut off");
+        }
+    }
+}
+
+/// One service per state directory: the lock is this process's, however it ends.
+fn lock(state_dir: &StateDir) -> anyhow::Result<File> {
+    match state_dir.lock_service() {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => {
+            bail!("another hermitage serve uses {}; stop it first", state_dir.root().display())
+        }
+        Err(error) => Err(error).context("the state directory can't be locked"),
+    }
+}
+
+fn vmm(config: &Config) -> anyhow::Result<PathBuf> {
+    let path = config.libexec_dir().join("hermitage-vmm");
+    if !Path::is_file(&path) {
+        bail!(
+            "there is no {}; install it there, or say where it is with libexec_dir or \
+             HERMITAGE_LIBEXEC",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let open = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => {
+                let socket = TcpSocket::new_v6()?;
+                // 0.0.0.0 and [::] side by side, whatever the host's default is.
+                socket2::SockRef::from(&socket).set_only_v6(true)?;
+                socket
+            }
+        };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    open().with_context(|| {
+        format!(
+            "can't listen on {address}; is something else there? (ssh.listen sets the addresses)"
+        )
+    })
+}

@@ -1,0 +1,247 @@
+//! What a client sends on its channels, on the way to programs: queued, counted in bytes, and never
+//! more than the connection may have.
+//!
+//! russh gives the receive window back when data arrives, not when a program takes it (there is no
+//! call for that), so a window alone bounds nothing. Blocking in the data callback would bound it, but
+//! the callback holds up the whole connection, its output too: a program that echoes what it reads
+//! could then neither write nor, so, read, for ever. Instead the connection's *reads* are paused
+//! ([`Inflow::may_read`]) while too much is queued; its writes go on. A program that ignores megabytes
+//! of input thereby stops all input of its own connection, until it reads or ends; docs/ssh.md says so.
+//!
+//! The client's window adjustments come over the same paused reads, and output needs those. While
+//! output waits for one, reading goes on up to a second, higher limit.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Waker},
+};
+
+use tokio::sync::Notify;
+
+/// Queued bytes at which a connection's reads pause.
+const HIGH: usize = 4 << 20;
+
+/// The same while some output waits for the client's window.
+const HIGHEST: usize = 32 << 20;
+
+/// Chunks smaller than this are put together: a byte per packet must not cost a hundred.
+const SMALL: usize = 4096;
+
+/// A connection's account of queued input.
+#[derive(Default)]
+pub struct Inflow {
+    queued: AtomicUsize,
+    starving: AtomicUsize,
+    reader: Mutex<Option<Waker>>,
+}
+
+impl Inflow {
+    /// Whether the connection may be read now. If not, the reader is woken when it may.
+    pub fn may_read(&self, context: &Context<'_>) -> bool {
+        if self.has_room() {
+            return true;
+        }
+        *self.reader() = Some(context.waker().clone());
+        // What was taken in between woke nobody.
+        self.has_room()
+    }
+
+    /// Notes that some output waits for the client, as long as the guard lives.
+    pub fn starve(self: &Arc<Self>) -> Starving {
+        self.starving.fetch_add(1, Ordering::AcqRel);
+        self.wake();
+        Starving(self.clone())
+    }
+
+    fn has_room(&self) -> bool {
+        let limit = if self.starving.load(Ordering::Acquire) > 0 { HIGHEST } else { HIGH };
+        self.queued.load(Ordering::Acquire) < limit
+    }
+
+    fn took(&self, bytes: usize) {
+        self.queued.fetch_sub(bytes, Ordering::AcqRel);
+        if self.has_room() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.reader().take() {
+            waker.wake();
+        }
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub struct Starving(Arc<Inflow>);
+
+impl Drop for Starving {
+    fn drop(&mut self) {
+        self.0.starving.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// One channel's input.
+pub struct InputQueue {
+    inflow: Arc<Inflow>,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    chunks: VecDeque<Vec<u8>>,
+    ended: bool,
+    discarding: bool,
+}
+
+impl InputQueue {
+    pub fn new(inflow: Arc<Inflow>) -> Self {
+        Self { inflow, state: Mutex::default(), changed: Notify::new() }
+    }
+
+    pub fn push(&self, data: &[u8]) {
+        let mut state = self.state();
+        if state.ended || state.discarding || data.is_empty() {
+            return;
+        }
+        self.inflow.queued.fetch_add(data.len(), Ordering::AcqRel);
+        match state.chunks.back_mut() {
+            Some(last) if last.len() + data.len() <= SMALL => last.extend_from_slice(data),
+            _ => state.chunks.push_back(data.to_vec()),
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// No more will come.
+    pub fn end(&self) {
+        self.state().ended = true;
+        self.changed.notify_one();
+    }
+
+    /// Nobody reads any more: what is there and what comes is dropped.
+    pub fn discard(&self) {
+        let mut state = self.state();
+        state.discarding = true;
+        let bytes = state.chunks.drain(..).map(|chunk| chunk.len()).sum();
+        drop(state);
+        self.inflow.took(bytes);
+    }
+
+    /// The next bytes, or None at the end. One reader; cancellation-safe.
+    pub async fn next(&self) -> Option<Chunk<'_>> {
+        loop {
+            {
+                let mut state = self.state();
+                if let Some(bytes) = state.chunks.pop_front() {
+                    return Some(Chunk { bytes, inflow: &self.inflow });
+                }
+                if state.ended {
+                    return None;
+                }
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes out of the queue. They count until this is dropped: when they have reached the program.
+pub struct Chunk<'a> {
+    pub bytes: Vec<u8>,
+    inflow: &'a Inflow,
+}
+
+impl Drop for Chunk<'_> {
+    fn drop(&mut self) {
+        self.inflow.took(self.bytes.len());
+    }
+}
+
+impl Drop for InputQueue {
+    fn drop(&mut self) {
+        self.discard();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::AtomicBool,
+        task::{Wake, Waker},
+    };
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
+
+    #[tokio::test]
+    async fn reads_pause_above_the_limit_and_go_on_below() {
+        let inflow = Arc::new(Inflow::default());
+        let queue = InputQueue::new(inflow.clone());
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(woken.clone());
+        let context = Context::from_waker(&waker);
+        while inflow.may_read(&context) {
+            queue.push(&[7; 32768]);
+        }
+        assert!(inflow.queued.load(Ordering::Acquire) < HIGH + 32768);
+        assert!(!woken.0.load(Ordering::Acquire));
+        let chunk = queue.next().await.unwrap();
+        assert!(!inflow.may_read(&context), "only what a program took makes room");
+        drop(chunk);
+        assert!(woken.0.load(Ordering::Acquire));
+        assert!(inflow.may_read(&context));
+    }
+
+    #[tokio::test]
+    async fn starving_output_reads_on_but_not_for_ever() {
+        let inflow = Arc::new(Inflow::default());
+        let queue = InputQueue::new(inflow.clone());
+        let context = Context::from_waker(Waker::noop());
+        let starving = inflow.starve();
+        while inflow.may_read(&context) {
+            queue.push(&[7; 32768]);
+        }
+        assert!(inflow.queued.load(Ordering::Acquire) >= HIGHEST);
+        drop(starving);
+        drop(queue);
+        assert_eq!(inflow.queued.load(Ordering::Acquire), 0, "a dropped queue gives all back");
+        assert!(inflow.may_read(&context));
+    }
+
+    #[tokio::test]
+    async fn bytes_come_out_as_they_went_in_and_then_the_end() {
+        let queue = InputQueue::new(Arc::default());
+        let sent: Vec<u8> = (0..100_000u32).map(|n| n as u8).collect();
+        for piece in sent.chunks(777) {
+            queue.push(piece);
+        }
+        queue.end();
+        queue.push(b"after the end");
+        let mut got = vec![];
+        while let Some(chunk) = queue.next().await {
+            got.extend_from_slice(&chunk.bytes);
+        }
+        assert_eq!(got, sent);
+        assert_eq!(queue.inflow.queued.load(Ordering::Acquire), 0);
+    }
+}

@@ -1,0 +1,228 @@
+//! One session channel from its request to its exit status (RFC 4254 §6).
+//!
+//! A session asks for its account's machine, opens a terminal or a command in it and relays bytes. It
+//! reads from the machine only what the client takes: a client that stops reading stops the program,
+//! not the host. All output goes out before the exit status. Whatever ends it otherwise (the machine
+//! dies, an operator stops it, the account is disabled) is said on the channel, then the exit status
+//! is 255.
+
+mod input;
+mod output;
+mod relay;
+
+use std::sync::Arc;
+
+use hermitage_guest_proto::{ExitStatus, Program, Window};
+use hermitage_storage::accounts::Account;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use input::{Inflow, InputQueue};
+pub use output::Output;
+
+use crate::{
+    lifecycle::{Lease, LoginError, Registry},
+    machine::{OpenError, TerminalSpec},
+    store::Store,
+};
+
+/// Signals that a program may have waiting; more are dropped.
+pub const SIGNALS: usize = 16;
+
+/// Exit status of a session that ended otherwise than by its program.
+const EXIT_LOST: u32 = 255;
+
+/// What the client asked for.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    Shell,
+    Exec(Vec<u8>),
+    Sftp,
+}
+
+impl Kind {
+    /// Its name in the sessions log.
+    fn name(&self) -> &'static str {
+        match self {
+            Kind::Shell => "shell",
+            Kind::Exec(_) => "exec",
+            Kind::Sftp => "sftp",
+        }
+    }
+}
+
+/// A pty-req (RFC 4254 §6.2).
+#[derive(Clone, Debug)]
+pub struct Pty {
+    pub term: String,
+    pub modes: Vec<(u8, u32)>,
+}
+
+/// Everything a session needs to run.
+pub struct Session {
+    pub account: Account,
+    /// Address and port of the client.
+    pub source: String,
+    pub kind: Kind,
+    pub pty: Option<Pty>,
+    pub env: Vec<(String, String)>,
+    pub client: Client,
+    pub output: Output,
+}
+
+/// What comes from the client while the session runs.
+pub struct Client {
+    pub input: Arc<InputQueue>,
+    pub window: watch::Receiver<Window>,
+    pub signals: mpsc::Receiver<String>,
+    /// The channel was closed, or the connection is gone.
+    pub closed: CancellationToken,
+}
+
+/// How a session ended.
+#[derive(Debug)]
+enum Outcome {
+    Exited(ExitStatus),
+    ClientGone,
+    /// In words for the user.
+    Lost(String),
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::Exited(ExitStatus::Code(code)) => write!(f, "exit status {code}"),
+            Outcome::Exited(ExitStatus::Signal { name, .. }) => {
+                write!(f, "signal {}", signal_name(name))
+            }
+            Outcome::ClientGone => f.write_str("the client went away"),
+            Outcome::Lost(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl From<OpenError> for Outcome {
+    fn from(error: OpenError) -> Self {
+        Outcome::Lost(error.to_string())
+    }
+}
+
+impl From<LoginError> for Outcome {
+    fn from(error: LoginError) -> Self {
+        Outcome::Lost(error.to_string())
+    }
+}
+
+/// Runs a session to its end.
+pub async fn run(registry: Registry, store: Store, mut session: Session) {
+    let kind = session.kind.name();
+    let (name, source) = (session.account.name.clone(), session.source.clone());
+    tracing::info!(account = name, source, kind, pty = session.pty.is_some(), "session");
+    // Beside the session: nobody waits for the log's fsync.
+    let started = tokio::spawn({
+        let (store, account, source) = (store.clone(), session.account.id, source.clone());
+        async move { store.session_started(account, source, kind).await }
+    });
+
+    let closed = session.client.closed.clone();
+    let outcome = tokio::select! {
+        outcome = attend(&registry, &mut session) => outcome,
+        () = closed.cancelled() => Outcome::ClientGone,
+    };
+    // Nobody takes input any more; it must not hold up the connection's other channels.
+    session.client.input.discard();
+    tracing::info!(account = name, source, kind, %outcome, "session ended");
+    let words = outcome.to_string();
+    let farewell = session.output.finish(outcome_for_client(outcome), session.pty.is_some());
+    tokio::select! {
+        () = farewell => {}
+        () = closed.cancelled() => {}
+    }
+
+    let noted = match started.await {
+        Ok(Ok(id)) => store.session_ended(id, words).await,
+        Ok(Err(error)) => Err(error),
+        Err(_) => return,
+    };
+    if let Err(error) = noted {
+        tracing::error!(account = name, %error, "can't write the sessions log");
+    }
+}
+
+/// From the machine to the program's end.
+async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
+    let lease = match registry.login(&session.account).await {
+        Ok(lease) => lease,
+        Err(error) => return error.into(),
+    };
+    tokio::select! {
+        // A machine that is taken away says so, rather than what its end looks like from here.
+        biased;
+        reason = lease.must_end() => Outcome::Lost(reason),
+        outcome = serve(&lease, session) => outcome,
+    }
+}
+
+async fn serve(lease: &Lease, session: &mut Session) -> Outcome {
+    let env = std::mem::take(&mut session.env);
+    let client = &mut session.client;
+    match (session.pty.clone(), session.kind.clone()) {
+        (Some(pty), kind @ (Kind::Shell | Kind::Exec(_))) => {
+            let command = match kind {
+                Kind::Exec(command) => Some(command),
+                Kind::Shell | Kind::Sftp => None,
+            };
+            let window = *client.window.borrow_and_update();
+            let spec = TerminalSpec { term: pty.term, window, modes: pty.modes, env, command };
+            match lease.machine.open_terminal(spec).await {
+                Ok(terminal) => relay::terminal(lease, terminal, client, &session.output).await,
+                Err(error) => error.into(),
+            }
+        }
+        (_, kind) => {
+            let program = match kind {
+                Kind::Shell => Program::Shell,
+                Kind::Exec(command) => Program::Command(command),
+                Kind::Sftp => Program::Sftp,
+            };
+            match lease.machine.exec(program, env).await {
+                Ok(command) => relay::command(lease, command, client, &session.output).await,
+                Err(error) => error.into(),
+            }
+        }
+    }
+}
+
+/// What is left to say to the client.
+enum Farewell {
+    Status(ExitStatus),
+    Words(String),
+    Nothing,
+}
+
+fn outcome_for_client(outcome: Outcome) -> Farewell {
+    match outcome {
+        Outcome::Exited(status) => Farewell::Status(status),
+        Outcome::Lost(reason) => Farewell::Words(reason),
+        Outcome::ClientGone => Farewell::Nothing,
+    }
+}
+
+/// A signal's name as a guest gave it, if it looks like one (RFC 4254 §6.10).
+fn signal_name(name: &str) -> &str {
+    let plausible = (1..=64).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"@.-+".contains(&byte));
+    if plausible { name } else { "UNKNOWN" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::signal_name;
+
+    #[test]
+    fn a_guests_signal_name_is_a_name() {
+        assert_eq!(signal_name("RTMIN+3"), "RTMIN+3");
+        assert_eq!(signal_name("X\r\nfake log line"), "UNKNOWN");
+        assert_eq!(signal_name(""), "UNKNOWN");
+    }
+}

@@ -1,0 +1,102 @@
+//! The accounts database from asynchronous code: SQLite blocks, so its calls run on threads made for
+//! that, at most two at a time. Readers have a connection of their own and do not wait for a writer's
+//! fsync.
+
+use std::{path::Path, sync::Arc};
+
+use hermitage_storage::accounts::{
+    Account, Accounts, AccountsError, Intent, MachineState, NewSession,
+};
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+#[derive(Clone)]
+pub struct Store {
+    reading: Arc<Mutex<Accounts>>,
+    writing: Arc<Mutex<Accounts>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(transparent)]
+    Accounts(#[from] AccountsError),
+    #[error("a database call did not finish: {0}")]
+    Interrupted(String),
+}
+
+impl Store {
+    pub fn open(path: &Path) -> Result<Self, AccountsError> {
+        Ok(Self {
+            writing: Arc::new(Mutex::new(Accounts::open(path)?)),
+            reading: Arc::new(Mutex::new(Accounts::open(path)?)),
+        })
+    }
+
+    pub async fn by_name(&self, name: &str) -> Result<Option<Account>, StoreError> {
+        let name = name.to_owned();
+        on(&self.reading, move |accounts| accounts.by_name(&name)).await
+    }
+
+    pub async fn by_id(&self, id: Uuid) -> Result<Option<Account>, StoreError> {
+        on(&self.reading, move |accounts| accounts.by_id(id)).await
+    }
+
+    /// The open account of that name, if this key logs in to it. An unknown name costs the same two
+    /// look-ups.
+    pub async fn by_key(&self, name: &str, blob: Vec<u8>) -> Result<Option<Account>, StoreError> {
+        let name = name.to_owned();
+        on(&self.reading, move |accounts| {
+            let account = accounts.by_name(&name)?;
+            let id = account.as_ref().map_or(Uuid::nil(), |account| account.id);
+            Ok(if accounts.key_opens(id, &blob)? { account } else { None })
+        })
+        .await
+    }
+
+    pub async fn record(&self, intent: Intent) -> Result<(), StoreError> {
+        on(&self.writing, move |accounts| accounts.record_intent(&intent)).await
+    }
+
+    /// What a former service left on record as not stopped.
+    pub async fn unfinished(&self) -> Result<Vec<Intent>, StoreError> {
+        on(&self.writing, |accounts| {
+            let mut intents = accounts.intents()?;
+            intents.retain(|intent| {
+                !matches!(intent.state, MachineState::Stopped | MachineState::Failed)
+            });
+            Ok(intents)
+        })
+        .await
+    }
+
+    pub async fn session_started(
+        &self,
+        account: Uuid,
+        source: String,
+        kind: &'static str,
+    ) -> Result<i64, StoreError> {
+        on(&self.writing, move |accounts| {
+            accounts.session_started(&NewSession { account, source: &source, kind })
+        })
+        .await
+    }
+
+    pub async fn session_ended(&self, id: i64, outcome: String) -> Result<(), StoreError> {
+        on(&self.writing, move |accounts| accounts.session_ended(id, &outcome)).await
+    }
+
+    pub async fn end_open_sessions(&self, outcome: &'static str) -> Result<usize, StoreError> {
+        on(&self.writing, move |accounts| accounts.end_open_sessions(outcome)).await
+    }
+}
+
+async fn on<T: Send + 'static>(
+    accounts: &Arc<Mutex<Accounts>>,
+    call: impl FnOnce(&Accounts) -> Result<T, AccountsError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let accounts = accounts.clone().lock_owned().await;
+    tokio::task::spawn_blocking(move || call(&accounts))
+        .await
+        .map_err(|error| StoreError::Interrupted(error.to_string()))?
+        .map_err(Into::into)
+}

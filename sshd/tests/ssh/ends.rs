@@ -1,0 +1,1 @@
+//! How sessions, machines and the service end.

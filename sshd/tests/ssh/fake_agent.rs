@@ -1,0 +1,213 @@
+//! Stands in for the agent: programs of this host instead of a guest's. An account's name says how it
+//! misbehaves.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Read, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixStream, process::CommandExt, process::ExitStatusExt},
+    },
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use hermitage_guest_proto::{
+    AgentMessage, Decoder, Exec, ExitStatus, HostMessage, OpenTerminal, Program, Window, encode,
+};
+use hermitage_vmm_proto::End;
+use nix::{
+    pty::{Winsize, openpty},
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+
+use crate::fake_machine::Machine;
+
+struct Guest {
+    machine: Arc<Machine>,
+    sessions: Mutex<HashMap<u64, Started>>,
+}
+
+struct Started {
+    group: Pid,
+    /// The terminal's slave, to set its size.
+    terminal: Option<OwnedFd>,
+}
+
+pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
+    let guest = Arc::new(Guest { machine: machine.clone(), sessions: Mutex::default() });
+    let mut decoder = Decoder::default();
+    let mut account = String::new();
+    let mut chunk = [0; 4096];
+    loop {
+        while let Some(message) = decoder.message::<HostMessage>().unwrap() {
+            match message {
+                HostMessage::Attach(attach) => {
+                    account = attach.account;
+                    attached(&guest, &account);
+                }
+                HostMessage::OpenTerminal(open) => {
+                    let guest = guest.clone();
+                    std::thread::spawn(move || guest.open_terminal(open));
+                }
+                HostMessage::Exec(exec) => {
+                    let guest = guest.clone();
+                    std::thread::spawn(move || guest.exec(exec));
+                }
+                HostMessage::Resize { session, window } => guest.resize(session, window),
+                HostMessage::Signal { session, name } => {
+                    let signal = format!("SIG{name}").parse().unwrap();
+                    guest.signal(session, signal);
+                }
+                HostMessage::Hangup { session } => guest.signal(session, Signal::SIGHUP),
+                HostMessage::PowerOff { .. } if account == "stubborn" => {}
+                HostMessage::PowerOff { .. } => guest.machine.end(End::PowerOff),
+                HostMessage::SetClock(_) | HostMessage::Ping(_) => {}
+            }
+        }
+        match from.read(&mut chunk) {
+            Ok(count) if count > 0 => decoder.feed(&chunk[..count]),
+            _ => return,
+        }
+    }
+}
+
+fn attached(guest: &Guest, account: &str) {
+    match account {
+        "unready" => return,
+        "broken" => {
+            let reason = "its file system \x1b[31mis damaged".into();
+            return guest.say(&AgentMessage::AttachFailed { reason });
+        }
+        "slow" => std::thread::sleep(Duration::from_secs(2)),
+        _ => {}
+    }
+    guest.say(&AgentMessage::Attached);
+    if account == "hostile" {
+        // About nothing that was asked for, then no frame at all.
+        guest.say(&AgentMessage::Exited { session: 9999, status: ExitStatus::Code(0) });
+        guest.say(&AgentMessage::Attached);
+        guest.say(&AgentMessage::Started { session: u64::MAX, pid: 0 });
+        std::thread::sleep(Duration::from_millis(700));
+        let _ = guest.machine.agent.lock().unwrap().write_all(&[0xff; 64]);
+    }
+}
+
+impl Guest {
+    fn say(&self, message: &AgentMessage) {
+        let frame = encode(message).unwrap();
+        let _ = self.machine.agent.lock().unwrap().write_all(&frame);
+    }
+
+    fn signal(&self, session: u64, signal: Signal) {
+        if let Some(started) = self.sessions.lock().unwrap().get(&session) {
+            let _ = killpg(started.group, signal);
+        }
+    }
+
+    fn resize(&self, session: u64, window: Window) {
+        let sessions = self.sessions.lock().unwrap();
+        let Some(slave) = sessions.get(&session).and_then(|started| started.terminal.as_ref())
+        else {
+            return;
+        };
+        let slave = slave.try_clone().unwrap();
+        let (rows, columns) = (window.rows.to_string(), window.columns.to_string());
+        let mut stty = Command::new("stty");
+        stty.args(["rows", &rows, "cols", &columns]).stdin(slave);
+        stty.status().unwrap();
+    }
+
+    fn open_terminal(&self, open: OpenTerminal) {
+        let size = Winsize {
+            ws_row: open.window.rows,
+            ws_col: open.window.columns,
+            ws_xpixel: open.window.width_px,
+            ws_ypixel: open.window.height_px,
+        };
+        let pty = openpty(Some(&size), None).unwrap();
+        // Becomes the session's leader with the terminal as its own.
+        let mut command = Command::new("setsid");
+        command.arg("--ctty").arg("sh");
+        if let Some(line) = &open.command {
+            command.arg("-c").arg(String::from_utf8(line.clone()).unwrap());
+        }
+        environment(&mut command, &open.env).env("TERM", &open.term).env("PS1", "fake$ ");
+        let slave = || Stdio::from(pty.slave.try_clone().unwrap());
+        command.stdin(slave()).stdout(slave()).stderr(slave());
+        let child = command.spawn().unwrap();
+        drop(command);
+        let mut master = File::from(pty.master);
+        let mut typing = master.try_clone().unwrap();
+        if let Some(mut socket) = self.machine.terminal(open.terminal) {
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut socket, &mut typing);
+            });
+        }
+        let session = open.session;
+        self.started(session, &child, Some(pty.slave));
+        let machine = self.machine.clone();
+        let showing = std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            // EIO when the last process has closed the terminal.
+            while let Ok(count @ 1..) = master.read(&mut chunk) {
+                machine.show(open.terminal, &chunk[..count]);
+            }
+        });
+        self.reap(session, child, move || showing.join().unwrap());
+    }
+
+    fn exec(&self, exec: Exec) {
+        let stdio = self.machine.stream(exec.stdio);
+        let stderr = self.machine.stream(exec.stderr);
+        let mut command = match &exec.program {
+            Program::Shell => Command::new("sh"),
+            Program::Command(line) => {
+                let mut command = Command::new("sh");
+                command.arg("-c").arg(String::from_utf8(line.clone()).unwrap());
+                command
+            }
+            Program::Sftp => Command::new("/usr/lib/openssh/sftp-server"),
+        };
+        environment(&mut command, &exec.env)
+            .stdin(OwnedFd::from(stdio.try_clone().unwrap()))
+            .stdout(OwnedFd::from(stdio))
+            .stderr(OwnedFd::from(stderr))
+            .process_group(0);
+        let child = command.spawn().unwrap();
+        drop(command);
+        self.started(exec.session, &child, None);
+        self.reap(exec.session, child, || {});
+    }
+
+    fn started(&self, session: u64, child: &Child, terminal: Option<OwnedFd>) {
+        let group = Pid::from_raw(child.id() as i32);
+        self.sessions.lock().unwrap().insert(session, Started { group, terminal });
+        self.say(&AgentMessage::Started { session, pid: child.id() });
+    }
+
+    fn reap(&self, session: u64, mut child: Child, drain: impl FnOnce()) {
+        let status = child.wait().unwrap();
+        self.sessions.lock().unwrap().remove(&session);
+        drain();
+        let status = match status.signal() {
+            Some(signal) => {
+                let name = Signal::try_from(signal).unwrap().as_str();
+                let name = name.trim_start_matches("SIG").into();
+                ExitStatus::Signal { name, core_dumped: status.core_dumped() }
+            }
+            None => ExitStatus::Code(status.code().unwrap() as u8),
+        };
+        self.say(&AgentMessage::Exited { session, status });
+    }
+}
+
+fn environment<'a>(command: &'a mut Command, env: &[(String, String)]) -> &'a mut Command {
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+        .envs(env.iter().map(|(name, value)| (name, value)))
+}

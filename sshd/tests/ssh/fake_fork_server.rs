@@ -1,0 +1,70 @@
+//! Stands in for `hermitage-vmm fork-server`: a machine is a process of this test program.
+
+use std::{
+    collections::HashMap,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
+    sync::{Arc, Mutex},
+};
+
+use command_fds::{CommandFdExt, FdMapping};
+use hermitage_vmm_proto::{ForkEvent, ForkRequest, ProcessExit, SocketError, receive, send};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::signal,
+    unistd::Pid,
+};
+
+use crate::processes;
+
+pub fn run() -> ! {
+    // SAFETY: descriptor 3 is the socket that the service passed; nothing else here uses it.
+    let socket = Arc::new(unsafe { OwnedFd::from_raw_fd(3) });
+    fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    let version = hermitage_vmm_proto::VERSION;
+    let ready = ForkEvent::Ready { version, base: "fake".into() };
+    send(&socket, &ready, &[]).unwrap();
+    let pids: Arc<Mutex<HashMap<u64, Pid>>> = Arc::default();
+    loop {
+        let packet = match receive::<ForkRequest>(&socket) {
+            Ok(packet) => packet,
+            Err(SocketError::Closed) => std::process::exit(0),
+            Err(error) => panic!("{error}"),
+        };
+        match packet.message {
+            ForkRequest::Fork { machine, label } => {
+                let mappings = packet
+                    .descriptors
+                    .into_iter()
+                    .zip(3..)
+                    .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
+                    .collect();
+                let mut command = processes::command("machine");
+                command.fd_mappings(mappings).unwrap();
+                let mut child = command.spawn().unwrap();
+                drop(command);
+                let pid = child.id() as i32;
+                eprintln!("fake machine {machine} of {label}: {pid}");
+                pids.lock().unwrap().insert(machine, Pid::from_raw(pid));
+                send(&socket, &ForkEvent::Forked { machine, pid }, &[]).unwrap();
+                let (socket, pids) = (socket.clone(), pids.clone());
+                std::thread::spawn(move || {
+                    let status = child.wait().unwrap();
+                    pids.lock().unwrap().remove(&machine);
+                    let exit = match status.signal() {
+                        Some(signal) => ProcessExit::Signal(signal),
+                        None => ProcessExit::Code(status.code().unwrap_or(-1)),
+                    };
+                    let _ = send(&socket, &ForkEvent::Exited { machine, exit }, &[]);
+                });
+            }
+            ForkRequest::Kill { machine } => {
+                if let Some(pid) = pids.lock().unwrap().get(&machine) {
+                    let _ = signal::kill(*pid, signal::Signal::SIGKILL);
+                }
+            }
+        }
+    }
+}

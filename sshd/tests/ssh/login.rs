@@ -1,0 +1,157 @@
+//! Who gets in, and who does not.
+
+use std::time::{Duration, Instant};
+
+use hermitage::admin::protocol::{Reply, Request};
+use hermitage_storage::accounts::{AccountName, NewAccount};
+
+use crate::harness::{Options, Service, at, finish, stderr, stdout};
+
+#[test]
+fn a_key_runs_a_command_and_brings_its_exit_status() {
+    let service = Service::start();
+    service.account("alice");
+    let output = service.ssh("alice", "echo out; echo err >&2; exit 3");
+    assert_eq!(stdout(&output), "out\n", "{}", stderr(&output));
+    assert_eq!(stderr(&output), "err\n");
+    assert_eq!(output.status.code(), Some(3));
+}
+
+#[test]
+fn a_password_logs_in_and_a_wrong_one_does_not() {
+    let service = Service::start();
+    service.account("alice");
+    let right = service.ssh_by_password("alice", crate::harness::PASSWORD);
+    assert_eq!(stdout(&right), "in\n", "{}", stderr(&right));
+    let wrong = service.ssh_by_password("alice", "guess");
+    assert_eq!(wrong.status.code(), Some(255));
+    assert!(stderr(&wrong).contains("Permission denied"), "{}", stderr(&wrong));
+    assert_eq!(stdout(&wrong), "");
+}
+
+#[test]
+fn a_wrong_key_and_an_unknown_user_look_the_same() {
+    let service = Service::start();
+    service.account("alice");
+    let attempt =
+        |user: &str| finish(service.ssh_with_keys(&["stranger"]).args([&at(user), "echo in"]));
+    let [known, unknown] = [attempt("alice"), attempt("nobody-here")];
+    assert_eq!(known.status.code(), Some(255));
+    assert_eq!(unknown.status.code(), Some(255));
+    assert_eq!(
+        stderr(&known).replace("alice", "USER"),
+        stderr(&unknown).replace("nobody-here", "USER")
+    );
+}
+
+#[test]
+fn an_unknown_user_and_a_wrong_password_take_the_same_time() {
+    let service = Service::with(Options { ssh: "max_failures = 20", ..Options::default() });
+    service.account("alice");
+    let mut keys_only = NewAccount::new(AccountName::parse("keysonly").unwrap());
+    keys_only.password_hash = None;
+    service.accounts().create(&keys_only).unwrap();
+    let timed = |user: &str| {
+        let mut times: Vec<Duration> = (0..5)
+            .map(|_| {
+                let begun = Instant::now();
+                let output = service.ssh_by_password(user, "guess");
+                assert_eq!(output.status.code(), Some(255));
+                begun.elapsed()
+            })
+            .collect();
+        times.sort();
+        times[1]
+    };
+    let [known, unknown, no_password] = ["alice", "nobody-here", "keysonly"].map(timed);
+    for other in [unknown, no_password] {
+        let difference = known.abs_diff(other);
+        assert!(difference < Duration::from_millis(60), "{known:?} and {other:?}");
+    }
+}
+
+#[test]
+fn a_disabled_account_is_refused_and_its_sessions_end() {
+    let service = Service::start();
+    let account = service.account("alice");
+    let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", &at("alice"), "echo in; sleep 60"]);
+    let session = std::thread::scope(|scope| {
+        let running = scope.spawn(|| finish(&mut ssh));
+        crate::harness::wait_for("the session", || {
+            service.account_status("alice").filter(|status| status.sessions == 1)
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        service.accounts().set_disabled(account.id, true).unwrap();
+        let changed = Request::AccountChanged { account: "alice".into() };
+        assert_eq!(service.admin(&changed), Reply::Done);
+        running.join().unwrap()
+    });
+    assert_eq!(session.status.code(), Some(255), "{}", stderr(&session));
+    assert!(stderr(&session).contains("disabled"), "{}", stderr(&session));
+    crate::harness::wait_for("the machine to stop", || {
+        service.account_status("alice").is_none().then_some(())
+    });
+    assert_eq!(service.ssh("alice", "true").status.code(), Some(255));
+    let by_password = service.ssh_by_password("alice", crate::harness::PASSWORD);
+    assert_eq!(by_password.status.code(), Some(255));
+    service.accounts().set_disabled(account.id, false).unwrap();
+    assert!(service.ssh("alice", "true").status.success(), "and back again");
+}
+
+#[test]
+fn a_removed_key_does_not_log_in_any_more() {
+    let service = Service::start();
+    let account = service.account("alice");
+    assert!(service.ssh("alice", "true").status.success());
+    let keys = service.accounts().keys(account.id).unwrap();
+    service.accounts().remove_key(account.id, &keys[0].fingerprint).unwrap();
+    assert_eq!(service.ssh("alice", "true").status.code(), Some(255));
+}
+
+#[test]
+fn an_agent_full_of_keys_gets_to_the_right_one() {
+    let service = Service::start();
+    service.account("alice");
+    let others: Vec<String> = (0..12).map(|number| format!("other{number}")).collect();
+    for name in &others {
+        let mut keygen = std::process::Command::new("ssh-keygen");
+        keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(service.path(name));
+        assert!(keygen.status().unwrap().success());
+    }
+    let keys: Vec<&str> = others.iter().map(String::as_str).chain(["id"]).collect();
+    let mut ssh = service.ssh_with_keys(&keys);
+    let begun = Instant::now();
+    let output = finish(ssh.args([&at("alice"), "echo in"]));
+    assert_eq!(stdout(&output), "in\n", "{}", stderr(&output));
+    assert!(begun.elapsed() < Duration::from_secs(5), "offers are not penalised");
+}
+
+#[test]
+fn the_host_key_outlives_the_service() {
+    let mut service = Service::start();
+    service.account("alice");
+    assert!(service.ssh("alice", "true").status.success());
+    service.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(service.wait().success());
+    let known = std::fs::read_to_string(service.path("known_hosts")).unwrap();
+    service.run();
+    let port = service.port;
+    // The port is new, so the key is compared rather than the entry.
+    assert!(service.ssh("alice", "true").status.success());
+    let after = std::fs::read_to_string(service.path("known_hosts")).unwrap();
+    let key = |text: &str| text.split_whitespace().nth(2).unwrap().to_owned();
+    assert_eq!(key(&known), key(after.lines().last().unwrap()), "port {port}");
+}
+
+#[test]
+fn environment_passes_by_list() {
+    let service = Service::with(Options { ssh: "accept_env = [\"GIT_*\"]", ..Options::default() });
+    service.account("alice");
+    let mut command = service.ssh_with(&["-o", "BatchMode=yes"]);
+    command
+        .arg("-o")
+        .arg("SetEnv=\"LC_TEST=a b\" GIT_AUTHOR_NAME=Al LD_PRELOAD=/tmp/x.so PATH=/tmp");
+    let output =
+        finish(command.args([&at("alice"), "echo $LC_TEST,$GIT_AUTHOR_NAME,$LD_PRELOAD,$PATH"]));
+    assert_eq!(stdout(&output), "a b,Al,,/usr/bin:/bin:/usr/sbin:/sbin\n", "{}", stderr(&output));
+}

@@ -1,0 +1,14 @@
+//! The service over real SSH, with machines that are none: a fake fork server and fake machines
+//! ([`processes`]) speak the real protocols and run programs on this host, so that everything between
+//! an SSH client and a machine's sockets is tested without KVM. What needs a guest is tested in the
+//! lab.
+
+mod ends;
+mod fake_agent;
+mod fake_fork_server;
+mod fake_machine;
+mod harness;
+mod limits;
+mod login;
+mod processes;
+mod streams;

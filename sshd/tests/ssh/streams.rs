@@ -1,0 +1,1 @@
+//! What goes through a session comes out as it went in, in order, and whole.
