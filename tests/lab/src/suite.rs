@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::MachineOptions;
 use crate::emulator;
 use crate::layout::Layout;
-use crate::process::run_captured;
+use crate::process::{privileged, run_captured};
 use crate::programs::{build_package, cargo};
 use crate::serving::Serving;
 use crate::ssh::quote;
@@ -91,6 +91,8 @@ fn end_to_end(
     if !running {
         // An earlier run's accounts would be in this one's way.
         remove(&layout.data_disk())?;
+        let native = layout.own().join("native");
+        run_captured(privileged("rm").arg("-rf").arg(native))?;
     }
     let mut machine = machine.clone();
     if machine.port.is_none() && !running {
