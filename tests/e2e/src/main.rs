@@ -42,6 +42,9 @@ pub struct Options {
     /// Run directory of the service, on the serving machine
     #[arg(long, default_value = "/run/hermitage")]
     run_dir: PathBuf,
+    /// Command on the serving machine that takes `start`, `stop` and `restart` for the service
+    #[arg(long, default_value = "lab-serve", value_name = "CMD")]
+    service: String,
     /// Rounds of the tests that kill something at a random moment
     #[arg(long, default_value_t = 5)]
     rounds: u32,

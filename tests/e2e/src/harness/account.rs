@@ -77,10 +77,11 @@ impl<'a> Account<'a> {
     /// The process of the account's machine, on the host: whoever has its disk open and is no service.
     pub fn machine(&self) -> Result<Option<i32>> {
         let disk = self.disk()?;
+        // The service opens the disk too, on its way to the machine.
         let text = self.story.host().run(&format!(
-            "for fd in /proc/[0-9]*/fd/*; do \
-               [ \"$(readlink $fd)\" = {disk} ] || continue; \
-               pid=${{fd#/proc/}}; echo ${{pid%%/*}}; \
+            "for fd in $(find /proc/[0-9]*/fd -lname {disk} 2>/dev/null); do \
+               pid=${{fd#/proc/}}; pid=${{pid%%/*}}; \
+               read -r comm < /proc/$pid/comm && [ \"$comm\" != hermitage ] && echo $pid; \
              done | sort -u"
         ))?;
         let mut pids = text.split_whitespace();

@@ -51,6 +51,8 @@ impl<'a> Login<'a> {
         let mut command = Command::new(program);
         command.env_remove("SSH_AUTH_SOCK").env_remove("DISPLAY").env("LC_ALL", "C.UTF-8");
         command.env("TERM", "xterm-256color");
+        // The first value of an option is the one that counts.
+        command.args(&self.options);
         command.args(["-F", "/dev/null", if program == "ssh" { "-p" } else { "-P" }]);
         command.arg(world.options.ssh_port.to_string());
         // One file for the whole run: a host key that changed would end every later login.
@@ -79,7 +81,6 @@ impl<'a> Login<'a> {
                 }
             }
         }
-        command.args(&self.options);
         Ok(command)
     }
 
