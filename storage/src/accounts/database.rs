@@ -60,6 +60,15 @@ impl Accounts {
         migrate(&mut db, path, &sections(SCHEMA))?;
         Ok(Self { db })
     }
+
+    /// What SQLite finds wrong with the file, at most ten things. Empty: it is sound.
+    pub fn damage(&self) -> Result<Vec<String>, AccountsError> {
+        let mut statement = self.db.prepare("PRAGMA quick_check(10)")?;
+        let rows = statement.query_map([], |row| row.get(0))?;
+        let mut found = rows.collect::<Result<Vec<String>, _>>()?;
+        found.retain(|line| line != "ok");
+        Ok(found)
+    }
 }
 
 fn configure(db: &Connection) -> Result<(), rusqlite::Error> {

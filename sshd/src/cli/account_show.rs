@@ -1,0 +1,235 @@
+//! What `hermitage account` prints of accounts, for people and for programs.
+
+use super::context::Context;
+use super::output::{count, table};
+use super::{size, status, time};
+use hermitage::admin::protocol::{AccountStatus, Status};
+use hermitage_storage::accounts::{Account, Accounts, SessionRecord, StoredKey};
+use hermitage_storage::disk;
+use serde_json::{Value, json};
+
+/// Sessions that `account show` tells of.
+const SESSIONS_SHOWN: u32 = 10;
+
+/// An account and what belongs to it, collected.
+struct View {
+    account: Account,
+    keys: Vec<StoredKey>,
+    sessions: Vec<SessionRecord>,
+    /// What its disk takes on the host. `None`: there is no disk yet.
+    disk_allocated: Option<u64>,
+    /// `None`: stopped, or the service is.
+    machine: Option<AccountStatus>,
+}
+
+impl View {
+    fn of(
+        context: &Context,
+        accounts: &Accounts,
+        account: Account,
+        service: Option<&Status>,
+    ) -> anyhow::Result<Self> {
+        let place = match account.removed {
+            None => context.state.disk(account.id),
+            Some(_) => context.state.removed_dir(account.id).join("disk.img"),
+        };
+        let running = service.into_iter().flat_map(|service| &service.accounts);
+        let machine = running
+            .filter(|_| account.removed.is_none())
+            .find(|status| status.account == account.name)
+            .cloned();
+        Ok(Self {
+            keys: accounts.keys(account.id)?,
+            sessions: accounts.sessions(account.id, SESSIONS_SHOWN)?,
+            disk_allocated: disk::allocated(&place).ok(),
+            machine,
+            account,
+        })
+    }
+
+    fn state(&self) -> &'static str {
+        match (&self.account.removed, self.account.disabled) {
+            (Some(_), _) => "removed",
+            (None, true) => "disabled",
+            (None, false) => "enabled",
+        }
+    }
+
+    fn machine_state(&self) -> &str {
+        self.machine.as_ref().map_or("stopped", |machine| &machine.state)
+    }
+
+    fn disk(&self) -> String {
+        let limit = size::show(self.account.disk_bytes);
+        match self.disk_allocated {
+            Some(used) => format!("{} of {limit}", size::show(used)),
+            None => format!("none yet, {limit}"),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let account = &self.account;
+        json!({
+            "id": account.id,
+            "name": account.name,
+            "state": self.state(),
+            "disabled": account.disabled,
+            "created": time::rfc3339(account.created),
+            "removed": account.removed.map(time::rfc3339),
+            "hostname": account.hostname,
+            "has_password": account.password.is_some(),
+            "keys": self.keys.iter().map(key_json).collect::<Vec<_>>(),
+            "limits": {
+                "disk_bytes": account.disk_bytes,
+                "max_sessions": account.max_sessions,
+                "linger_seconds": account.linger_s,
+            },
+            "disk_allocated_bytes": self.disk_allocated,
+            "machine": self.machine.as_ref().map(|machine| json!({
+                "state": machine.state,
+                "since": time::rfc3339(machine.since),
+                "why": machine.why,
+                "pid": machine.machine_pid,
+                "base": machine.base,
+                "sessions": machine.sessions,
+            })),
+            "sessions": self.sessions.iter().map(session_json).collect::<Vec<_>>(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let account = &self.account;
+        let linger = account.linger_s.map_or("as configured".into(), |s| format!("{s} s"));
+        let mut facts = vec![
+            ("name", account.name.clone()),
+            ("id", account.id.to_string()),
+            ("state", self.state().to_owned()),
+            ("created", time::short(account.created)),
+            ("password", if account.password.is_some() { "set" } else { "none" }.to_owned()),
+            ("disk", self.disk()),
+            ("sessions", format!("at most {}", account.max_sessions)),
+            ("linger", linger),
+        ];
+        match &self.machine {
+            None => facts.push(("machine", "stopped".to_owned())),
+            Some(machine) => {
+                let since = time::short(machine.since);
+                facts.push(("machine", format!("{} since {since}", machine.state)));
+                facts.push(("because", machine.why.clone()));
+            }
+        }
+        let mut text = String::new();
+        for (name, value) in facts {
+            text.push_str(&format!("{name:<10}{value}\n"));
+        }
+        text.push_str(&format!("\n{}\n", key_table(&self.keys)));
+        if !self.sessions.is_empty() {
+            let mut table = table(["SESSION", "FROM", "STARTED", "ENDED", "HOW"]);
+            for session in &self.sessions {
+                table.add_row([
+                    session.kind.clone(),
+                    session.source.clone(),
+                    time::short(session.started),
+                    session.ended.map_or("-".into(), time::short),
+                    session.outcome.clone().unwrap_or_default(),
+                ]);
+            }
+            text.push_str(&format!("\n{}\n", table.trim_fmt()));
+        }
+        text
+    }
+}
+
+pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let service = service(context);
+    let views = accounts
+        .list(removed)?
+        .into_iter()
+        .map(|account| View::of(context, &accounts, account, service.as_ref()))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let object = json!({ "accounts": views.iter().map(View::json).collect::<Vec<_>>() });
+    context.out.show(&object, || {
+        if views.is_empty() {
+            return "no accounts (hermitage account add NAME --key FILE makes one)".to_owned();
+        }
+        let mut table = table(["NAME", "STATE", "MACHINE", "LOGS IN WITH", "DISK", "LAST SESSION"]);
+        for view in &views {
+            table.add_row([
+                view.account.name.clone(),
+                view.state().to_owned(),
+                view.machine_state().to_owned(),
+                means(view),
+                view.disk(),
+                view.sessions.first().map_or("never".into(), |last| time::short(last.started)),
+            ]);
+        }
+        table.trim_fmt()
+    })
+}
+
+pub fn show(context: &Context, name: &str) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let account = accounts.named(name)?;
+    let view = View::of(context, &accounts, account, service(context).as_ref())?;
+    context.out.show(&view.json(), || view.text())
+}
+
+/// The answer of `account add`.
+pub fn added(context: &Context, accounts: &Accounts, account: &Account) -> anyhow::Result<()> {
+    let view = View::of(context, accounts, account.clone(), None)?;
+    context.out.show(&view.json(), || {
+        format!("{} is added: {}, disk {}", account.name, means(&view), view.disk())
+    })
+}
+
+pub fn key_json(key: &StoredKey) -> Value {
+    json!({
+        "type": key.key_type,
+        "fingerprint": key.fingerprint,
+        "comment": key.comment,
+        "added": time::rfc3339(key.added),
+    })
+}
+
+pub fn key_table(keys: &[StoredKey]) -> String {
+    if keys.is_empty() {
+        return "no keys".to_owned();
+    }
+    let mut table = table(["KEY", "FINGERPRINT", "COMMENT", "ADDED"]);
+    for key in keys {
+        let (comment, added) = (key.comment.clone(), time::short(key.added));
+        table.add_row([key.key_type.clone(), key.fingerprint.clone(), comment, added]);
+    }
+    table.trim_fmt()
+}
+
+fn session_json(session: &SessionRecord) -> Value {
+    json!({
+        "kind": session.kind,
+        "source": session.source,
+        "started": time::rfc3339(session.started),
+        "ended": session.ended.map(time::rfc3339),
+        "outcome": session.outcome,
+    })
+}
+
+fn means(view: &View) -> String {
+    match (view.keys.len(), view.account.password.is_some()) {
+        (0, false) => "nothing".to_owned(),
+        (0, true) => "password".to_owned(),
+        (n, false) => count(n, "key"),
+        (n, true) => format!("{}, password", count(n, "key")),
+    }
+}
+
+/// What runs, for showing only: a service that doesn't answer must not hide the accounts.
+fn service(context: &Context) -> Option<Status> {
+    match status::query(context) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("hermitage: warning: what runs is not known: {error:#}");
+            None
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! `hermitage base …`: making base snapshots and choosing the one that machines are forked from.
+
+use super::context::Context;
+use super::output::table;
+use super::{NotFound, size, time, tool};
+use anyhow::{Context as _, bail};
+use clap::Subcommand;
+use hermitage_storage::base::{self, Base, BaseId};
+use hermitage_storage::image::{self, Image, ImageId};
+use hermitage_storage::publish;
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::json;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest image once and keep the running machine as the base of all others
+    #[command(after_help = "\
+New machines are forked from the new base; running ones go on as they are. Files of accounts stay.
+
+Examples:
+  hermitage base build
+  hermitage base build --memory-mib 1024 --vcpus 2")]
+    Build(Build),
+    /// List the bases
+    List,
+    /// Fork new machines from another base
+    Use { id: String },
+    /// Delete a base that is not in use any more
+    Remove { id: String },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Build {
+    /// Folder of the guest image [default: the latest in the state directory]
+    #[arg(long, value_name = "DIR")]
+    image: Option<PathBuf>,
+    /// Memory of each machine; what is not touched takes nothing
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(128..=1 << 20))]
+    memory_mib: u64,
+    /// Virtual CPUs of each machine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: u8,
+    /// Write what the guest says while it boots to this file
+    #[arg(long, value_name = "FILE")]
+    serial_log: Option<PathBuf>,
+}
+
+pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Build(build) => self::build(context, &build),
+        Command::List => list(context),
+        Command::Use { id } => use_base(context, &id),
+        Command::Remove { id } => remove(context, &id),
+    }
+}
+
+fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
+    context.state.create().with_context(|| context.not_ours())?;
+    let bases = context.state.bases_dir();
+    let _lock = only_one(&bases)?;
+    publish::sweep(&bases)?;
+    publish::sweep(&context.state.images_dir())?;
+
+    let image = match &build.image {
+        Some(dir) => Image::open(dir)?.import(&context.state)?,
+        None => latest_image(context)?,
+    };
+    // Its id is known when it is done. Until then a name that is swept up should we be killed.
+    let unnamed = bases.join(format!(".new-{}", uuid::Uuid::new_v4().simple()));
+    let mut arguments = vec![
+        "build-base".into(),
+        "--image".into(),
+        image.dir.into_os_string(),
+        "--out".into(),
+        unnamed.clone().into_os_string(),
+        "--memory-mib".into(),
+        build.memory_mib.to_string().into(),
+        "--vcpus".into(),
+        build.vcpus.to_string().into(),
+    ];
+    if let Some(file) = &build.serial_log {
+        arguments.extend(["--serial-log".into(), file.into()]);
+    }
+    tool::run(context, "hermitage-vmm", &arguments)?;
+    let id = take_in(context, &unnamed)?;
+    context.state.set_current_base(&id)?;
+    let provisioned = provision_all(context)?;
+
+    let object = json!({
+        "id": id.as_str(),
+        "image": image.id.as_str(),
+        "memory_mib": build.memory_mib,
+        "vcpus": build.vcpus,
+        "current": true,
+        "disks_made": provisioned,
+    });
+    context.out.show(&object, || {
+        let mut text = format!("base {id} is ready; new machines are forked from it");
+        if provisioned > 0 {
+            text.push_str(&format!("\naccounts that had no disk got one: {provisioned}"));
+        }
+        text
+    })
+}
+
+/// Gives a finished base the name of its content.
+fn take_in(context: &Context, unnamed: &Path) -> anyhow::Result<BaseId> {
+    let id = Base::manifest(unnamed)?.id;
+    let target = context.state.base(&id);
+    if target.exists() {
+        fs::remove_dir_all(unnamed)?;
+    } else {
+        fs::rename(unnamed, &target).with_context(|| format!("naming the base {id}"))?;
+    }
+    publish::sync_dir(&context.state.bases_dir())?;
+    Ok(id)
+}
+
+/// Accounts that were made before there was a base have no disk yet.
+fn provision_all(context: &Context) -> anyhow::Result<usize> {
+    let mut made = 0;
+    for account in context.accounts()?.list(false)? {
+        if !context.state.disk(account.id).exists() {
+            made += usize::from(context.provision(&account)?);
+        }
+    }
+    Ok(made)
+}
+
+fn latest_image(context: &Context) -> anyhow::Result<Image> {
+    let built =
+        |image: &Image| fs::metadata(image.path(image::MANIFEST)).and_then(|m| m.modified()).ok();
+    let images = image::list(&context.state)?.into_iter().filter_map(Result::ok);
+    images.max_by_key(built).with_context(|| {
+        format!(
+            "there is no guest image in {} (hermitage image build makes one; --image names one elsewhere)",
+            context.state.images_dir().display()
+        )
+    })
+}
+
+/// Two builds at once would take twice the time and memory, and sweep each other's leftovers.
+pub fn only_one(dir: &Path) -> anyhow::Result<Flock<File>> {
+    match Flock::lock(File::open(dir)?, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            bail!("another build in {} is not done yet", dir.display())
+        }
+        Err((_, errno)) => {
+            Err(io::Error::from(errno)).context(format!("locking {}", dir.display()))
+        }
+    }
+}
+
+fn list(context: &Context) -> anyhow::Result<()> {
+    let current = context.state.current_base()?;
+    let bases = base::list(&context.state)?;
+    let object = json!({
+        "current": current.as_ref().map(BaseId::as_str),
+        "bases": bases.iter().map(|listed| {
+            let content = listed.manifest.as_ref().ok().map(|manifest| &manifest.content);
+            json!({
+                "id": listed.id.as_str(),
+                "current": Some(&listed.id) == current.as_ref(),
+                "created": time::rfc3339(listed.created),
+                "allocated_bytes": listed.allocated,
+                "image": content.map(|c| &c.image),
+                "guest_kernel": content.map(|c| &c.guest_kernel),
+                "memory_bytes": content.map(|c| c.machine.memory_bytes),
+                "vcpus": content.map(|c| c.machine.vcpus),
+                "restorable_on": content.map(|c| &c.restorable_on),
+                "error": listed.manifest.as_ref().err().map(ToString::to_string),
+            })
+        }).collect::<Vec<_>>(),
+    });
+    context.out.show(&object, || {
+        if bases.is_empty() {
+            return "no bases (hermitage base build makes one)".to_owned();
+        }
+        let mut table = table(["BASE", "CREATED", "MEMORY", "VCPUS", "GUEST KERNEL", "TAKES", ""]);
+        for listed in &bases {
+            let (memory, vcpus, kernel) = match &listed.manifest {
+                Ok(manifest) => {
+                    let machine = &manifest.content.machine;
+                    let kernel = manifest.content.guest_kernel.clone();
+                    (size::show(machine.memory_bytes), machine.vcpus.to_string(), kernel)
+                }
+                Err(_) => ("?".into(), "?".into(), "?".into()),
+            };
+            let note = match &listed.manifest {
+                Err(error) => error.to_string(),
+                Ok(_) if Some(&listed.id) == current.as_ref() => "current".into(),
+                Ok(_) => String::new(),
+            };
+            table.add_row([
+                listed.id.to_string(),
+                time::short(listed.created),
+                memory,
+                vcpus,
+                kernel,
+                size::show(listed.allocated),
+                note,
+            ]);
+        }
+        table.trim_fmt()
+    })
+}
+
+fn use_base(context: &Context, id: &str) -> anyhow::Result<()> {
+    let id = find(context, id)?;
+    let base = Base::open(&context.state.base(&id))?;
+    // The template of new disks comes from it.
+    let image = ImageId::parse(&base.manifest.content.image)
+        .with_context(|| format!("base {id} names no image"))?;
+    Image::open(&context.state.image(&image))?;
+    context.state.set_current_base(&id)?;
+    provision_all(context)?;
+    let object = json!({ "id": id.as_str(), "current": true });
+    context.out.show(&object, || format!("new machines are forked from base {id}"))
+}
+
+fn remove(context: &Context, id: &str) -> anyhow::Result<()> {
+    let id = find(context, id)?;
+    if context.state.current_base()?.as_ref() == Some(&id) {
+        bail!("base {id} is the current one; choose another first: hermitage base use ID");
+    }
+    base::remove(&context.state, &id).with_context(|| format!("deleting base {id}"))?;
+    let object = json!({ "id": id.as_str(), "removed": true });
+    context.out.show(&object, || format!("base {id} is deleted"))
+}
+
+/// A base by its id or the start of it.
+fn find(context: &Context, id: &str) -> anyhow::Result<BaseId> {
+    let mut found = base::list(&context.state)?
+        .into_iter()
+        .map(|listed| listed.id)
+        .filter(|known| !id.is_empty() && known.as_str().starts_with(id));
+    match (found.next(), found.next()) {
+        (Some(id), None) => Ok(id),
+        (None, _) => {
+            Err(NotFound(format!("there is no base \"{id}\" (hermitage base list shows them)"))
+                .into())
+        }
+        (Some(_), Some(_)) => bail!("more than one base starts with \"{id}\""),
+    }
+}

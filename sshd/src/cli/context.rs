@@ -1,0 +1,63 @@
+//! What every command stands on: configuration, state directory, database, the form of its output.
+
+use super::Global;
+use super::output::Output;
+use anyhow::Context as _;
+use hermitage::config::Config;
+use hermitage_storage::StateDir;
+use hermitage_storage::accounts::{Account, Accounts};
+use hermitage_storage::base::Base;
+use hermitage_storage::disk;
+use hermitage_storage::image::{self, ImageId};
+use std::path::PathBuf;
+
+pub struct Context {
+    pub config: Config,
+    pub state: StateDir,
+    pub out: Output,
+}
+
+impl Context {
+    pub fn new(global: &Global) -> anyhow::Result<Self> {
+        let mut config = Config::load(global.config.as_deref())?;
+        if let Some(dir) = &global.state_dir {
+            config.state_dir = dir.clone();
+        }
+        if let Some(dir) = &global.run_dir {
+            config.run_dir = dir.clone();
+        }
+        let state = StateDir::new(&config.state_dir);
+        Ok(Self { config, state, out: Output::new(global.json) })
+    }
+
+    /// The database, made if there is none.
+    pub fn accounts(&self) -> anyhow::Result<Accounts> {
+        self.state.create().with_context(|| self.not_ours())?;
+        Ok(Accounts::open(&self.state.database())?)
+    }
+
+    pub fn not_ours(&self) -> String {
+        format!(
+            "the state directory {} can't be used (run this as the service's user, or name another \
+             with --state-dir)",
+            self.state.root().display()
+        )
+    }
+
+    /// The template of new disks: of the image that the current base was made from. `None` while there
+    /// is no base.
+    pub fn disk_template(&self) -> anyhow::Result<Option<PathBuf>> {
+        let Some(id) = self.state.current_base()? else { return Ok(None) };
+        let manifest = Base::manifest(&self.state.base(&id))?;
+        let image = ImageId::parse(&manifest.content.image)
+            .with_context(|| format!("base {id} names the image \"{}\"", manifest.content.image))?;
+        Ok(Some(self.state.image(&image).join(image::DISK_TEMPLATE)))
+    }
+
+    /// Makes the account's disk unless it has one. False: there is no base yet, so none can be made.
+    pub fn provision(&self, account: &Account) -> anyhow::Result<bool> {
+        let Some(template) = self.disk_template()? else { return Ok(false) };
+        disk::provision(&self.state, account.id, &template, account.disk_bytes)?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,205 @@
+//! The state directory: room, database, image, base, disks; and the service.
+
+use super::Finding;
+use crate::cli::context::Context;
+use crate::cli::output::count;
+use crate::cli::{size, status};
+use hermitage_storage::accounts::Accounts;
+use hermitage_storage::base::{Base, BaseId, HostKind};
+use hermitage_storage::image::{self, Image, ImageId};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::{AccessFlags, access};
+use std::time::Instant;
+
+pub fn check(context: &Context) -> Vec<Finding> {
+    let root = context.state.root();
+    if !root.is_dir() {
+        return vec![Finding::warning(
+            "state directory",
+            format!("there is no {} yet", root.display()),
+            "the first command makes it; start with: hermitage image build",
+        )];
+    }
+    if let Err(errno) = access(root, AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK) {
+        return vec![Finding::failure(
+            "state directory",
+            format!("{}: {}", root.display(), errno.desc()),
+            "run this as the service's user (root), or name another with --state-dir",
+        )];
+    }
+    let mut findings = vec![Finding::ok("state directory", root.display().to_string())];
+    findings.push(space(context));
+    findings.extend(base(context));
+    findings.extend(database(context));
+    findings.push(service(context));
+    findings
+}
+
+fn space(context: &Context) -> Finding {
+    const CHECK: &str = "space";
+    let root = context.state.root();
+    let stat = match statvfs(root) {
+        Ok(stat) => stat,
+        Err(errno) => {
+            let found = format!("{}: {}", root.display(), errno.desc());
+            return Finding::failure(CHECK, found, "is the file system mounted?");
+        }
+    };
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    let floor = context.config.machines.min_free_mib << 20;
+    let found = format!("{} free", size::show(free));
+    let limit = size::show(floor);
+    if free < floor {
+        let advice = format!(
+            "below {limit} (machines.min_free_mib) logins are refused: free some (hermitage account \
+             remove NAME --purge, hermitage base remove ID) or enlarge the file system"
+        );
+        Finding::failure(CHECK, found, advice)
+    } else if free < floor.saturating_mul(4) {
+        Finding::warning(CHECK, found, format!("logins are refused below {limit}; make room soon"))
+    } else {
+        Finding::ok(CHECK, found)
+    }
+}
+
+fn base(context: &Context) -> Vec<Finding> {
+    const CHECK: &str = "base";
+    let id = match context.state.current_base() {
+        Ok(Some(id)) => id,
+        Ok(None) => {
+            let advice = match image::list(&context.state) {
+                Ok(images) if images.iter().any(Result::is_ok) => "hermitage base build makes one",
+                _ => "hermitage image build makes an image, then hermitage base build a base of it",
+            };
+            return vec![Finding::failure(CHECK, "there is none, so no machine can start", advice)];
+        }
+        Err(error) => {
+            let advice = "choose one again: hermitage base list, hermitage base use ID";
+            return vec![Finding::failure(CHECK, error.to_string(), advice)];
+        }
+    };
+    let start = Instant::now();
+    let base = match Base::open(&context.state.base(&id)) {
+        Ok(base) => base,
+        Err(error) => {
+            let advice = "make one again: hermitage base build";
+            return vec![Finding::failure(CHECK, error.to_string(), advice)];
+        }
+    };
+    let content = &base.manifest.content;
+    let machine = &content.machine;
+    let found = format!(
+        "{id}: whole (checked in {} ms), {} of memory, {}, guest kernel {}",
+        start.elapsed().as_millis(),
+        size::show(machine.memory_bytes),
+        count(machine.vcpus.into(), "CPU"),
+        content.guest_kernel,
+    );
+    let mut findings = vec![Finding::ok(CHECK, found)];
+    findings.push(fit(&id, &content.restorable_on));
+    findings.push(image(context, &content.image));
+    findings
+}
+
+/// The rest of the fit, what KVM offers guests and the state's version, the vmm checks when it opens
+/// the base.
+fn fit(id: &BaseId, base: &HostKind) -> Finding {
+    const CHECK: &str = "base fits host";
+    let here = match HostKind::here(base.snapshot_version, base.cpuid_digest.clone()) {
+        Ok(here) => here,
+        Err(error) => {
+            let found = format!("/proc can't be read: {error}");
+            return Finding::failure(CHECK, found, "is /proc mounted?");
+        }
+    };
+    let mismatches = base.mismatches(&here);
+    if mismatches.is_empty() {
+        let (family, model) = (here.cpu_family, here.cpu_model);
+        let found = format!("{} family {family} model {model}", here.cpu_vendor);
+        return Finding::ok(CHECK, found);
+    }
+    let advice = format!("make a base on this host: hermitage base build (then: base remove {id})");
+    Finding::failure(CHECK, mismatches.join("; "), advice)
+}
+
+fn image(context: &Context, id: &str) -> Finding {
+    const CHECK: &str = "image";
+    let image = match ImageId::parse(id) {
+        Some(id) => Image::open(&context.state.image(&id)),
+        None => {
+            let found = format!("the base names the image \"{id}\"");
+            return Finding::failure(CHECK, found, "make the base again: hermitage base build");
+        }
+    };
+    match image {
+        Ok(image) => Finding::ok(CHECK, image.id.to_string()),
+        Err(error) => Finding::failure(
+            CHECK,
+            error.to_string(),
+            "disks of new accounts are made from it: hermitage image build, then hermitage base build",
+        ),
+    }
+}
+
+fn database(context: &Context) -> Vec<Finding> {
+    const CHECK: &str = "accounts";
+    let path = context.state.database();
+    if !path.exists() {
+        return vec![Finding::warning(
+            CHECK,
+            "there are none yet",
+            "hermitage account add NAME --key FILE makes one",
+        )];
+    }
+    let looked = Accounts::open(&path).and_then(|accounts| {
+        let damage = accounts.damage()?;
+        let accounts = if damage.is_empty() { accounts.list(false)? } else { Vec::new() };
+        Ok((damage, accounts))
+    });
+    let (damage, accounts) = match looked {
+        Ok(found) => found,
+        Err(error) => {
+            let advice = "restore the database from a backup, or use the program that wrote it";
+            return vec![Finding::failure(CHECK, error.to_string(), advice)];
+        }
+    };
+    if !damage.is_empty() {
+        let found = format!("{} is damaged: {}", path.display(), damage.join("; "));
+        return vec![Finding::failure(CHECK, found, "restore the database from a backup")];
+    }
+    let mut findings = vec![Finding::ok(
+        CHECK,
+        format!("{}, the database is sound", count(accounts.len(), "account")),
+    )];
+    let without: Vec<_> = accounts
+        .iter()
+        .filter(|account| !context.state.disk(account.id).exists())
+        .map(|account| account.name.as_str())
+        .collect();
+    if !without.is_empty() {
+        let shown = without[..without.len().min(10)].join(", ");
+        findings.push(Finding::warning(
+            "disks",
+            format!("{} without a disk, so they can't log in: {shown}", count(without.len(), "account")),
+            "hermitage base build (or: base use ID) makes disks that were never made; one that was lost \
+             has to come from a backup",
+        ));
+    }
+    findings
+}
+
+fn service(context: &Context) -> Finding {
+    const CHECK: &str = "service";
+    match status::query(context) {
+        Ok(Some(status)) => Finding::ok(
+            CHECK,
+            format!("runs as process {}, listens on {}", status.pid, status.listen.join(" ")),
+        ),
+        Ok(None) => Finding::warning(CHECK, "is not running", "hermitage serve starts it"),
+        Err(error) => Finding::failure(
+            CHECK,
+            format!("{error:#}"),
+            "run this as the service's user; if it hangs, restart it (machines are stopped in order)",
+        ),
+    }
+}

@@ -1,0 +1,185 @@
+//! The command line: what there is to type, and what comes back.
+//!
+//! Commands change the database and the state directory themselves and then tell the running service,
+//! if there is one, what to look at again: administration works while the service is down. Each can be
+//! repeated: what is already so is said and is no error.
+
+mod account;
+mod account_show;
+mod admin;
+mod base;
+mod console;
+mod context;
+mod doctor;
+mod image;
+mod key;
+mod output;
+mod password;
+mod size;
+mod status;
+mod time;
+mod tool;
+
+use clap::{Parser, Subcommand};
+use context::Context;
+use hermitage_storage::accounts::AccountsError;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  done, or already so
+  1  failed (doctor: at least one finding is a failure)
+  2  the command line is wrong
+  3  there is no such account, key or base
+  4  the name is taken";
+
+const EXAMPLES: &str = "\
+First steps on a new host:
+  hermitage doctor                                  what this host lacks, and what to do about it
+  hermitage image build                             build the guest's kernel and root file system
+  hermitage base build                              boot it once; machines are forked from that
+  hermitage account add alice --key alice.pub       give alice an account
+  hermitage serve                                   let her in: ssh -p 2222 alice@this-host
+";
+
+/// Shell accounts, each in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(name = "hermitage", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{EXIT_STATUS}"))]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Args)]
+struct Global {
+    /// Configuration file [default: /etc/hermitage/hermitage.toml, if there is one]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    config: Option<PathBuf>,
+    /// Where accounts, disks and bases are kept, instead of what the configuration says
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
+    state_dir: Option<PathBuf>,
+    /// Where the service's socket is, instead of what the configuration says
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
+    run_dir: Option<PathBuf>,
+    /// Print JSON, for programs: one object, with field names that stay
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service: the SSH server and the accounts' machines
+    Serve,
+    /// Look whether this host can run machines, and say what to do if not
+    Doctor,
+    /// Show the running service, its machines and sessions
+    Status,
+    /// Accounts: who may log in, with what, and how much they get
+    #[command(subcommand)]
+    Account(account::Command),
+    /// Base snapshots: what machines are forked from
+    #[command(subcommand)]
+    Base(base::Command),
+    /// Guest images: the kernel and root file system that bases are booted from
+    #[command(subcommand)]
+    Image(image::Command),
+    /// Attach to the serial console of an account's running machine
+    #[command(after_help = "Leave with Ctrl-], or with ~. at the start of a line.")]
+    Console {
+        /// The account's name
+        account: String,
+    },
+}
+
+/// Something that was named and isn't there.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct NotFound(String);
+
+/// The command has said itself what failed.
+#[derive(Debug, thiserror::Error)]
+#[error("failed")]
+struct Said;
+
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.global.json;
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Said>() => ExitCode::FAILURE,
+        Err(error) => {
+            if json {
+                eprintln!("{}", serde_json::json!({ "error": format!("{error:#}") }));
+            } else {
+                eprintln!("hermitage: {error:#}");
+            }
+            ExitCode::from(exit_status(&error))
+        }
+    }
+}
+
+fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<NotFound>() {
+        return 3;
+    }
+    match error.downcast_ref::<AccountsError>() {
+        Some(AccountsError::Unknown(_)) => 3,
+        Some(AccountsError::NameTaken(_)) => 4,
+        _ => 1,
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let context = Context::new(&cli.global)?;
+    match cli.command {
+        Command::Serve => serve(context),
+        Command::Doctor => doctor::run(&context),
+        Command::Status => status::run(&context),
+        Command::Account(command) => account::run(&context, command),
+        Command::Base(command) => base::run(&context, command),
+        Command::Image(command) => image::run(&context, command),
+        Command::Console { account } => console::run(&context, &account),
+    }
+}
+
+fn serve(context: Context) -> anyhow::Result<()> {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+    hermitage::server::run(context.config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    /// A password on a command line is in the process list and the shell's history.
+    #[test]
+    fn no_option_takes_a_password() {
+        fn look(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                let name = argument.get_id().as_str();
+                assert!(
+                    !name.contains("password") || !argument.get_action().takes_values(),
+                    "{} {name}",
+                    command.get_name()
+                );
+            }
+            command.get_subcommands().for_each(look);
+        }
+        look(&Cli::command());
+    }
+}
