@@ -133,6 +133,13 @@ impl Story {
         }
     }
 
+    /// For a story that has itself undone what it did.
+    pub fn forget_cleanup(&self) {
+        if let Ok(mut cleanup) = self.cleanup.lock() {
+            cleanup.clear();
+        }
+    }
+
     pub fn finish(&self) -> Result<()> {
         let scripts = self.cleanup.lock().map(|mut c| std::mem::take(&mut *c)).unwrap_or_default();
         if scripts.is_empty() {

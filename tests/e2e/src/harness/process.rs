@@ -113,10 +113,6 @@ pub fn start_into(what: &str, mut command: Command, input: Input, stdout: File) 
 }
 
 impl Running {
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let stdin = self.stdin.as_mut().ok_or_else(|| anyhow!("{}: no input", self.what))?;
         stdin
@@ -131,10 +127,6 @@ impl Running {
 
     pub fn out_so_far(&mut self) -> Result<Vec<u8>> {
         read_all(&self.stdout)
-    }
-
-    pub fn has_ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait().context("can't wait for a child")?.is_some())
     }
 
     pub fn kill(&mut self) {

@@ -116,19 +116,13 @@ impl<'a> Terminal<'a> {
     pub fn run_status(&mut self, command: &str, seconds: u64) -> Result<(String, i32)> {
         self.marks += 1;
         let mark = self.marks;
-        self.send(&format!("echo '<be''gin {mark}>'; {command}\necho \"<e\"\"nd {mark} $?>\"\n"))?;
+        self.send(&format!("echo '<be''gin {mark}>'; {command}; echo \"<e\"\"nd {mark} $?>\"\n"))?;
         self.expect(&format!("<begin {mark}>\r\n"), seconds)?;
         let output = self.expect(&format!("<end {mark} "), seconds)?;
         let status = self.expect(">", 10)?;
         let status =
             status.trim().parse().with_context(|| format!("odd exit status {status:?}"))?;
-        // The second line typed, and its prompt, come after the command's output.
-        let output = output.replace("\r\n", "\n");
-        let output = match output.rfind("echo \"<e\"\"nd") {
-            Some(at) => output[..at].rfind('\n').map_or("", |line| &output[..=line]).to_owned(),
-            None => output,
-        };
-        Ok((output, status))
+        Ok((output.replace("\r\n", "\n"), status))
     }
 
     /// Changes the window's size, as a terminal emulator does.
@@ -225,4 +219,61 @@ impl Drop for Terminal<'_> {
 
 fn find(text: &[u8], part: &[u8]) -> Option<usize> {
     text.windows(part.len()).position(|window| window == part)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::{Options, harness::World};
+
+    fn story() -> Story {
+        let world = Arc::new(World::new(&Options::parse_from(["e2e"])).unwrap());
+        Story::new(world, Instant::now() + Duration::from_secs(60))
+    }
+
+    fn bash(story: &Story) -> Terminal<'_> {
+        let mut command = Command::new("bash");
+        command.args(["--norc", "-i"]).env("PS1", "$ ").env("TERM", "dumb");
+        let mut shell = Terminal::open(story, "bash", command, 80, 24).unwrap();
+        shell.expect_prompt().unwrap();
+        shell
+    }
+
+    #[test]
+    fn a_command_gives_its_output_and_nothing_else() {
+        let story = story();
+        let mut shell = bash(&story);
+        assert_eq!(shell.run("echo one; echo two").unwrap(), "one\ntwo\n");
+        assert_eq!(shell.run("true").unwrap(), "");
+        assert_eq!(shell.run("printf 'no end'").unwrap(), "no end");
+        assert_eq!(
+            shell.run_status("cat /nowhere/at/all 2>/dev/null", 10).unwrap(),
+            ("".into(), 1)
+        );
+        let error = shell.run("false").unwrap_err().to_string();
+        assert!(error.contains("ended with 1"), "{error}");
+    }
+
+    #[test]
+    fn the_end_and_its_status_are_seen() {
+        let story = story();
+        let mut shell = bash(&story);
+        shell.send("exit 5\n").unwrap();
+        assert_eq!(shell.wait_end(20).unwrap().0, 5);
+        let error = shell.expect("anything", 5).unwrap_err().to_string();
+        assert!(error.contains("ended before"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_come_is_told_with_what_came() {
+        let story = story();
+        let mut shell = bash(&story);
+        shell.send("echo some'thing'\n").unwrap();
+        let error = shell.expect("else", 1).unwrap_err().to_string();
+        assert!(error.contains("something") && error.contains("\"else\""), "{error}");
+    }
 }

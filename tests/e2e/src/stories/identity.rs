@@ -1,6 +1,6 @@
 //! Whose machine it is, whose files, and that no two machines share a secret.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -142,17 +142,7 @@ fn df_and_free(story: &Story) -> Result<()> {
     let taken = before.saturating_sub(after) >> 20;
     ensure!((39..60).contains(&taken), "40 MiB took {taken} MiB of what df shows as free");
 
-    let base = story.host().hermitage_json("base list")?.to_string();
-    let current = story.host().run(&format!(
-        "cd {0} && grep -o '\"memory_mib\": *[0-9]*\\|\"memory_bytes\": *[0-9]*' \
-         bases/$(cat current-base)/base.json | head -1",
-        story.world.options.state_dir.display()
-    ));
-    let memory = match current.ok().and_then(|text| text.rsplit(':').next()?.trim().parse().ok()) {
-        Some(n @ 0..1_000_000u64) => n << 20,
-        Some(bytes) => bytes,
-        None => anyhow::bail!("the base does not tell its memory's size: {base}"),
-    };
+    let memory = base_memory(story)?;
     let total: u64 = alice.output("free -b | awk '/^Mem:/ {print $2}'")?.parse()?;
     ensure!(
         total <= memory && total > memory / 100 * 80,
@@ -168,6 +158,15 @@ fn df_and_free(story: &Story) -> Result<()> {
         print(subprocess.check_output([\"free\", \"-b\"], text=True).splitlines()[1].split()[6])'";
     let taken = available.saturating_sub(alice.output(script)?.parse::<u64>()?) >> 20;
     ensure!((70..200).contains(&taken), "100 MiB in use show as {taken} MiB less available");
-    story.sleep(Duration::from_millis(200));
     Ok(())
+}
+
+/// Bytes of memory that new machines have.
+fn base_memory(story: &Story) -> Result<u64> {
+    let list = story.host().hermitage_json("base list")?;
+    list["bases"]
+        .as_array()
+        .and_then(|bases| bases.iter().find(|base| base["current"] == true))
+        .and_then(|base| base["memory_bytes"].as_u64())
+        .with_context(|| format!("`base list` tells no memory of the current base: {list}"))
 }

@@ -37,11 +37,11 @@ fn by_password(story: &Story) -> Result<()> {
 
 fn wrong_password(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
-    alice.set_password("right")?;
-    refused(&Login::with_password(story, &alice.name, "wrong").exec("true")?)?;
+    alice.set_password("the right one")?;
+    refused(&Login::with_password(story, &alice.name, "not the right one").exec("true")?)?;
     refused(&Login::with_password(story, &alice.name, "").exec("true")?)?;
     ensure!(alice.machine()?.is_none(), "a refused login started a machine");
-    Login::with_password(story, &alice.name, "right").exec("true")?.success().map(drop)
+    Login::with_password(story, &alice.name, "the right one").exec("true")?.success().map(drop)
 }
 
 fn wrong_key(story: &Story) -> Result<()> {
@@ -57,17 +57,17 @@ fn wrong_key(story: &Story) -> Result<()> {
 /// same words, same methods, and about the same time.
 fn refusals_tell_nothing(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
-    alice.set_password("right")?;
+    alice.set_password("the right one")?;
     let keys_only = story.account("keys")?;
     let disabled = story.account("gone")?;
-    disabled.set_password("right")?;
+    disabled.set_password("the right one")?;
     disabled.disable()?;
     let nobody = story.unique("nobody");
     let attempts = [
-        ("a wrong password", alice.name.as_str(), "wrong"),
-        ("no such account", nobody.as_str(), "wrong"),
-        ("no password set", keys_only.name.as_str(), "wrong"),
-        ("a disabled account's right password", disabled.name.as_str(), "right"),
+        ("a wrong password", alice.name.as_str(), "not the right one"),
+        ("no such account", nobody.as_str(), "not the right one"),
+        ("no password set", keys_only.name.as_str(), "not the right one"),
+        ("a disabled account's right password", disabled.name.as_str(), "the right one"),
     ];
     let mut times = Vec::new();
     let mut words: Option<String> = None;
@@ -94,11 +94,11 @@ fn refusals_tell_nothing(story: &Story) -> Result<()> {
 
 fn disabled_is_refused(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
-    alice.set_password("right")?;
+    alice.set_password("the right one")?;
     alice.output("echo kept > file")?;
     alice.disable()?;
     refused(&alice.exec("true")?)?;
-    refused(&Login::with_password(story, &alice.name, "right").exec("true")?)?;
+    refused(&Login::with_password(story, &alice.name, "the right one").exec("true")?)?;
     alice.enable()?;
     same("her file", alice.output("cat file")?.as_str(), "kept")
 }

@@ -1,10 +1,15 @@
 //! The tests, each a user's or an operator's story.
 
 mod crash;
+mod files;
+mod fork;
 mod identity;
 mod login;
+mod malformed;
+mod operator;
 mod pressure;
 mod session;
+mod space;
 
 use crate::runner::Test;
 
@@ -13,7 +18,12 @@ pub fn all() -> Vec<Test> {
     all.extend(login::TESTS);
     all.extend(session::TESTS);
     all.extend(identity::TESTS);
+    all.extend(files::TESTS);
+    all.extend(operator::TESTS);
     all.extend(pressure::TESTS);
     all.extend(crash::TESTS);
+    all.extend(fork::TESTS);
+    all.extend(malformed::TESTS);
+    all.extend(space::TESTS);
     all
 }

@@ -1,0 +1,104 @@
+//! Files in and out: scp, sftp, rsync and plain tar through exec.
+
+use std::{
+    fs::{self, File},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::session::make_random;
+use crate::{
+    harness::{
+        Story,
+        process::{self, Input},
+        same, says,
+    },
+    runner::{Test, skip, test},
+};
+
+pub const TESTS: [Test; 4] = [
+    test("scp_there_and_back", 300, scp),
+    test("scp_of_the_old_protocol", 300, scp_legacy),
+    test("sftp_session", 300, sftp),
+    test("rsync_there_and_back", 300, rsync),
+];
+
+fn scp(story: &Story) -> Result<()> {
+    scp_with(story, &[])
+}
+
+fn scp_legacy(story: &Story) -> Result<()> {
+    scp_with(story, &["-O"])
+}
+
+fn scp_with(story: &Story, flags: &[&str]) -> Result<()> {
+    let alice = story.account("alice")?;
+    let (there, back) = (story.path("there"), story.path("back"));
+    make_random(story, 3 << 20, &there)?;
+    let remote = format!("{}:copy of it", alice.login().destination());
+    let mut up = alice.login().client("scp")?;
+    up.args(flags).arg(&there).arg(&remote);
+    process::run("scp up", up, Input::Nothing, story.within(120))?.success()?;
+    let mut down = alice.login().client("scp")?;
+    // With the old protocol the far shell splits the name.
+    let source = if flags.is_empty() { remote } else { remote.replace(' ', r"\ ") };
+    down.args(flags).arg(source).arg(&back);
+    process::run("scp down", down, Input::Nothing, story.within(120))?.success()?;
+    same(
+        "the file that came back",
+        process::hash(&mut File::open(&back)?)?,
+        process::hash(&mut File::open(&there)?)?,
+    )
+}
+
+fn sftp(story: &Story) -> Result<()> {
+    let alice = story.account("alice")?;
+    let (there, back) = (story.path("there"), story.path("back"));
+    fs::write(&there, "by sftp\n")?;
+    let mut command = alice.login().client("sftp")?;
+    command.args(["-b", "-"]).arg(alice.login().destination());
+    let batch = format!(
+        "mkdir box\nput {} box/one\nrename box/one box/two\nchmod 600 box/two\nls -l box\nget box/two {}\n",
+        there.display(),
+        back.display()
+    );
+    let listing =
+        process::run("sftp", command, Input::Bytes(batch.into_bytes()), story.within(120))?
+            .success()?;
+    says("sftp's listing", &listing, "-rw-------")?;
+    same("the file that came back", fs::read_to_string(&back)?.as_str(), "by sftp\n")?;
+    let owner = alice.output("stat -c '%U %a' box/two")?;
+    same("owner and mode in her home", owner, format!("{} 600", alice.name))
+}
+
+fn rsync(story: &Story) -> Result<()> {
+    if Command::new("rsync").arg("--version").output().is_err() {
+        return skip("there is no rsync on this machine");
+    }
+    let alice = story.account("alice")?;
+    let (there, back) = (story.path("there"), story.path("back"));
+    fs::create_dir(&there)?;
+    for n in 0..40 {
+        fs::write(there.join(format!("file {n}")), format!("content {n}\n").repeat(n))?;
+    }
+    let client = alice.login().client("ssh")?;
+    let mut shell = vec!["ssh".to_owned()];
+    shell.extend(client.get_args().map(|a| a.to_string_lossy().into_owned()));
+    let shell = shell.join(" ");
+    let remote = format!("{}:tree/", alice.login().destination());
+    for (what, from, to) in [
+        ("rsync up", format!("{}/", there.display()), remote.clone()),
+        ("rsync down", remote.clone(), format!("{}/", back.display())),
+    ] {
+        let mut command = Command::new("rsync");
+        command.args(["-a", "--delete", "-e", &shell, &from, &to]);
+        process::run(what, command, Input::Nothing, story.within(120))?.success()?;
+    }
+    let mut diff = Command::new("diff");
+    diff.arg("-r").arg(&there).arg(&back);
+    process::run("diff", diff, Input::Nothing, story.within(30))?
+        .success()
+        .context("after rsync")
+        .map(drop)
+}
