@@ -194,3 +194,85 @@ pub fn list(state: &StateDir) -> io::Result<Vec<Result<Image, ImageError>>> {
     dirs.sort();
     Ok(dirs.iter().map(|dir| Image::open(dir)).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "00112233445566778899aabbccddeeff";
+
+    fn write(dir: &Path) -> PathBuf {
+        let dir = dir.join("image");
+        fs::create_dir(&dir).unwrap();
+        let files: BTreeMap<_, _> = NEEDED
+            .iter()
+            .map(|name| {
+                fs::write(dir.join(name), name).unwrap();
+                let digest = blake3::hash(name.as_bytes()).to_string();
+                (name, serde_json::json!({ "bytes": name.len(), "blake3": digest }))
+            })
+            .collect();
+        let manifest = serde_json::json!({ "format": 1, "id": ID, "suite": "x", "files": files });
+        fs::write(dir.join(MANIFEST), manifest.to_string()).unwrap();
+        dir
+    }
+
+    fn import(image: &Path, state: &StateDir) -> Result<Image, ImageError> {
+        Image::open(image)?.import(state)
+    }
+
+    #[test]
+    fn an_image_is_imported_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::new(dir.path().join("state"));
+        state.create().unwrap();
+        let image = write(dir.path());
+        for _ in 0..2 {
+            let imported = import(&image, &state).unwrap();
+            assert_eq!(imported.id.as_str(), ID);
+            assert_eq!(imported.dir, state.image(&imported.id));
+        }
+        imported_files_are_equal(&image, &state);
+        assert_eq!(list(&state).unwrap().len(), 1);
+    }
+
+    fn imported_files_are_equal(image: &Path, state: &StateDir) {
+        let imported = state.images_dir().join(ID);
+        for name in NEEDED.iter().chain([&MANIFEST]) {
+            assert_eq!(fs::read(image.join(name)).unwrap(), fs::read(imported.join(name)).unwrap());
+        }
+        assert_eq!(fs::read_dir(state.images_dir()).unwrap().count(), 1, "nothing left beside");
+    }
+
+    #[test]
+    fn a_damaged_image_is_not_taken_in() {
+        for name in NEEDED {
+            let dir = tempfile::tempdir().unwrap();
+            let state = StateDir::new(dir.path().join("state"));
+            state.create().unwrap();
+            let image = write(dir.path());
+            let mut bytes = fs::read(image.join(name)).unwrap();
+            bytes[0] ^= 1;
+            fs::write(image.join(name), &bytes).unwrap();
+            let error = import(&image, &state).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("altered"), "{error}");
+            fs::write(image.join(name), &bytes[1..]).unwrap();
+            assert!(
+                matches!(Image::open(&image), Err(ImageError::Damaged { file, .. }) if file == *name)
+            );
+            assert_eq!(fs::read_dir(state.images_dir()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn an_id_is_safe_as_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = write(dir.path());
+        let text = fs::read_to_string(image.join(MANIFEST)).unwrap();
+        for bad in ["../../../../etc/shadow", "", &"A".repeat(32)] {
+            fs::write(image.join(MANIFEST), text.replace(ID, bad)).unwrap();
+            assert!(matches!(Image::open(&image), Err(ImageError::Damaged { .. })), "{bad}");
+        }
+        assert!(matches!(Image::open(dir.path()), Err(ImageError::Missing(_))));
+    }
+}

@@ -14,3 +14,6 @@ pub use manifest::{
 };
 pub use open::{Base, BaseError, Listed, MAX_STATE, list, remove};
 pub use writer::{BaseWriter, Description};
+
+#[cfg(test)]
+mod tests;
