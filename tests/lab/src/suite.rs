@@ -18,6 +18,7 @@ use crate::serving::Serving;
 use crate::ssh::quote;
 use crate::state::Claim;
 use crate::steps::{note, step};
+use crate::tools;
 use crate::up;
 
 /// Emulated, an ssh login takes seven times as long and a nested fork ten.
@@ -53,6 +54,8 @@ impl Tally {
 /// Runs what was asked for; true when nothing failed.
 pub fn run(layout: &Layout, machine: &MachineOptions, selection: &Selection) -> Result<bool> {
     fs::create_dir_all(layout.own())?;
+    // Some unit tests use an ssh client or make a file system, too.
+    tools::install_missing(false, &layout.step_log())?;
     let mut total = Tally::default();
     let mut whole = true;
     if selection.unit {

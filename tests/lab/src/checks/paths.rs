@@ -1,6 +1,7 @@
 //! Documents name files; files move. Every path of the repository that README.md or a page below
 //! docs/ names has to exist.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,8 @@ pub fn findings(root: &Path) -> Result<Vec<String>> {
     if readme.exists() {
         pages.push(readme);
     }
+    let mut names = BTreeSet::new();
+    file_names(root, &mut names)?;
     let mut findings = Vec::new();
     for page in pages {
         let text = fs::read_to_string(&page).with_context(|| format!("read {}", page.display()))?;
@@ -22,6 +25,8 @@ pub fn findings(root: &Path) -> Result<Vec<String>> {
             let missing = quoted(line)
                 .filter(|word| looks_like_ours(root, word))
                 .filter(|word| !root.join(word).exists() && !folder.join(word).exists())
+                // A page about one folder may call its files by name alone.
+                .filter(|word| word.contains('/') || !names.contains(*word))
                 .chain(linked(line).filter(|target| !folder.join(target).exists()));
             findings.extend(
                 missing.map(|path| format!("{name}:{}: {path} does not exist", number + 1)),
@@ -45,6 +50,21 @@ fn markdown(dir: &Path, pages: &mut Vec<PathBuf>) -> Result<()> {
             markdown(&path, pages)?;
         } else if path.extension().is_some_and(|extension| extension == "md") {
             pages.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Names of all files of the repository.
+fn file_names(dir: &Path, names: &mut BTreeSet<String>) -> Result<()> {
+    for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let file_type = entry.file_type()?;
+        if file_type.is_dir() && name != "target" && name != ".git" {
+            file_names(&entry.path(), names)?;
+        } else if file_type.is_file() {
+            names.insert(name);
         }
     }
     Ok(())
@@ -95,7 +115,7 @@ mod tests {
         fs::write(root.join("vmm/src/here.rs"), "").unwrap();
         fs::write(
             root.join("docs/deep/page.md"),
-            "`vmm/src/here.rs` and `vmm/src/gone.rs`\n`/dev/kvm`, `vmm/UUID/x`, `cargo lab up`, `a/b`\n\
+            "`vmm/src/here.rs` and `vmm/src/gone.rs`, `here.rs`, `lost.rs`\n`/dev/kvm`, `vmm/UUID/x`, `cargo lab up`, `a/b`\n\
              [up](../../vmm/src/here.rs) [no](nowhere.md) [web](https://example.org/x.md)\n",
         )
         .unwrap();
@@ -105,6 +125,7 @@ mod tests {
             found,
             [
                 "docs/deep/page.md:1: vmm/src/gone.rs does not exist",
+                "docs/deep/page.md:1: lost.rs does not exist",
                 "docs/deep/page.md:3: nowhere.md does not exist"
             ]
         );
