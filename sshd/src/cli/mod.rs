@@ -166,6 +166,32 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// The file says what the program does: with its comments as settings, nothing changes.
+    #[test]
+    fn the_documented_configuration_is_the_default() {
+        use hermitage::config::Config;
+        const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
+        let setting = |line: &str| {
+            let name = line.strip_prefix('#').and_then(|line| line.split_once(" = "));
+            name.is_some_and(|(name, _)| !name.contains(' ')) && !line.contains("libexec_dir")
+        };
+        let set: Vec<_> =
+            DOCUMENTED.lines().map(|line| if setting(line) { &line[1..] } else { line }).collect();
+        assert!(set.iter().filter(|line| line.contains(" = ")).count() >= 18, "{set:?}");
+        let default = format!("{:?}", Config::default());
+        for text in [DOCUMENTED.to_owned(), set.join("\n")] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), text).unwrap();
+            let loaded = Config::load(Some(file.path())).unwrap();
+            assert_eq!(format!("{loaded:?}"), default);
+        }
+        // And every field of the program is in the file.
+        let fields = default.split([' ', '{', '(']).filter_map(|word| word.strip_suffix(':'));
+        for field in fields.filter(|field| !["ssh", "machines"].contains(field)) {
+            assert!(DOCUMENTED.contains(&format!("#{field} = ")), "{field} is not documented");
+        }
+    }
+
     /// A password on a command line is in the process list and the shell's history.
     #[test]
     fn no_option_takes_a_password() {
