@@ -3,9 +3,11 @@
 //! The registers are kept apart from the running queue, which exists only once the driver has said
 //! *ready* and everything it gave was found to lie in RAM.
 
+use std::sync::atomic::{Ordering, fence};
+
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{Fault, StateError, chain, chain::Chain};
 use crate::memory::GuestMemory;
@@ -26,6 +28,10 @@ pub struct QueueState {
     pub ready: bool,
     /// Chains taken and given back so far: the same number, as nothing may be under way.
     pub position: u16,
+    /// The driver has made chains available that were not taken. For receive queues that is usual, for
+    /// others it means work. Kept so that a restore need not touch the rings to find out: in a fork
+    /// each first touch is a page fault, and each write a page.
+    pub pending: bool,
 }
 
 /// Optional ring features, once negotiated (§6).
@@ -44,12 +50,23 @@ pub struct VirtQueue {
     running: Option<Queue>,
     /// Chains were given back since the last `take_signal`.
     added: bool,
+    /// As saved, until asked for.
+    pending: bool,
 }
 
 impl VirtQueue {
     pub(super) fn new(device: &'static str, index: usize, max_size: u16) -> Self {
         let registers = QueueRegisters { size: max_size, ..QueueRegisters::default() };
-        Self { device, index, max_size, registers, indirect: false, running: None, added: false }
+        Self {
+            device,
+            index,
+            max_size,
+            registers,
+            indirect: false,
+            running: None,
+            added: false,
+            pending: false,
+        }
     }
 
     pub(super) fn reset(&mut self) {
@@ -155,8 +172,16 @@ impl VirtQueue {
     /// Asks the driver to notify when it makes the next chain available. True if there is one already:
     /// the notification for it may never come.
     pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
-        let Some(queue) = &mut self.running else { return Ok(false) };
-        queue.enable_notification(memory).map_err(|error| self.broken(error.to_string()))
+        let Some(queue) = &self.running else { return Ok(false) };
+        ask_for_notification(queue, memory)
+            .and_then(|()| queue.avail_idx(memory, Ordering::Acquire))
+            .map(|available| available.0 != queue.next_avail())
+            .map_err(|error| self.broken(error.to_string()))
+    }
+
+    /// Whether the saved queue had chains that its device had not looked at. True once after a restore.
+    pub fn take_pending(&mut self) -> bool {
+        std::mem::take(&mut self.pending)
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last call.
@@ -168,7 +193,7 @@ impl VirtQueue {
         queue.needs_notification(memory).map_err(|error| self.broken(error.to_string()))
     }
 
-    pub(super) fn save(&self) -> Result<QueueState, StateError> {
+    pub(super) fn save(&self, memory: &GuestMemory) -> Result<QueueState, StateError> {
         let position = match &self.running {
             None => 0,
             Some(queue) if queue.next_avail() == queue.next_used() => queue.next_used(),
@@ -178,7 +203,15 @@ impl VirtQueue {
                 return Err(StateError::busy(self.device, reason));
             }
         };
-        Ok(QueueState { registers: self.registers, ready: self.is_ready(), position })
+        let available = self.running.as_ref().map(|q| q.avail_idx(memory, Ordering::Acquire));
+        let pending = match available {
+            Some(Ok(available)) => available.0 != position,
+            // What is wrong with it will be found where it is used.
+            Some(Err(_)) => true,
+            None => false,
+        };
+        let ready = self.is_ready();
+        Ok(QueueState { registers: self.registers, ready, position, pending })
     }
 
     pub(super) fn restore(
@@ -190,6 +223,7 @@ impl VirtQueue {
         self.registers = state.registers;
         self.indirect = features.indirect;
         self.running = None;
+        self.pending = state.ready && state.pending;
         if state.ready {
             let queue = self.build(memory, features, state.position).map_err(|reason| {
                 StateError::invalid(self.device, format!("queue {}: {reason}", self.index))
@@ -202,4 +236,23 @@ impl VirtQueue {
     pub(super) fn broken(&self, reason: impl AsRef<str>) -> Fault {
         Fault::guest(self.device, format!("queue {}: {}", self.index, reason.as_ref()))
     }
+}
+
+/// Sets `avail_event` to the next chain (§2.7.10), unless it is that already: in a fork the write would
+/// cost a page. Without event indices nothing is to be done, as notifications are never switched off.
+fn ask_for_notification(queue: &Queue, memory: &GuestMemory) -> Result<(), Error> {
+    if !queue.event_idx_enabled() {
+        return Ok(());
+    }
+    // The rings were found to lie in memory, so this can't overflow.
+    let address = GuestAddress(queue.used_ring() + 4 + 8 * u64::from(queue.size()));
+    let wanted = queue.next_avail();
+    let current = memory.load::<u16>(address, Ordering::Relaxed).map_err(Error::GuestMemory)?;
+    if current != wanted.to_le() {
+        let stored = memory.store(wanted.to_le(), address, Ordering::Relaxed);
+        stored.map_err(Error::GuestMemory)?;
+    }
+    // The driver writes its index and then reads ours; we write ours and then read its.
+    fence(Ordering::SeqCst);
+    Ok(())
 }

@@ -15,7 +15,9 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Fault, StateError, Transport, VirtioDevice, transport::Handle};
+use super::{
+    Context, Fault, StateError, Transport, VirtioDevice, queue::VirtQueue, transport::Handle,
+};
 use crate::memory::GuestMemory;
 use hermitage_vmm_proto::Stats;
 use request::{Request, SECTOR};
@@ -206,7 +208,8 @@ impl VirtioDevice for Block {
     }
 
     fn resume(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
-        if context.active { self.take_requests(context) } else { Ok(()) }
+        let pending = context.queues.iter_mut().any(VirtQueue::take_pending);
+        if pending { self.take_requests(context) } else { Ok(()) }
     }
 
     fn busy(&self) -> bool {

@@ -339,3 +339,14 @@ fn requests_that_can_not_be_answered_end_the_machine() {
         assert!(matches!(fault, Fault::Guest { device: "block", .. }), "{why}: {fault}");
     }
 }
+
+#[test]
+fn a_request_made_at_the_moment_of_the_snapshot_is_served_after_it() {
+    let mut guest = Guest::start();
+    guest.driver.put(guest.header, &GET_ID.to_le_bytes());
+    let chain = [(guest.header, 16, false), (guest.data, 20, true), (guest.status, 1, true)];
+    guest.driver.add(0, &chain);
+    let mut fork = Guest { driver: guest.driver.fork(Block::new()), ..guest };
+    fork.driver.device.resume().unwrap();
+    assert_eq!(fork.wait(1)[0].1, 21);
+}

@@ -95,15 +95,22 @@ impl Console {
 
     fn pump_output(&mut self, port: usize, context: &mut Context<'_>) -> Result<(), Fault> {
         let queue = &mut context.queues[transmit_queue(port)];
-        match self.ports[port].pump_output(queue, context.memory)? {
-            Next::Wait => Ok(()),
-            Next::Again => self.post(GO_ON + port as u32),
-        }
+        let next = self.ports[port].pump_output(queue, context.memory)?;
+        self.then(port, next)
     }
 
     fn pump_input(&mut self, port: usize, context: &mut Context<'_>) -> Result<(), Fault> {
         let queue = &mut context.queues[receive_queue(port)];
-        self.ports[port].pump_input(queue, context.memory)
+        let next = self.ports[port].pump_input(queue, context.memory)?;
+        self.then(port, next)
+    }
+
+    fn then(&self, port: usize, next: Next) -> Result<(), Fault> {
+        match next {
+            Next::Wait => Ok(()),
+            // Eight ports.
+            Next::Again => self.post(GO_ON + port as u32),
+        }
     }
 
     fn post(&self, token: u32) -> Result<(), Fault> {
@@ -209,8 +216,8 @@ impl VirtioDevice for Console {
             None => self.converse(context),
             Some((port, Direction::Transmit)) => self.pump_output(port, context),
             Some((port, Direction::Receive)) => {
-                self.ports[port].want_input();
-                Ok(())
+                let next = self.ports[port].want_input();
+                self.then(port, next)
             }
         }
     }
@@ -241,7 +248,17 @@ impl VirtioDevice for Console {
     }
 
     fn resume(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
-        if context.active { self.activate(context) } else { Ok(()) }
+        // Nobody is attached yet, so only what the guest had sent and was not looked at is work.
+        let control = context.queues[CONTROL_TRANSMIT].take_pending();
+        if control || self.control.next().is_some() {
+            self.converse(context)?;
+        }
+        for port in 0..TERMINALS {
+            if context.queues[transmit_queue(port)].take_pending() {
+                self.pump_output(port, context)?;
+            }
+        }
+        Ok(())
     }
 }
 

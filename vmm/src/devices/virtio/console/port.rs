@@ -121,8 +121,7 @@ impl Port {
         memory: &GuestMemory,
     ) -> Result<Next, Fault> {
         let next = self.move_output(queue, memory)?;
-        self.watch();
-        Ok(next)
+        Ok(self.watch(next))
     }
 
     fn move_output(&mut self, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<Next, Fault> {
@@ -185,10 +184,13 @@ impl Port {
     }
 
     /// Input: from the socket into the buffers the guest has made available.
-    pub fn pump_input(&mut self, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), Fault> {
+    pub fn pump_input(
+        &mut self,
+        queue: &mut VirtQueue,
+        memory: &GuestMemory,
+    ) -> Result<Next, Fault> {
         self.move_input(queue, memory)?;
-        self.watch();
-        Ok(())
+        Ok(self.watch(Next::Wait))
     }
 
     fn move_input(&mut self, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), Fault> {
@@ -225,15 +227,17 @@ impl Port {
     }
 
     /// The guest has new input buffers: look at the socket again, on the I/O thread.
-    pub fn want_input(&mut self) {
+    pub fn want_input(&mut self) -> Next {
         if let Some(attachment) = &mut self.attached {
             attachment.input_wanted = true;
         }
-        self.watch();
+        self.watch(Next::Wait)
     }
 
-    fn watch(&mut self) {
-        let Some(attachment) = &mut self.attached else { return };
+    /// Watches the socket for what can be served now, or lets go of it. `next` is what is to happen
+    /// otherwise.
+    fn watch(&mut self, next: Next) -> Next {
+        let Some(attachment) = &mut self.attached else { return next };
         let over = attachment.input_ended && attachment.hung_up;
         let read = attachment.input_wanted && !attachment.input_ended;
         let interest = Interest { read, write: attachment.blocked };
@@ -241,7 +245,10 @@ impl Port {
         let interest = (!attachment.hung_up || read).then_some(interest);
         if over || attachment.source.set(interest).is_err() {
             self.attached = None;
+            // Output that waited for the socket goes nowhere now.
+            return Next::Again;
         }
+        next
     }
 }
 

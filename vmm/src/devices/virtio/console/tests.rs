@@ -399,3 +399,21 @@ fn a_buffer_for_the_wrong_direction_ends_the_machine() {
     let fault = guest.driver.submit(transmit_queue(2), &[(address, 64, true)]).unwrap_err();
     assert!(matches!(fault, Fault::Guest { device: "console", .. }), "{fault}");
 }
+
+#[test]
+fn what_was_made_available_and_not_looked_at_before_the_snapshot_is_served_after_it() {
+    let mut guest = Guest::start();
+    let address = guest.driver.allocate(64);
+    guest.driver.put(address, &Message { port: 3, event: 3, value: 1 }.encode());
+    // Available, but the notification has not been made.
+    guest.driver.add(CONTROL_TRANSMIT, &[(address, 8, false)]);
+    guest.driver.add(transmit_queue(6), &[(address, 8, false)]);
+    let (fresh, poller) = console();
+    let driver = guest.driver.fork(fresh);
+    let mut fork = Guest { driver, poller, buffers: guest.buffers, output: guest.output };
+    assert_eq!(fork.driver.used(transmit_queue(6)), []);
+    fork.driver.device.resume().unwrap();
+    assert_eq!(fork.driver.used(transmit_queue(6)).len(), 1);
+    assert_eq!(fork.driver.used(CONTROL_TRANSMIT).len(), 1);
+    assert_eq!(fork.heard().len(), 2);
+}

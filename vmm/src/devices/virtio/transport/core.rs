@@ -280,6 +280,7 @@ impl<D: VirtioDevice> Core<D> {
         if self.device.busy() {
             return Err(StateError::busy(D::NAME, "requests are under way"));
         }
+        let queues = self.queues.iter().map(|queue| queue.save(&self.memory));
         Ok(TransportState {
             version: STATE_VERSION,
             name: D::NAME.into(),
@@ -290,7 +291,7 @@ impl<D: VirtioDevice> Core<D> {
             queue_sel: self.queue_sel,
             interrupt_status: self.interrupt_status,
             config_generation: self.config_generation,
-            queues: self.queues.iter().map(VirtQueue::save).collect::<Result<_, _>>()?,
+            queues: queues.collect::<Result<_, _>>()?,
             device: self.device.save()?,
         })
     }

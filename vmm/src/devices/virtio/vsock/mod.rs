@@ -338,7 +338,10 @@ impl VirtioDevice for Vsock {
             }
             self.settle(port);
         }
-        if context.active { self.activate(context) } else { Ok(()) }
+        if context.queues[TRANSMIT].take_pending() {
+            self.take_packets(context)?;
+        }
+        self.pay(context)
     }
 }
 
