@@ -1,0 +1,131 @@
+use crate::host::{Host, IMAGE_ID};
+use serde_json::{Value, json};
+use std::fs;
+
+#[test]
+fn a_base_is_built_and_chosen() {
+    let host = Host::new();
+    host.run(&["base", "build"]).fails(1, "hermitage image build");
+    // Somebody had an account before there was a base.
+    host.run(&["account", "add", "early", "--disk", "1M"]).success();
+    let id = host.install_vmm(1);
+    let image = host.image().display().to_string();
+    let built = host.json(&["base", "build", "--image", &image]);
+    assert_eq!(built["id"], id.as_str());
+    assert_eq!(built["disks_made"], 1);
+    let early = host.accounts().named("early").unwrap();
+    assert_eq!(fs::metadata(host.state().disk(early.id)).unwrap().len(), 1 << 20);
+
+    assert_eq!(host.state().current_base().unwrap(), Some(id.clone()));
+    let listed = host.json(&["base", "list"]);
+    assert_eq!(listed["current"], id.as_str());
+    assert_eq!(listed["bases"][0]["current"], true);
+    assert_eq!(listed["bases"][0]["memory_bytes"], 1 << 20);
+    assert_eq!(host.json(&["image", "list"])["images"][0]["id"], IMAGE_ID);
+
+    // Again, from the image that is in the state directory now; the same content is the same base.
+    assert_eq!(host.json(&["base", "build"])["id"], id.as_str());
+    let left = fs::read_dir(host.state().bases_dir()).unwrap().count();
+    assert_eq!(left, 1, "nothing is left beside");
+}
+
+#[test]
+fn another_base_can_be_used_and_the_former_deleted() {
+    let host = Host::new();
+    let image = host.image().display().to_string();
+    let first = host.install_vmm(1);
+    host.run(&["base", "build", "--image", &image]).success();
+    let second = host.install_vmm(2);
+    host.run(&["base", "build"]).success();
+    assert_ne!(first, second);
+    assert_eq!(host.state().current_base().unwrap(), Some(second.clone()));
+
+    host.run(&["base", "remove", second.as_str()]).fails(1, "current");
+    host.run(&["base", "use", &first.as_str()[..8]]).success();
+    assert_eq!(host.state().current_base().unwrap(), Some(first.clone()));
+    host.run(&["base", "remove", second.as_str()]).success();
+    host.run(&["base", "use", second.as_str()]).fails(3, "no base");
+    host.run(&["base", "use", ""]).fails(3, "no base");
+}
+
+#[test]
+fn a_damaged_base_is_not_chosen() {
+    let host = Host::new();
+    let image = host.image().display().to_string();
+    let id = host.install_vmm(1);
+    host.run(&["base", "build", "--image", &image]).success();
+    let state = host.state().base(&id).join("state.bin");
+    fs::remove_file(&state).unwrap();
+    fs::write(&state, b"stale").unwrap();
+    host.run(&["base", "use", id.as_str()]).fails(1, "state.bin: it was altered");
+    host.run(&["doctor"]).fails_saying("state.bin");
+}
+
+#[test]
+fn a_failed_build_leaves_nothing() {
+    let host = Host::new();
+    let image = host.image().display().to_string();
+    host.install("hermitage-vmm", "mkdir \"$5\"; echo 'KVM is not real' >&2; exit 1\n");
+    host.run(&["base", "build", "--image", &image]).fails(1, "KVM is not real");
+    assert_eq!(host.state().current_base().unwrap(), None);
+    host.install_vmm(1);
+    host.run(&["base", "build"]).success();
+    assert_eq!(fs::read_dir(host.state().bases_dir()).unwrap().count(), 1, "swept up");
+}
+
+#[test]
+fn an_image_is_built_into_the_state_directory() {
+    let host = Host::new();
+    host.run(&["image", "build"]).fails(1, "hermitage-image");
+    host.install(
+        "hermitage-image",
+        &format!(
+            "[ \"$1 $2 $4\" = 'build --out --agent' ]; cp -r {} \"$3\"; echo id\n",
+            host.image().display()
+        ),
+    );
+    assert_eq!(host.json(&["image", "build"])["id"], IMAGE_ID);
+    assert_eq!(host.json(&["image", "build"])["id"], IMAGE_ID);
+    assert_eq!(fs::read_dir(host.state().images_dir()).unwrap().count(), 1);
+}
+
+#[test]
+fn the_doctor_names_what_is_missing() {
+    let host = Host::new();
+    let finding = |name: &str| -> Value {
+        let done = host.run(&["doctor", "--json"]);
+        let report: Value = serde_json::from_str(&done.out).unwrap();
+        assert_eq!(done.code == 0, report["healthy"] == json!(true));
+        let findings = report["findings"].as_array().unwrap().clone();
+        for finding in &findings {
+            let fine = finding["level"] == "ok";
+            assert!(fine || finding["advice"] != "", "what is to be done? {finding}");
+        }
+        findings.into_iter().find(|finding| finding["check"] == name).unwrap_or(Value::Null)
+    };
+    assert_eq!(finding("programs")["level"], "failure");
+    assert_eq!(finding("state directory")["level"], "warning");
+    assert!(!host.state().root().exists(), "looking changes nothing");
+
+    host.run(&["account", "add", "alice", "--disk", "1M"]).success();
+    assert_eq!(finding("base")["level"], "failure");
+    assert_eq!(finding("disks")["level"], "warning");
+    assert_eq!(finding("accounts")["level"], "ok");
+    assert_eq!(finding("service")["level"], "warning");
+
+    host.install_vmm(1);
+    host.run(&["base", "build", "--image", &host.image().display().to_string()]).success();
+    for check in ["base", "base fits host", "image"] {
+        assert_eq!(finding(check)["level"], "ok", "{check}");
+    }
+    assert_eq!(finding("disks"), Value::Null);
+    // A probe guest that dies is a host without KVM, whatever else is there.
+    if finding("kvm device")["level"] == "ok" {
+        host.install("hermitage-vmm", "echo 'emulation failure' >&2; exit 1\n");
+        assert_eq!(finding("probe guest")["found"], "emulation failure");
+        host.install("hermitage-vmm", "exit 0\n");
+        assert_eq!(finding("probe guest")["level"], "ok");
+    }
+    fs::write(host.state().database(), "no database").unwrap();
+    assert_eq!(finding("accounts")["level"], "failure");
+}

@@ -1,0 +1,6 @@
+//! The commands as an operator gives them: the real program, a state directory of its own, no KVM.
+
+mod accounts;
+mod bases;
+mod host;
+mod service;
