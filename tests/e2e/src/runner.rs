@@ -49,7 +49,7 @@ pub fn skip<T>(why: impl Into<String>) -> Result<T> {
 
 enum Outcome {
     Passed,
-    Failed(String),
+    Failed { why: String, evidence: String },
     Skipped(String),
 }
 
@@ -89,8 +89,8 @@ pub fn run(options: &Options) -> Result<bool> {
         std::io::stdout().flush().ok();
         let result = one(&world, &test);
         println!("{}", line(&result));
-        if let Outcome::Failed(why) = &result.outcome {
-            let report = format!("{why}\n\n{}", world.evidence());
+        if let Outcome::Failed { why, evidence } = &result.outcome {
+            let report = format!("{why}\n\n{evidence}");
             for text in why.lines() {
                 println!("    {text}");
             }
@@ -106,7 +106,7 @@ pub fn run(options: &Options) -> Result<bool> {
         write_json(dir, &done)?;
     }
     let count = |what: fn(&Outcome) -> bool| done.iter().filter(|d| what(&d.outcome)).count();
-    let failed = count(|o| matches!(o, Outcome::Failed(_)));
+    let failed = count(|o| matches!(o, Outcome::Failed { .. }));
     println!(
         "{} passed, {failed} failed, {} skipped",
         count(|o| matches!(o, Outcome::Passed)),
@@ -125,16 +125,20 @@ fn one(world: &Arc<World>, test: &Test) -> Done {
     let tell = test.story;
     let handle = thread::spawn(move || {
         let result = tell(&story);
-        let cleaned = story.finish();
+        // Before cleaning up, while what there is to see is there.
+        let failed = result.as_ref().is_err_and(|error| error.downcast_ref::<Skip>().is_none());
+        let evidence = if failed { story.world.evidence() } else { String::new() };
+        let result = result.and(story.finish());
         // The receiver is gone when this test was given up.
-        let _ = sender.send(result.and(cleaned));
+        let _ = sender.send((result, evidence));
     });
-    // Every wait of a story ends at its deadline; what is added is for cleaning up.
-    let outcome = match receiver.recv_timeout(limit + world.patient(Duration::from_secs(60))) {
-        Ok(Ok(())) => Outcome::Passed,
-        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+    let failed = |why: String, evidence: String| Outcome::Failed { why, evidence };
+    // Every wait of a story ends at its deadline; what is added is for evidence and cleaning up.
+    let outcome = match receiver.recv_timeout(limit + world.patient(Duration::from_secs(90))) {
+        Ok((Ok(()), _)) => Outcome::Passed,
+        Ok((Err(error), evidence)) => match error.downcast_ref::<Skip>() {
             Some(skip) => Outcome::Skipped(skip.0.clone()),
-            None => Outcome::Failed(format!("{error:#}")),
+            None => failed(format!("{error:#}"), evidence),
         },
         Err(mpsc::RecvTimeoutError::Disconnected) => {
             let panic = handle.join().err();
@@ -142,10 +146,12 @@ fn one(world: &Arc<World>, test: &Test) -> Done {
                 .as_ref()
                 .and_then(|p| p.downcast_ref::<String>().map(String::as_str))
                 .or_else(|| panic.as_ref().and_then(|p| p.downcast_ref::<&str>().copied()));
-            Outcome::Failed(format!("panicked: {}", text.unwrap_or("no message")))
+            let why = format!("panicked: {}", text.unwrap_or("no message"));
+            failed(why, world.evidence())
         }
         Err(mpsc::RecvTimeoutError::Timeout) => {
-            Outcome::Failed(format!("did not end within {} s and was given up", limit.as_secs()))
+            let why = format!("did not end within {} s and was given up", limit.as_secs());
+            failed(why, world.evidence())
         }
     };
     Done { name: test.name, outcome, seconds: begun.elapsed().as_secs_f64() }
@@ -154,7 +160,7 @@ fn one(world: &Arc<World>, test: &Test) -> Done {
 fn line(done: &Done) -> String {
     match &done.outcome {
         Outcome::Passed => format!("ok       {:6.1} s", done.seconds),
-        Outcome::Failed(_) => format!("FAILED   {:6.1} s", done.seconds),
+        Outcome::Failed { .. } => format!("FAILED   {:6.1} s", done.seconds),
         Outcome::Skipped(why) => format!("skipped  {:6.1} s  {why}", done.seconds),
     }
 }
@@ -165,7 +171,7 @@ fn write_json(dir: &Path, done: &[Done]) -> Result<()> {
         .map(|done| {
             let (outcome, detail) = match &done.outcome {
                 Outcome::Passed => ("passed", None),
-                Outcome::Failed(why) => ("failed", Some(why)),
+                Outcome::Failed { why, .. } => ("failed", Some(why)),
                 Outcome::Skipped(why) => ("skipped", Some(why)),
             };
             serde_json::json!({

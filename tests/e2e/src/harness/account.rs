@@ -3,6 +3,7 @@
 use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
 use super::{
     Story,
@@ -16,6 +17,8 @@ pub struct Account<'a> {
     story: &'a Story,
     pub name: String,
     pub key: PathBuf,
+    /// Names its folders on the host; it outlives the name.
+    pub id: String,
 }
 
 impl<'a> Account<'a> {
@@ -23,7 +26,7 @@ impl<'a> Account<'a> {
         let name = story.unique(hint);
         let (key, public) = new_key(story, hint)?;
         story.afterwards(format!("hermitage account remove {name} --purge"));
-        story
+        let answer = story
             .host()
             .run(&format!(
                 "printf '%s\\n' {} | hermitage account add {name} --key - {} --json",
@@ -31,7 +34,10 @@ impl<'a> Account<'a> {
                 arguments.join(" ")
             ))
             .with_context(|| format!("adding the account {name}"))?;
-        Ok(Self { story, name, key })
+        let answer: Value = serde_json::from_str(&answer)
+            .with_context(|| format!("`account add --json` printed {answer:?}"))?;
+        let id = answer["id"].as_str().context("`account add --json` gave no id")?.to_owned();
+        Ok(Self { story, name, key, id })
     }
 
     pub fn login(&self) -> Login<'a> {
@@ -76,7 +82,7 @@ impl<'a> Account<'a> {
 
     /// The process of the account's machine, on the host: whoever has its disk open and is no service.
     pub fn machine(&self) -> Result<Option<i32>> {
-        let disk = self.disk()?;
+        let disk = self.disk();
         // The service opens the disk too, on its way to the machine.
         let text = self.story.host().run(&format!(
             "for fd in $(find /proc/[0-9]*/fd -lname {disk} 2>/dev/null); do \
@@ -96,22 +102,10 @@ impl<'a> Account<'a> {
         self.machine()?.with_context(|| format!("no machine of {} is running", self.name))
     }
 
-    pub fn id(&self) -> Result<String> {
-        let shown = self.story.host().hermitage_json(&format!("account show {}", self.name))?;
-        let id = shown.get("id").or_else(|| shown.pointer("/account/id"));
-        match id.and_then(|id| id.as_str()) {
-            Some(id) => Ok(id.to_owned()),
-            None => bail!("`account show {} --json` has no id: {shown}", self.name),
-        }
-    }
-
-    /// The account's folder on the host.
-    pub fn dir(&self) -> Result<String> {
-        Ok(format!("{}/accounts/{}", self.story.world.options.state_dir.display(), self.id()?))
-    }
-
-    pub fn disk(&self) -> Result<String> {
-        Ok(format!("{}/disk.img", self.dir()?))
+    /// The account's disk on the host.
+    pub fn disk(&self) -> String {
+        let state = self.story.world.options.state_dir.display();
+        format!("{state}/accounts/{}/disk.img", self.id)
     }
 }
 

@@ -80,7 +80,7 @@ fn traces(story: &Story, alice: &Account<'_>) -> Result<String> {
          [ -d /sys/fs/cgroup ] && find /sys/fs/cgroup -type d -path '*hermitage*' | sort
          find $run /tmp -mindepth 1 | grep -i hermitage | grep -v e2e | sort
          find $state -not -name 'accounts.db*' -not -path '*/lost+found*' | sort",
-        disk = quote(&alice.disk()?),
+        disk = quote(&alice.disk()),
         state = quote(&options.state_dir.to_string_lossy()),
         run = quote(&options.run_dir.to_string_lossy()),
     ))
@@ -92,7 +92,7 @@ fn killed_service(story: &Story) -> Result<()> {
     let bob = story.account("bob")?;
     let mut hers = alice.shell()?;
     bob.output("true")?;
-    let (disk, machine) = (alice.disk()?, alice.running_machine()?);
+    let (disk, machine) = (alice.disk(), alice.running_machine()?);
     let second = bob.running_machine()?;
     // Not synced: only an orderly stop of the guest brings it to the disk.
     hers.run("echo in order > last")?;
@@ -157,7 +157,7 @@ print("whole", last)
 fn power_cut(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
     alice.output("true")?;
-    let disk = alice.disk()?;
+    let disk = alice.disk();
     let copy = format!("{}/e2e-power-cut.img", story.world.options.state_dir.display());
     story.afterwards(format!("rm -f {copy}"));
     let mut acknowledged = 0u64;

@@ -117,8 +117,7 @@ fn removal(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
     let mut shell = alice.shell()?;
     shell.run("echo hers > note; sync")?;
-    let id = alice.id()?;
-    let kept = format!("{}/removed/{id}", story.world.options.state_dir.display());
+    let kept = format!("{}/removed/{}", story.world.options.state_dir.display(), alice.id);
     host.run(&format!("hermitage account remove {}", alice.name))?;
     shell.wait_end(60).context("her session after the removal")?;
     same("a login of a removed account", alice.exec("true")?.code(), Some(255))?;
