@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use command_fds::{CommandFdExt as _, FdMapping};
 use hermitage_vmm_proto::{
     ForkEvent, ForkRequest, MachineId, VERSION, message_pair, receive, send, stream_pair,
 };
@@ -44,8 +45,10 @@ impl ForkServer {
             .arg("fork-server")
             .arg("--base")
             .arg(base)
-            .stdin(Stdio::from(theirs))
+            .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: 3 }])
+            .context("pass the socket as descriptor 3")?
             .spawn()
             .with_context(|| format!("start {}", vmm.display()))?;
         let server = Self { child, socket: Some(ours), last: 0 };
