@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, FdFlag, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     pty::{Winsize, openpty},
     sys::signal::{Signal, kill},
@@ -45,6 +46,10 @@ impl<'a> Terminal<'a> {
     ) -> Result<Self> {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(&size, None).context("can't open a pseudo-terminal")?;
+        // Or every client started later would hold this terminal open.
+        for fd in [&pty.master, &pty.slave] {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("can't keep a descriptor")?;
+        }
         let slave = || pty.slave.try_clone().map(Stdio::from).context("can't share a terminal");
         command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
         let child = command.spawn().with_context(|| format!("can't start {command:?}"))?;
