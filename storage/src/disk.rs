@@ -61,7 +61,10 @@ pub fn provision(
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.and_then(|()| publish::sync_dir(&state.accounts_dir()))
         .map_err(failed(&dir, "making the account's folder"))?;
-    create(template, &disk, size)?;
+    create(template, &disk, size).inspect_err(|_| {
+        // Only an empty folder goes; one that was there before may hold more.
+        let _ = fs::remove_dir(&dir);
+    })?;
     Ok(true)
 }
 

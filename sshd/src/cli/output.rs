@@ -2,7 +2,7 @@
 
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::Value;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 pub struct Output {
     json: bool,
@@ -15,7 +15,12 @@ impl Output {
 
     /// Prints the object or the text, as was asked for. A reader that went away (`| head`) is no error.
     pub fn show(&self, object: &Value, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        let printed = if self.json { serde_json::to_string_pretty(object)? } else { text() };
+        let printed = match self.json {
+            false => text(),
+            // On a line of its own, for programs that look at lines.
+            true if !io::stdout().is_terminal() => serde_json::to_string(object)?,
+            true => serde_json::to_string_pretty(object)?,
+        };
         let mut out = io::stdout().lock();
         match writeln!(out, "{}", printed.trim_end()).and_then(|()| out.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),

@@ -83,11 +83,13 @@ fn passwords_are_asked_twice_on_a_terminal() {
     let typed = |answers: [&str; 2]| -> (bool, String) {
         let pty = openpty(None, None).unwrap();
         let command = host.command(&["account", "passwd", "alice"]);
-        let mut child = Command::new("setsid");
-        child.args(["--ctty", "--wait"]).arg(command.get_program()).args(command.get_args());
+        let mut setsid = Command::new("setsid");
+        setsid.args(["--ctty", "--wait"]).arg(command.get_program()).args(command.get_args());
         let end = || -> OwnedFd { pty.slave.try_clone().unwrap() };
         let mut child =
-            child.stdin(Stdio::from(end())).stdout(end()).stderr(end()).spawn().unwrap();
+            setsid.stdin(Stdio::from(end())).stdout(end()).stderr(end()).spawn().unwrap();
+        // With its copies of the terminal's slave end: only then is the other's end seen.
+        drop(setsid);
         let mut terminal = File::from(pty.master);
         drop(pty.slave);
         let mut shown = String::new();
