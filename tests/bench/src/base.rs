@@ -71,9 +71,10 @@ impl Base {
         Ok(file?.into())
     }
 
-    /// A disk with a name, for the run.
+    /// A disk with a name, for as long as this lives. One at a time: the former one is deleted.
     pub fn kept_disk(&self, template: &Path) -> Result<(PathBuf, OwnedFd), DiskError> {
         let path = self.scratch.path().join("kept.img");
+        let _ = fs::remove_file(&path);
         disk::create(template, &path, DISK_BYTES)?;
         let file = disk::open_locked(&path)?;
         Ok((path, file.into()))

@@ -3,7 +3,7 @@
 //! `Anonymous` of smaps_rollup, not `Private_Dirty`: the latter also counts pages of shared files that
 //! nobody else happens to map, and comes out wrong with one machine alive.
 
-use std::{thread, time::Duration};
+use std::{path::Path, thread, time::Duration};
 
 use anyhow::Context as _;
 
@@ -53,55 +53,64 @@ impl Totals {
     }
 }
 
-/// Starts a fork server of its own at `vmm`, and `n` machines.
+/// Starts `n` machines with `server` and looks at them; ends all, the server as well.
 pub fn measure(base: &Base, mut server: ForkServer, n: usize) -> anyhow::Result<Section> {
-    let mut notes = Vec::new();
     let group = Cgroup::around(server.pid());
+    let result = measure_in(base, &mut server, group.as_ref().ok(), n);
+    // The server first: a group can only be removed when nobody is in it.
+    drop(server);
+    let mut section = result?;
     if let Err(e) = &group {
-        notes.push(format!("no figures by cgroup: {e:#}"));
+        section.note(format!("no figures by cgroup: {e:#}"));
     }
-    let group = group.ok();
-    let template = used_disk(base, &mut server)?;
-    let before = Totals::look(group.as_ref())?;
+    Ok(section)
+}
 
+fn measure_in(
+    base: &Base,
+    server: &mut ForkServer,
+    group: Option<&Cgroup>,
+    n: usize,
+) -> anyhow::Result<Section> {
+    let template = used_disk(base, server)?;
+    let before = Totals::look(group)?;
     let mut alive = Vec::with_capacity(n);
-    let mut start = |server: &mut ForkServer, k: usize| -> anyhow::Result<Alive> {
-        let parts = Parts {
-            disk: base.disk(&template)?,
-            for_agent: machines::attach(k as u64, DISK_BYTES)?,
-        };
-        let mut machine = server.fork(parts)?;
-        let started = server
-            .forked(&machine, Deadline::after(STEP_LIMIT))
-            .and_then(|pid| Ok((pid, bring_to_prompt(&mut machine)?)));
-        match started {
-            Ok((pid, times)) => Ok(Alive { machine, pid, times }),
-            Err(e) => {
-                server.end(machine)?;
-                Err(e)
-            }
-        }
-    };
-    let result = grow(&mut server, n, &mut start, &mut alive, &mut notes).and_then(|()| {
+    let mut notes = Vec::new();
+    let grown = grow(base, server, &template, n, &mut alive, &mut notes);
+    let result = grown.and_then(|()| {
         progress!("memory: {} machines are alive; settling", alive.len());
         thread::sleep(SETTLE);
-        look(&alive, &server, &before, group.as_ref())
+        look(&alive, server, &before, group)
     });
     for one in alive {
         server.end(one.machine)?;
     }
-    // The server first: the group can only be removed when nobody is in it.
-    drop(server);
-    drop(group);
     let mut section = result?;
     section.notes.extend(notes);
     Ok(section)
 }
 
+fn start(base: &Base, server: &mut ForkServer, template: &Path, k: usize) -> anyhow::Result<Alive> {
+    let disk = base.disk(template)?;
+    let parts = Parts { disk, for_agent: machines::attach(k as u64, DISK_BYTES)? };
+    let mut machine = server.fork(parts)?;
+    let started = server
+        .forked(&machine, Deadline::after(STEP_LIMIT))
+        .and_then(|pid| Ok((pid, bring_to_prompt(&mut machine)?)));
+    match started {
+        Ok((pid, times)) => Ok(Alive { machine, pid, times }),
+        Err(e) => {
+            server.end(machine)?;
+            Err(e)
+        }
+    }
+}
+
 fn grow(
+    base: &Base,
     server: &mut ForkServer,
+    template: &Path,
     n: usize,
-    start: &mut dyn FnMut(&mut ForkServer, usize) -> anyhow::Result<Alive>,
     alive: &mut Vec<Alive>,
     notes: &mut Vec<String>,
 ) -> anyhow::Result<()> {
@@ -119,7 +128,7 @@ fn grow(
         if alive.len().is_multiple_of(10) {
             progress!("memory: {} of {n} machines, {} MiB left", alive.len(), available >> 20);
         }
-        match start(server, alive.len() + 1) {
+        match start(base, server, template, alive.len() + 1) {
             Ok(one) => alive.push(one),
             Err(e) if e.is::<Died>() && deaths <= n / 100 => {
                 deaths += 1;

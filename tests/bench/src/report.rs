@@ -119,7 +119,7 @@ impl Section {
 
     fn table(&self) -> Table {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_preset(presets::NOTHING);
         table.set_header(["", "N", "p50", "p99", "ratio", "goal"]);
         for row in &self.rows {
             let ratio = row.ratio.as_ref().map(|r| format!("{:.2} × {}", r.value, r.of));
