@@ -186,12 +186,10 @@ impl Agent {
     fn message(&mut self, message: HostMessage) -> Result<()> {
         match message {
             HostMessage::Attach(attach) => {
-                let started = Instant::now();
                 let answer = match self.attach(&attach) {
                     Ok(()) => AgentMessage::Attached,
                     Err(error) => AgentMessage::AttachFailed { reason: format!("{error:#}") },
                 };
-                attach::report(started);
                 self.control.send(&answer)?;
             }
             HostMessage::OpenTerminal(open) => {

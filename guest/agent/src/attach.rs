@@ -1,6 +1,7 @@
 //! Makes a fork somebody's machine. This is on the way of every login: no process is started, and
 //! what a former attach of the same disk has done is left alone.
 
+use std::fmt::Write;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -23,6 +24,7 @@ const DISK_WAIT: Duration = Duration::from_secs(5);
 /// Applies everything in `attach`. Invariant 7: the random generator first, so that nothing that
 /// follows can draw what another fork of this base draws.
 pub fn attach(attach: &Attach) -> Result<()> {
+    let mut stages = Stages::new();
     seed(&attach.entropy)?;
     set_clock(attach.clock)?;
     check_hostname(&attach.hostname)?;
@@ -34,24 +36,54 @@ pub fn attach(attach: &Attach) -> Result<()> {
         bail!("{} can't be an account's user id", attach.uid);
     }
 
+    stages.end("identity");
+
     let disk = File::open(DISK_DEVICE).with_context(|| format!("opening {DISK_DEVICE}"))?;
     let bytes = wait_for_disk(&disk, attach.disk_size)?;
+    stages.end("disk");
     let blocks = FileSystemSize::read(&disk)?;
     mounts::mount_disk(DISK_DEVICE)?;
+    stages.end("mount");
     if let Some(target) = blocks.growth(bytes) {
         let root = File::open(mounts::DISK).context("opening the disk's root")?;
         sys::grow_ext4(&root, target)
             .with_context(|| format!("growing the disk's file system to {target} blocks"))?;
     }
     drop(disk);
+    stages.end("grow");
     let (upper, work) = (format!("{}/upper", mounts::DISK), format!("{}/work", mounts::DISK));
     mounts::mount_overlay(&upper, &work, mounts::NEW_ROOT)?;
     switch_root()?;
+    stages.end("overlay");
 
     identify(attach)?;
     account::ensure(Path::new("/"), &attach.account, attach.uid)?;
     let runtime = format!("/run/user/{}", attach.uid);
-    mounts::directory_for(&runtime, 0o700, (attach.uid, attach.uid))
+    mounts::directory_for(&runtime, 0o700, (attach.uid, attach.uid))?;
+    stages.end("account");
+    log::info(format_args!("attached:{}", stages.text));
+    Ok(())
+}
+
+/// How long each stage took, for the kernel's log: its lines of this level are not written to the
+/// console, so saying it costs next to nothing.
+struct Stages {
+    text: String,
+    last: Instant,
+}
+
+impl Stages {
+    fn new() -> Self {
+        Stages { text: String::new(), last: Instant::now() }
+    }
+
+    fn end(&mut self, stage: &str) {
+        let now = Instant::now();
+        let micros = now.duration_since(self.last).as_micros();
+        // Writing to a String does not fail.
+        let _ = write!(self.text, " {stage} {micros} us");
+        self.last = now;
+    }
 }
 
 /// Credits the host's entropy and has the kernel use it at once (random(4)).
@@ -183,14 +215,6 @@ fn identify(attach: &Attach) -> Result<()> {
         account::write_if_changed(&etc.join("hosts"), hosts.as_bytes(), 0o644)?;
     }
     Ok(())
-}
-
-/// Says on the log how long an attach took when that is worth a look.
-pub fn report(started: Instant) {
-    let elapsed = started.elapsed();
-    if elapsed > Duration::from_secs(1) {
-        log::warn(format_args!("attaching took {} ms", elapsed.as_millis()));
-    }
 }
 
 #[cfg(test)]

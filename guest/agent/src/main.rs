@@ -30,6 +30,9 @@ mod terminal;
 mod warm;
 
 fn main() {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == warm::CHILD_ARGUMENT) {
+        return;
+    }
     if std::process::id() != 1 {
         eprintln!("hermitage-agent is PID 1 of a machine; it is of no use as an ordinary program");
         std::process::exit(2);

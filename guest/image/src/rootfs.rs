@@ -162,9 +162,10 @@ pub fn write_disk_template(scratch: &Path, out: &Path) -> Result<()> {
         // Inodes a group come from the small size and stay when it grows: 8192 are one for 16 KiB.
         "-N", "8192",
         "-J", "size=8",
-        // Descriptor blocks for 1 TiB (in 4 KiB blocks); past that the kernel goes on with meta_bg.
-        // Nothing is left to initialise in the background of the first mount.
-        "-E", "resize=268435456,lazy_itable_init=0,lazy_journal_init=0,nodiscard",
+        // Descriptor blocks for growing to 128 GiB (in 4 KiB blocks): the kernel reads each of them
+        // when it grows. Past that it goes on with meta_bg. Nothing is left to initialise in the
+        // background of the first mount.
+        "-E", "resize=33554432,lazy_itable_init=0,lazy_journal_init=0,nodiscard",
         "-O", "has_journal,extent,flex_bg,64bit,metadata_csum,resize_inode,dir_index,sparse_super,large_file,huge_file,extra_isize,ext_attr,filetype",
         "-d",
     ]

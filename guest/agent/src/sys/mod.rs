@@ -12,9 +12,11 @@ pub use ioctl::{
 pub use poll::{Poller, Readiness};
 pub use vsock::{accept_from_host, listen};
 
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::sys::mman::{self, MapFlags, ProtFlags};
 
 /// finit_module(2), with no parameters.
 pub fn load_module(module: impl AsFd) -> nix::Result<()> {
@@ -54,4 +56,21 @@ pub fn set_standard_streams(streams: [BorrowedFd; 3]) -> nix::Result<()> {
 pub fn exit_at_once(code: i32) -> ! {
     // SAFETY: _exit(2) has no preconditions.
     unsafe { libc::_exit(code) }
+}
+
+/// Maps the first `length` bytes of a file and reads a byte of every page. Nobody may truncate the
+/// file meanwhile; it is on a read-only file system.
+pub fn touch_pages(file: impl AsFd, length: u64) -> nix::Result<()> {
+    const PAGE: usize = 4096;
+    let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
+    let Some(size) = NonZeroUsize::new(length) else { return Ok(()) };
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let start =
+        unsafe { mman::mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0) }?;
+    for offset in (0..length).step_by(PAGE) {
+        // SAFETY: inside the mapping, which is readable and not yet unmapped.
+        unsafe { start.cast::<u8>().add(offset).read_volatile() };
+    }
+    // SAFETY: exactly the mapping made above; nothing refers to it any more.
+    unsafe { mman::munmap(start, length) }
 }
