@@ -83,6 +83,10 @@ pub fn base_is_current(serving: &Serving, key: &str) -> bool {
         .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim() == key)
 }
 
+pub fn has_base(serving: &Serving) -> bool {
+    serving.run(&format!("test -s {}/current-base", serving.state_dir())).is_ok()
+}
+
 /// Brings the image over when it is not there.
 pub fn bring_image(serving: &mut Serving, image: &GuestImage) -> Result<String> {
     if serving.is_native() {
@@ -101,7 +105,12 @@ pub fn bring_image(serving: &mut Serving, image: &GuestImage) -> Result<String> 
 pub fn make_base(serving: &Serving, image: &str, key: &str) -> Result<()> {
     run_captured(&mut serving.command(&["hermitage", "base", "build", "--image", image], false))?;
     let state = serving.state_dir();
-    serving.run(&format!("printf '%s\\n' {} > {state}/.lab-base", quote(key)))?;
+    // Every change to the vmm makes one: the former stays for machines that run on it, older ones go.
+    serving.run(&format!(
+        "printf '%s\\n' {} > {state}/.lab-base; cd {state}/bases; \
+         ls -1t | grep -vxF -- \"$(cat ../current-base)\" | tail -n +2 | xargs -r rm -rf --",
+        quote(key)
+    ))?;
     Ok(())
 }
 

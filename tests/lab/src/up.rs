@@ -25,12 +25,7 @@ pub fn up(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
     make_folder(layout)?;
     tools::install_missing(false, &layout.step_log())?;
     step("build the programs", || programs::build(layout))?;
-    let image = GuestImage::current(layout)?;
-    if image.exists() {
-        skip("build the guest image", "up to date");
-    } else {
-        step("build the guest image (Debian)", || image.build(layout))?;
-    }
+    let image = guest_image(layout)?;
     let mut serving = place(layout, options)?;
     let brought = bring(&mut serving)?;
     service::install(&mut serving)?;
@@ -65,20 +60,22 @@ pub fn sync(serving: &mut Serving, build: bool) -> Result<()> {
     serving.connect()?;
     if build {
         step("build the programs", || programs::build(serving.layout()))?;
+        guest_image(serving.layout())?;
     }
     let brought = bring(serving)?;
     service::install(serving)?;
-    let image = GuestImage::current(serving.layout());
-    match image {
-        Ok(image) if image.exists() && serving.layout().program("hermitage").exists() => {
-            base(serving, &image)?;
-            serve(serving, &brought)
-        }
-        _ => {
-            skip("serve", "there is no guest image yet; `cargo lab up` makes one");
-            Ok(())
-        }
+    // Without building, the image for these very programs may not be there: serve what is.
+    if let Ok(image) = GuestImage::current(serving.layout())
+        && image.exists()
+        && serving.layout().program("hermitage-vmm").exists()
+    {
+        base(serving, &image)?;
     }
+    if !service::has_base(serving) {
+        skip("start the service", "there is no base snapshot yet; `cargo lab up` makes one");
+        return Ok(());
+    }
+    serve(serving, &brought)
 }
 
 pub fn down(layout: &Layout) -> Result<()> {
@@ -103,6 +100,16 @@ fn make_folder(layout: &Layout) -> Result<()> {
         .with_context(|| format!("make {}", layout.own().display()))?;
     // What is kept is what this run's failure will point at.
     std::fs::write(layout.step_log(), "").context("empty the log of steps")
+}
+
+fn guest_image(layout: &Layout) -> Result<GuestImage> {
+    let image = GuestImage::current(layout)?;
+    if image.exists() {
+        skip("build the guest image", "up to date");
+    } else {
+        step("build the guest image (Debian)", || image.build(layout))?;
+    }
+    Ok(image)
 }
 
 /// Where to serve: on what already runs, else here if KVM is real, else emulated.
