@@ -148,8 +148,8 @@ impl Image {
         self.dir.join(name)
     }
 
-    /// Copies the image into the state directory, unless it is there; verified on the way. Returns it
-    /// at its new place.
+    /// Copies the image into the state directory, unless it is there, and returns it at its new place.
+    /// Not verified: whoever boots it does that, and [`discard`] takes away what turned out damaged.
     pub fn import(&self, state: &StateDir) -> Result<Image, ImageError> {
         let target = state.image(&self.id);
         if target.exists() {
@@ -164,11 +164,18 @@ impl Image {
         for name in NEEDED.iter().chain([&MANIFEST]) {
             copy_file(&self.dir.join(name), &new.path().join(name)).map_err(failed)?;
         }
-        let copied = Image { dir: new.path().to_owned(), ..self.clone() };
-        copied.verify()?;
         new.publish().map_err(failed)?;
         Image::open(&target)
     }
+}
+
+/// Takes an image away from the state directory.
+pub fn discard(state: &StateDir, id: &ImageId) -> io::Result<()> {
+    let dir = state.image(id);
+    // The manifest first: half an image must not look like one.
+    fs::remove_file(dir.join(MANIFEST))?;
+    fs::remove_dir_all(&dir)?;
+    publish::sync_dir(&state.images_dir())
 }
 
 fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
@@ -218,7 +225,9 @@ mod tests {
     }
 
     fn import(image: &Path, state: &StateDir) -> Result<Image, ImageError> {
-        Image::open(image)?.import(state)
+        let image = Image::open(image)?.import(state)?;
+        image.verify()?;
+        Ok(image)
     }
 
     #[test]
@@ -245,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_image_is_not_taken_in() {
+    fn a_damaged_image_is_found_and_can_be_discarded() {
         for name in NEEDED {
             let dir = tempfile::tempdir().unwrap();
             let state = StateDir::new(dir.path().join("state"));
@@ -256,6 +265,7 @@ mod tests {
             fs::write(image.join(name), &bytes).unwrap();
             let error = import(&image, &state).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("altered"), "{error}");
+            discard(&state, &ImageId::parse(ID).unwrap()).unwrap();
             fs::write(image.join(name), &bytes[1..]).unwrap();
             assert!(
                 matches!(Image::open(&image), Err(ImageError::Damaged { file, .. }) if file == *name)

@@ -2,7 +2,8 @@
 //!
 //! The digest of a file is the same whether a page of zeroes is stored or a hole, so it survives a
 //! copy that makes or fills holes; it depends on the file's length and every byte. It is fast because it
-//! reads nothing where there is nothing, and uses all processors. `docs/formats/base.md` defines it.
+//! reads nothing where there is nothing, uses all processors, and is XXH3: it is there to find damage, not
+//! forgery (who can write the file can write its digest beside it). `docs/formats/base.md` defines it.
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
@@ -12,10 +13,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use twox_hash::XxHash3_128;
 
 const PAGE: usize = 4096;
 /// What is hashed at once by one thread.
 const SEGMENT: usize = 4 << 20;
+/// One bit for each of its pages.
+const BITMAP: usize = SEGMENT / PAGE / 8;
 const MAX_THREADS: usize = 8;
 
 /// A digest of a sparse file; also its text, 64 hexadecimal digits.
@@ -90,18 +94,14 @@ pub fn digest(file: &File) -> io::Result<Digest> {
     whole.update(&length.to_le_bytes());
     for (index, digest) in segments {
         whole.update(&index.to_le_bytes());
-        whole.update(digest.as_bytes());
+        whole.update(&digest.to_le_bytes());
     }
     Ok(Digest(*whole.finalize().as_bytes()))
 }
 
 /// Takes segments until none is left. Returns those that hold anything but zeroes.
-fn digest_segments(
-    file: &File,
-    length: u64,
-    next: &AtomicU64,
-) -> io::Result<Vec<(u64, blake3::Hash)>> {
-    let mut buffer = vec![0; SEGMENT];
+fn digest_segments(file: &File, length: u64, next: &AtomicU64) -> io::Result<Vec<(u64, u128)>> {
+    let mut buffer = vec![0; SEGMENT + BITMAP];
     let mut found = Vec::new();
     loop {
         let index = next.fetch_add(1, Ordering::Relaxed);
@@ -110,7 +110,7 @@ fn digest_segments(
             return Ok(found);
         }
         let end = length.min(start + SEGMENT as u64);
-        if read_segment(file, start, end, &mut buffer)? {
+        if read_segment(file, start, end, &mut buffer[..SEGMENT])? {
             found.extend(digest_segment(&mut buffer).map(|digest| (index, digest)));
         }
     }
@@ -131,30 +131,29 @@ fn read_segment(file: &File, start: u64, end: u64, buffer: &mut [u8]) -> io::Res
     Ok(filled > 0)
 }
 
-/// The pages that are not all zero, then one bit for each page of the segment: was it one of them?
-/// `None` if there is none. Moves the pages together, so that they are hashed in one sweep.
-fn digest_segment(segment: &mut [u8]) -> Option<blake3::Hash> {
+/// The digest of the pages that are not all zero, then one bit for each page: was it one of them?
+/// `None` if there is none. `buffer` is a segment and room for the bits; pages and bits are moved together,
+/// so that they are hashed in one sweep.
+fn digest_segment(buffer: &mut [u8]) -> Option<u128> {
     const ZERO: [u8; PAGE] = [0; PAGE];
-    let mut present = [0u8; SEGMENT / PAGE / 8];
+    let mut present = [0u8; BITMAP];
     let mut kept = 0;
-    for page in 0..segment.len() / PAGE {
+    for page in 0..SEGMENT / PAGE {
         let range = page * PAGE..(page + 1) * PAGE;
-        if segment[range.clone()] == ZERO {
+        if buffer[range.clone()] == ZERO {
             continue;
         }
         present[page / 8] |= 1 << (page % 8);
         if range.start != kept {
-            segment.copy_within(range, kept);
+            buffer.copy_within(range, kept);
         }
         kept += PAGE;
     }
     if kept == 0 {
         return None;
     }
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&segment[..kept]);
-    hasher.update(&present);
-    Some(hasher.finalize())
+    buffer[kept..kept + BITMAP].copy_from_slice(&present);
+    Some(XxHash3_128::oneshot(&buffer[..kept + BITMAP]))
 }
 
 #[cfg(test)]

@@ -73,7 +73,7 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
     let mut arguments = vec![
         "build-base".into(),
         "--image".into(),
-        image.dir.into_os_string(),
+        image.dir.clone().into_os_string(),
         "--out".into(),
         unnamed.clone().into_os_string(),
         "--memory-mib".into(),
@@ -84,7 +84,8 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
     if let Some(file) = &build.serial_log {
         arguments.extend(["--serial-log".into(), file.into()]);
     }
-    tool::run(context, "hermitage-vmm", &arguments)?;
+    tool::run(context, "hermitage-vmm", &arguments)
+        .map_err(|error| blame(context, &image, error))?;
     let id = take_in(context, &unnamed)?;
     context.state.set_current_base(&id)?;
     let provisioned = provision_all(context)?;
@@ -104,6 +105,18 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
         }
         text
     })
+}
+
+/// A build that failed over a damaged image must not fail over it for ever: the copy goes, so that the
+/// next build takes a good one.
+fn blame(context: &Context, image: &Image, error: anyhow::Error) -> anyhow::Error {
+    let Err(damage) = image.verify() else { return error };
+    match image::discard(&context.state, &image.id) {
+        Ok(()) => {
+            error.context(format!("{damage}; it was deleted: build it again or name a good copy"))
+        }
+        Err(discard) => error.context(format!("{damage}; it could not be deleted: {discard}")),
+    }
 }
 
 /// Gives a finished base the name of its content.

@@ -74,6 +74,22 @@ fn a_failed_build_leaves_nothing() {
 }
 
 #[test]
+fn a_damaged_image_is_not_kept() {
+    let host = Host::new();
+    host.install("hermitage-vmm", "exit 1\n");
+    let image = host.image();
+    let template = fs::read(image.join("disk-template.img")).unwrap();
+    fs::write(image.join("disk-template.img"), template.to_ascii_uppercase()).unwrap();
+    let image = image.display().to_string();
+    host.run(&["base", "build", "--image", &image]).fails(1, "disk-template.img: it was altered");
+    assert_eq!(fs::read_dir(host.state().images_dir()).unwrap().count(), 0);
+
+    fs::write(host.image().join("disk-template.img"), template).unwrap();
+    host.install_vmm(1);
+    host.run(&["base", "build", "--image", &image]).success();
+}
+
+#[test]
 fn an_image_is_built_into_the_state_directory() {
     let host = Host::new();
     host.run(&["image", "build"]).fails(1, "hermitage-image");

@@ -1,10 +1,11 @@
 //! The database file: opening it, and bringing its schema forward.
 
-use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long a call waits for another process' transaction.
 pub const BUSY: Duration = Duration::from_secs(5);
@@ -56,7 +57,7 @@ impl Accounts {
         let open = |source| AccountsError::Open { path: path.to_owned(), source };
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut db = Connection::open_with_flags(path, flags).map_err(open)?;
-        configure(&db).map_err(open)?;
+        patiently(|| configure(&db)).map_err(open)?;
         migrate(&mut db, path, &sections(SCHEMA))?;
         Ok(Self { db })
     }
@@ -68,6 +69,23 @@ impl Accounts {
         let mut found = rows.collect::<Result<Vec<String>, _>>()?;
         found.retain(|line| line != "ok");
         Ok(found)
+    }
+}
+
+/// Making a new database a WAL one takes a lock for which SQLite does not wait, whatever the busy
+/// timeout: two first users at once meet there.
+fn patiently(mut call: impl FnMut() -> Result<(), rusqlite::Error>) -> Result<(), rusqlite::Error> {
+    let deadline = Instant::now() + BUSY;
+    loop {
+        match call() {
+            Err(error)
+                if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
+                    && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
     }
 }
 
@@ -184,11 +202,13 @@ mod tests {
     #[test]
     fn migrations_from_two_processes_meet() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("accounts.db");
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| Accounts::open(&path).unwrap());
-            }
-        });
+        for round in 0..20 {
+            let path = dir.path().join(format!("{round}.db"));
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| Accounts::open(&path).unwrap());
+                }
+            });
+        }
     }
 }
