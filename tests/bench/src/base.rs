@@ -26,13 +26,14 @@ pub struct Base {
     pub root: File,
     /// The disk of an account that never logged in.
     pub new_disk: PathBuf,
-    /// Where disks are made: the file system they would be on.
+    /// Where disks are made.
     scratch: tempfile::TempDir,
 }
 
 impl Base {
-    /// The one new machines are forked from.
-    pub fn current(state_dir: &Path) -> anyhow::Result<Self> {
+    /// The one new machines are forked from. Disks are made in `disks`, by default in the state directory.
+    pub fn current(state_dir: &Path, disks: Option<&Path>) -> anyhow::Result<Self> {
+        let disks = disks.unwrap_or(state_dir);
         let dirs = StateDir::new(state_dir);
         let id = dirs.current_base()?.with_context(|| {
             format!("no base in {}: make one with `hermitage base build`", state_dir.display())
@@ -48,8 +49,8 @@ impl Base {
             .with_context(|| format!("state.bin of base {id}"))?;
         let scratch = tempfile::Builder::new()
             .prefix("bench-")
-            .tempdir_in(state_dir)
-            .with_context(|| format!("make a folder in {}", state_dir.display()))?;
+            .tempdir_in(disks)
+            .with_context(|| format!("make a folder in {}", disks.display()))?;
         Ok(Self {
             id: id.to_string(),
             dir,

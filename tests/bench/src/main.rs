@@ -40,6 +40,10 @@ struct Options {
     state_dir: PathBuf,
     #[arg(long, value_name = "DIR", default_value = "/run/hermitage")]
     run_dir: PathBuf,
+    /// Where the disks of fork, agent and memory are made instead of the state directory. In memory
+    /// (/dev/shm), it takes the cost of the host's own disk out of the figures.
+    #[arg(long, value_name = "DIR")]
+    disks: Option<PathBuf>,
     /// Where `hermitage` and `hermitage-vmm` are. Default: beside this program.
     #[arg(long, value_name = "DIR", env = "HERMITAGE_LIBEXEC")]
     libexec_dir: Option<PathBuf>,
@@ -131,7 +135,7 @@ impl Bench<'_> {
             return;
         }
         progress!("reading the base");
-        let base = match Base::current(&self.options.state_dir) {
+        let base = match Base::current(&self.options.state_dir, self.options.disks.as_deref()) {
             Ok(base) => base,
             Err(e) => return self.fail("base", &e),
         };
