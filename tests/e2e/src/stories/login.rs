@@ -1,6 +1,6 @@
 //! Who gets in, who doesn't, and what the latter can learn from it.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 
 use crate::{
     harness::{Story, account::new_key, process::Ended, same, says, ssh::Login},
@@ -12,7 +12,7 @@ pub const TESTS: [Test; 7] = [
     test("login_by_password", 180, by_password),
     test("refused_wrong_password", 120, wrong_password),
     test("refused_wrong_key", 120, wrong_key),
-    test("refusals_tell_nothing", 240, refusals_tell_nothing),
+    test("refusals_tell_nothing", 400, refusals_tell_nothing),
     test("disabled_account_is_refused", 180, disabled_is_refused),
     test("disabling_ends_the_session", 180, disabling_ends_the_session),
 ];
@@ -69,27 +69,33 @@ fn refusals_tell_nothing(story: &Story) -> Result<()> {
         ("no password set", keys_only.name.as_str(), "not the right one"),
         ("a disabled account's right password", disabled.name.as_str(), "the right one"),
     ];
-    let mut times = Vec::new();
     let mut words: Option<String> = None;
-    for (what, name, password) in attempts {
-        let mut best = f64::MAX;
+    // Fastest of each, in turns, so that a busy moment of the host hits all of them; and what is only
+    // noise is not there twice.
+    let mut verdict = Ok(());
+    for _ in 0..2 {
+        let mut times = attempts.map(|(what, ..)| (what, f64::MAX));
         for _ in 0..3 {
-            let ended = Login::with_password(story, name, password).exec("true")?;
-            refused(&ended)?;
-            best = best.min(ended.seconds);
-            let said = ended.err().replace(name, "NAME");
-            match &words {
-                None => words = Some(said),
-                Some(words) => same(what, said.as_str(), words)?,
+            for ((what, name, password), time) in attempts.iter().zip(&mut times) {
+                let ended = Login::with_password(story, name, password).exec("true")?;
+                refused(&ended)?;
+                time.1 = time.1.min(ended.seconds);
+                let said = ended.err().replace(name, "NAME");
+                match &words {
+                    None => words = Some(said),
+                    Some(words) => same(what, said.as_str(), words)?,
+                }
             }
         }
-        times.push((what, best));
+        let slowest = times.iter().map(|t| t.1).fold(0.0, f64::max);
+        let fastest = times.iter().map(|t| t.1).fold(f64::MAX, f64::min);
+        verdict = if slowest < fastest * 1.5 + 0.1 {
+            return Ok(());
+        } else {
+            Err(anyhow!("the time tells who exists: {times:?}"))
+        };
     }
-    let slowest = times.iter().map(|t| t.1).fold(0.0, f64::max);
-    let fastest = times.iter().map(|t| t.1).fold(f64::MAX, f64::min);
-    // A hash takes far more than the noise: without the dummy one the ratio would be seen.
-    ensure!(slowest < fastest * 1.5 + 0.1, "the time tells who exists: {times:?}");
-    Ok(())
+    verdict
 }
 
 fn disabled_is_refused(story: &Story) -> Result<()> {
