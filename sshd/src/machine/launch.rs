@@ -124,7 +124,8 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
             },
             message = agent.message(), if listening => match message {
                 Ok(message) => machine.agent_message(message),
-                Err(AgentError::Closed) => {
+                // A machine that ends with something of ours unread resets the connection.
+                Err(AgentError::Closed | AgentError::Io(_)) => {
                     listening = false;
                     orphaned = Some(Instant::now() + ORPHAN_TIMEOUT);
                 }

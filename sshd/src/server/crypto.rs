@@ -17,11 +17,9 @@ use russh::{
     mac,
 };
 
-use crate::config::Ssh;
+use crate::{config::Ssh, session::WINDOW};
 
-/// Window and packet size we offer per channel. The window is what a client may send before it hears
-/// from us; with more queued than the session's input limits the connection's reads pause anyway.
-const WINDOW: u32 = 2 << 20;
+/// Largest packet we take, in bytes.
 const PACKET: u32 = 32 * 1024;
 
 /// Failed offers and attempts after which russh itself closes the connection. Clients offer every key

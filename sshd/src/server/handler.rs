@@ -114,11 +114,7 @@ impl ClientHandler {
                 signals: signals_received,
                 closed: closed.clone(),
             },
-            output: Output {
-                channel: setup.write,
-                connection: connection.handle(),
-                inflow: self.inflow.clone(),
-            },
+            output: Output { channel: setup.write, connection: connection.handle() },
         };
         let controls = Controls { input: setup.input, window, signals, closed };
         self.channels.insert(channel, ChannelState::Running(controls));
@@ -356,6 +352,10 @@ impl Handler for ClientHandler {
             tracing::debug!(peer = %self.peer, name, "too many signals at once; dropped");
         }
         Ok(())
+    }
+
+    fn adjust_window(&mut self, _channel: ChannelId, _current: u32) -> u32 {
+        self.inflow.window()
     }
 
     async fn data(

@@ -1,4 +1,4 @@
-//! The TCP connection as russh sees it, with two taps: reads pause while too much input is queued
+//! The TCP connection as russh sees it, with two taps: reads are paced while too much input is queued
 //! ([`Inflow`]), and the connection can be cut at any moment. russh offers neither: its handle can
 //! only ask politely, and not at all before the key exchange is done.
 
@@ -9,12 +9,14 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::{Instant, Sleep, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -24,7 +26,21 @@ pub struct Stream {
     tcp: TcpStream,
     inflow: Arc<Inflow>,
     switch: Arc<Switch>,
+    pace: Pace,
 }
+
+/// Reads that a connection still has while its programs do not keep up. A packet takes two or three.
+struct Pace {
+    reads: u32,
+    refill: Pin<Box<Sleep>>,
+}
+
+/// Enough for what is on its way when the windows close.
+const MOST_READS: u32 = 1024;
+
+/// Then 100 packets a second.
+const REFILL: u32 = 30;
+const REFILL_EVERY: Duration = Duration::from_millis(100);
 
 /// Cuts its connection.
 #[derive(Default)]
@@ -64,13 +80,38 @@ impl Switch {
 impl Stream {
     pub fn new(tcp: TcpStream, inflow: Arc<Inflow>) -> (Self, Arc<Switch>) {
         let switch = Arc::new(Switch::default());
-        (Self { tcp, inflow, switch: switch.clone() }, switch)
+        let pace = Pace { reads: MOST_READS, refill: Box::pin(sleep(REFILL_EVERY)) };
+        (Self { tcp, inflow, switch: switch.clone(), pace }, switch)
+    }
+}
+
+impl Pace {
+    /// Whether one more read is due; if not, the task is woken when it is.
+    fn poll_read(&mut self, calm: bool, context: &mut Context<'_>) -> Poll<()> {
+        if calm {
+            self.reads = MOST_READS;
+            return Poll::Ready(());
+        }
+        if self.refill.as_mut().poll(context).is_ready() {
+            self.reads = (self.reads + REFILL).min(MOST_READS);
+            self.refill.as_mut().reset(Instant::now() + REFILL_EVERY);
+            // Registers the new time.
+            let _ = self.refill.as_mut().poll(context);
+        }
+        if self.reads == 0 {
+            return Poll::Pending;
+        }
+        Poll::Ready(())
+    }
+
+    fn read(&mut self) {
+        self.reads = self.reads.saturating_sub(1);
     }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
@@ -80,7 +121,11 @@ impl AsyncRead for Stream {
         if !self.inflow.may_read(context) {
             return Poll::Pending;
         }
-        Pin::new(&mut self.tcp).poll_read(context, buffer)
+        let this = self.get_mut();
+        ready!(this.pace.poll_read(this.inflow.calm(), context));
+        ready!(Pin::new(&mut this.tcp).poll_read(context, buffer))?;
+        this.pace.read();
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -1,15 +1,18 @@
 //! What a client sends on its channels, on the way to programs: queued, counted in bytes, and never
 //! more than the connection may have.
 //!
-//! russh gives the receive window back when data arrives, not when a program takes it (there is no
-//! call for that), so a window alone bounds nothing. Blocking in the data callback would bound it, but
-//! the callback holds up the whole connection, its output too: a program that echoes what it reads
-//! could then neither write nor, so, read, for ever. Instead the connection's *reads* are paused
-//! ([`Inflow::may_read`]) while too much is queued; its writes go on. A program that ignores megabytes
-//! of input thereby stops all input of its own connection, until it reads or ends; docs/ssh.md says so.
+//! russh gives the receive window back when data arrives, not when a program takes it, and has no call
+//! that gives it back later. Blocking in the data callback would bound what is queued, but the callback
+//! holds up the whole connection; so would not reading it. Either way a program that ignores its input
+//! would stop all others of its connection, and one that echoes what it reads could stop for ever: its
+//! output waits for window adjustments that are not read any more.
 //!
-//! The client's window adjustments come over the same paused reads, and output needs those. While
-//! output waits for one, reading goes on up to a second, higher limit.
+//! What russh does ask, each time it gives back, is how large the window shall be from then on
+//! ([`Inflow::window`]). While more is queued than programs take, the answer is two bytes. What is on
+//! its way still comes, then the client can send two bytes, gets two more, and so on: everything else
+//! it says passes, and the first two bytes after the queue is short again bring the whole window back.
+//! The trickle is paced by the connection's stream ([`Inflow::calm`]), so that it costs neither
+//! processor nor, for hours, memory. A limit that no honest client reaches stops the reads.
 
 use std::{
     collections::VecDeque,
@@ -22,11 +25,17 @@ use std::{
 
 use tokio::sync::Notify;
 
-/// Queued bytes at which a connection's reads pause.
-const HIGH: usize = 4 << 20;
+/// Queued bytes of a connection at which its windows close.
+const CALM: usize = 1 << 20;
 
-/// The same while some output waits for the client's window.
-const HIGHEST: usize = 32 << 20;
+/// Queued bytes at which its reads stop.
+const HIGHEST: usize = 16 << 20;
+
+/// What a channel may have on its way to us, in bytes: the window we offer.
+pub const WINDOW: u32 = 2 << 20;
+
+/// The smallest window that russh ever gives back: it does so below half of it.
+const TRICKLE: u32 = 2;
 
 /// Chunks smaller than this are put together: a byte per packet must not cost a hundred.
 const SMALL: usize = 4096;
@@ -35,7 +44,6 @@ const SMALL: usize = 4096;
 #[derive(Default)]
 pub struct Inflow {
     queued: AtomicUsize,
-    starving: AtomicUsize,
     reader: Mutex<Option<Waker>>,
 }
 
@@ -50,41 +58,31 @@ impl Inflow {
         self.has_room()
     }
 
-    /// Notes that some output waits for the client, as long as the guard lives.
-    pub fn starve(self: &Arc<Self>) -> Starving {
-        self.starving.fetch_add(1, Ordering::AcqRel);
-        self.wake();
-        Starving(self.clone())
+    /// The window to offer from now on.
+    pub fn window(&self) -> u32 {
+        if self.calm() { WINDOW } else { TRICKLE }
+    }
+
+    /// Whether programs keep up with their input.
+    pub fn calm(&self) -> bool {
+        self.queued.load(Ordering::Acquire) < CALM
     }
 
     fn has_room(&self) -> bool {
-        let limit = if self.starving.load(Ordering::Acquire) > 0 { HIGHEST } else { HIGH };
-        self.queued.load(Ordering::Acquire) < limit
+        self.queued.load(Ordering::Acquire) < HIGHEST
     }
 
     fn took(&self, bytes: usize) {
         self.queued.fetch_sub(bytes, Ordering::AcqRel);
-        if self.has_room() {
-            self.wake();
-        }
-    }
-
-    fn wake(&self) {
-        if let Some(waker) = self.reader().take() {
+        if self.has_room()
+            && let Some(waker) = self.reader().take()
+        {
             waker.wake();
         }
     }
 
     fn reader(&self) -> MutexGuard<'_, Option<Waker>> {
         self.reader.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-pub struct Starving(Arc<Inflow>);
-
-impl Drop for Starving {
-    fn drop(&mut self) {
-        self.0.starving.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -203,7 +201,7 @@ mod tests {
         while inflow.may_read(&context) {
             queue.push(&[7; 32768]);
         }
-        assert!(inflow.queued.load(Ordering::Acquire) < HIGH + 32768);
+        assert!(inflow.queued.load(Ordering::Acquire) < HIGHEST + 32768);
         assert!(!woken.0.load(Ordering::Acquire));
         let chunk = queue.next().await.unwrap();
         assert!(!inflow.may_read(&context), "only what a program took makes room");
@@ -213,19 +211,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn starving_output_reads_on_but_not_for_ever() {
+    async fn the_window_closes_when_programs_do_not_keep_up() {
         let inflow = Arc::new(Inflow::default());
         let queue = InputQueue::new(inflow.clone());
-        let context = Context::from_waker(Waker::noop());
-        let starving = inflow.starve();
-        while inflow.may_read(&context) {
+        assert_eq!(inflow.window(), WINDOW);
+        while inflow.calm() {
             queue.push(&[7; 32768]);
         }
-        assert!(inflow.queued.load(Ordering::Acquire) >= HIGHEST);
-        drop(starving);
+        assert_eq!(inflow.window(), TRICKLE);
+        drop(queue.next().await);
+        assert_eq!(inflow.window(), WINDOW);
         drop(queue);
         assert_eq!(inflow.queued.load(Ordering::Acquire), 0, "a dropped queue gives all back");
-        assert!(inflow.may_read(&context));
     }
 
     #[tokio::test]

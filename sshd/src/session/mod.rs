@@ -17,7 +17,7 @@ use hermitage_storage::accounts::Account;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use input::{Inflow, InputQueue};
+pub use input::{Inflow, InputQueue, WINDOW};
 pub use output::Output;
 
 use crate::{

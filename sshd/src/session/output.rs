@@ -1,7 +1,5 @@
 //! A channel's output: bytes as the client's window takes them, then the exit status, in this order.
 
-use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
-
 use hermitage_guest_proto::ExitStatus;
 use russh::{
     ChannelId, ChannelWriteHalf, Sig,
@@ -9,7 +7,7 @@ use russh::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{EXIT_LOST, Farewell, Inflow, signal_name};
+use super::{EXIT_LOST, Farewell, signal_name};
 
 /// SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2).
 const STDERR: u32 = 1;
@@ -20,7 +18,6 @@ const CHUNK: usize = 32 * 1024;
 pub struct Output {
     pub channel: ChannelWriteHalf<Msg>,
     pub connection: Handle,
-    pub inflow: Arc<Inflow>,
 }
 
 impl Output {
@@ -30,38 +27,12 @@ impl Output {
 
     /// Copies `from` to the client's standard output until its end, or until the client is gone.
     pub async fn stdout(&self, from: impl AsyncRead + Unpin) {
-        self.pump(from, self.channel.make_writer()).await;
+        pump(from, self.channel.make_writer()).await;
     }
 
     /// The same for standard error.
     pub async fn stderr(&self, from: impl AsyncRead + Unpin) {
-        self.pump(from, self.channel.make_writer_ext(Some(STDERR))).await;
-    }
-
-    async fn pump(&self, mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            // An error is a reset: the machine's end of the socket is gone, which is an end.
-            let count = from.read(&mut chunk).await.unwrap_or(0);
-            let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else { return };
-            if !self.write(&mut to, bytes).await {
-                return;
-            }
-        }
-    }
-
-    /// Writes all, as the client's window permits. False if the connection is gone.
-    async fn write(&self, to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> bool {
-        let mut writing = pin!(to.write_all(bytes));
-        let first = poll_fn(|context| Poll::Ready(writing.as_mut().poll(context))).await;
-        let written = match first {
-            Poll::Ready(written) => written,
-            Poll::Pending => {
-                let _starving = self.inflow.starve();
-                writing.await
-            }
-        };
-        written.is_ok()
+        pump(from, self.channel.make_writer_ext(Some(STDERR))).await;
     }
 
     /// Says what is left to say and closes the channel.
@@ -100,10 +71,24 @@ impl Output {
         if terminal {
             // The cursor may be anywhere, and the terminal is raw.
             let line = format!("\r\nhermitage: {words}\r\n");
-            self.write(&mut self.channel.make_writer(), line.as_bytes()).await;
+            let _ = self.channel.make_writer().write_all(line.as_bytes()).await;
         } else {
             let line = format!("hermitage: {words}\n");
-            self.write(&mut self.channel.make_writer_ext(Some(STDERR)), line.as_bytes()).await;
+            let mut stderr = self.channel.make_writer_ext(Some(STDERR));
+            let _ = stderr.write_all(line.as_bytes()).await;
+        }
+    }
+}
+
+async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        // An error is a reset: the machine's end of the socket is gone, which is an end.
+        let count = from.read(&mut chunk).await.unwrap_or(0);
+        let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else { return };
+        // As the client's window permits; an error means that the connection is gone.
+        if to.write_all(bytes).await.is_err() {
+            return;
         }
     }
 }

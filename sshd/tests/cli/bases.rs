@@ -103,6 +103,14 @@ fn an_image_is_built_into_the_state_directory() {
     assert_eq!(host.json(&["image", "build"])["id"], IMAGE_ID);
     assert_eq!(host.json(&["image", "build"])["id"], IMAGE_ID);
     assert_eq!(fs::read_dir(host.state().images_dir()).unwrap().count(), 1);
+
+    host.install_vmm(1);
+    host.run(&["base", "build"]).success();
+    host.run(&["image", "remove", IMAGE_ID]).fails(1, "current base");
+    fs::remove_file(host.state().root().join("current-base")).unwrap();
+    host.run(&["image", "remove", IMAGE_ID]).success();
+    host.run(&["image", "remove", IMAGE_ID]).fails(3, "no image");
+    host.run(&["image", "remove", "../bases"]).fails(3, "no image");
 }
 
 #[test]

@@ -63,7 +63,9 @@ fn a_machine_lingers_is_taken_up_again_and_stops() {
     service.account("alice");
     assert!(service.ssh("alice", "true").status.success());
     let first = machine_pid(&service, "alice");
-    assert_eq!(service.account_status("alice").unwrap().state, "lingering");
+    wait_for("the linger", || {
+        service.account_status("alice").filter(|status| status.state == "lingering")
+    });
     std::thread::sleep(Duration::from_secs(1));
     assert!(service.ssh("alice", "true").status.success());
     assert_eq!(machine_pid(&service, "alice"), first);
@@ -95,7 +97,7 @@ fn a_client_that_goes_away_hangs_up_its_program() {
     for options in [&[][..], &["-tt"]] {
         let noted = service.path("noted");
         let line = format!(
-            "trap 'echo hung up > {}; exit' HUP; echo here; while :; do sleep 0.1; done",
+            "trap 'echo hung up > {}; exit' HUP; echo here; sleep 20 & wait",
             noted.display()
         );
         let mut ssh = service.ssh_with(&["-o", "BatchMode=yes"]);
@@ -125,7 +127,10 @@ fn the_service_stops_its_machines_in_order() {
     assert!(service.wait().success());
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert!(!machines.iter().any(|pid| is_alive(*pid)));
-    assert_eq!(service.log().matches("the machine was powered off").count(), 2);
+    let ended = "machine ended machine=";
+    let log = service.log();
+    let in_order = |line: &&str| line.contains(ended) && line.contains("was powered off");
+    assert_eq!(log.lines().filter(in_order).count(), 2);
     assert!(!service.path("run/admin.sock").exists());
     let intents = service.accounts().intents().unwrap();
     assert!(intents.iter().all(|intent| intent.state.as_str() == "stopped"), "{intents:?}");

@@ -19,12 +19,16 @@ use hermitage_guest_proto::{
 };
 use hermitage_vmm_proto::End;
 use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
     pty::{Winsize, openpty},
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
 
 use crate::fake_machine::Machine;
+
+/// Held while a program is started.
+static STARTING: Mutex<()> = Mutex::new(());
 
 struct Guest {
     machine: Arc<Machine>,
@@ -44,6 +48,7 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
     let mut chunk = [0; 4096];
     loop {
         while let Some(message) = decoder.message::<HostMessage>().unwrap() {
+            eprintln!("guest told: {message:?}");
             match message {
                 HostMessage::Attach(attach) => {
                     account = attach.account;
@@ -91,8 +96,11 @@ fn attached(guest: &Guest, account: &str) {
         guest.say(&AgentMessage::Exited { session: 9999, status: ExitStatus::Code(0) });
         guest.say(&AgentMessage::Attached);
         guest.say(&AgentMessage::Started { session: u64::MAX, pid: 0 });
-        std::thread::sleep(Duration::from_millis(700));
-        let _ = guest.machine.agent.lock().unwrap().write_all(&[0xff; 64]);
+        let machine = guest.machine.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(700));
+            let _ = machine.agent.lock().unwrap().write_all(&[0xff; 64]);
+        });
     }
 }
 
@@ -128,7 +136,12 @@ impl Guest {
             ws_xpixel: open.window.width_px,
             ws_ypixel: open.window.height_px,
         };
+        // Its descriptors must not be inherited by a program that is started at the same moment.
+        let starting = STARTING.lock().unwrap();
         let pty = openpty(Some(&size), None).unwrap();
+        for descriptor in [&pty.master, &pty.slave] {
+            fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+        }
         // Becomes the session's leader with the terminal as its own.
         let mut command = Command::new("setsid");
         command.arg("--ctty").arg("sh");
@@ -140,13 +153,19 @@ impl Guest {
         command.stdin(slave()).stdout(slave()).stderr(slave());
         let child = command.spawn().unwrap();
         drop(command);
+        drop(starting);
         let mut master = File::from(pty.master);
         let mut typing = master.try_clone().unwrap();
-        if let Some(mut socket) = self.machine.terminal(open.terminal) {
-            std::thread::spawn(move || {
-                let _ = std::io::copy(&mut socket, &mut typing);
-            });
-        }
+        // Attached over another socket, so perhaps a moment later.
+        let mut socket = loop {
+            match self.machine.terminal(open.terminal) {
+                Some(socket) => break socket,
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut socket, &mut typing);
+        });
         let session = open.session;
         self.started(session, &child, Some(pty.slave));
         let machine = self.machine.clone();
@@ -177,7 +196,9 @@ impl Guest {
             .stdout(OwnedFd::from(stdio))
             .stderr(OwnedFd::from(stderr))
             .process_group(0);
+        let starting = STARTING.lock().unwrap();
         let child = command.spawn().unwrap();
+        drop(starting);
         drop(command);
         self.started(exec.session, &child, None);
         self.reap(exec.session, child, || {});

@@ -61,7 +61,7 @@ impl Service {
         let Options { ssh, machines } = options;
         let config = format!(
             "state_dir = {:?}\nrun_dir = {:?}\nlibexec_dir = {:?}\n\
-             [ssh]\nlisten = [\"127.0.0.1:0\"]\nfailure_delay_ms = 50\n{ssh}\n\
+             [ssh]\nlisten = [\"127.0.0.1:0\"]\n{ssh}\n\
              [machines]\nmin_free_mib = 1\n{machines}\n",
             dir.path().join("state"),
             dir.path().join("run"),

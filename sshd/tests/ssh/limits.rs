@@ -216,7 +216,8 @@ fn guessing_passwords_ends_the_connection() {
 
 #[test]
 fn an_account_has_so_many_sessions() {
-    let service = Service::start();
+    let options = Options { ssh: "max_unauthenticated_per_source = 100", ..Options::default() };
+    let service = Service::with(options);
     service.account("alice");
     let lots = hermitage_storage::accounts::DEFAULT_MAX_SESSIONS as usize;
     let mut sessions: Vec<_> = (0..lots)
@@ -245,8 +246,11 @@ fn an_account_has_so_many_sessions() {
 fn forwarding_is_refused_in_words() {
     let service = Service::start();
     service.account("alice");
-    let forward = ["-o", "BatchMode=yes", "-W", "localhost:22", &at("alice")];
-    let output = finish(&mut service.ssh_with(&forward));
+    let mut ssh = std::process::Command::new("ssh");
+    ssh.args(["-o", "LogLevel=INFO", "-o", "BatchMode=yes"]);
+    service.client_options(&mut ssh);
+    ssh.arg("-i").arg(service.path("id")).arg("-p").arg(service.port.to_string());
+    let output = finish(ssh.args(["-W", "localhost:22", &at("alice")]));
     assert!(stderr(&output).contains("does not forward"), "{}", stderr(&output));
     assert!(service.ssh("alice", "true").status.success());
 }

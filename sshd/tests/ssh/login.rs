@@ -46,28 +46,28 @@ fn a_wrong_key_and_an_unknown_user_look_the_same() {
 
 #[test]
 fn an_unknown_user_and_a_wrong_password_take_the_same_time() {
-    let service = Service::with(Options { ssh: "max_failures = 20", ..Options::default() });
+    let service = Service::with(Options { ssh: "failure_delay_ms = 0", ..Options::default() });
     service.account("alice");
     let mut keys_only = NewAccount::new(AccountName::parse("keysonly").unwrap());
     keys_only.password_hash = None;
     service.accounts().create(&keys_only).unwrap();
-    let timed = |user: &str| {
-        let mut times: Vec<Duration> = (0..5)
-            .map(|_| {
-                let begun = Instant::now();
-                let output = service.ssh_by_password(user, "guess");
-                assert_eq!(output.status.code(), Some(255));
-                begun.elapsed()
-            })
-            .collect();
-        times.sort();
-        times[1]
-    };
-    let [known, unknown, no_password] = ["alice", "nobody-here", "keysonly"].map(timed);
-    for other in [unknown, no_password] {
-        let difference = known.abs_diff(other);
-        assert!(difference < Duration::from_millis(60), "{known:?} and {other:?}");
+    // The quickest of several, in turns, as often as it takes: what else runs here only adds. A hash
+    // not computed would be 20 ms less each time.
+    let users = ["alice", "nobody-here", "keysonly"];
+    let mut quickest = [Duration::MAX; 3];
+    for _ in 0..40 {
+        for (user, quickest) in users.into_iter().zip(&mut quickest) {
+            let begun = Instant::now();
+            let output = service.ssh_by_password(user, "guess");
+            assert_eq!(output.status.code(), Some(255));
+            *quickest = begun.elapsed().min(*quickest);
+        }
+        let spread = *quickest.iter().max().unwrap() - *quickest.iter().min().unwrap();
+        if spread < Duration::from_millis(10) {
+            return;
+        }
     }
+    panic!("{users:?} take {quickest:?}");
 }
 
 #[test]
