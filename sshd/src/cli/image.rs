@@ -2,10 +2,11 @@
 
 use super::context::Context;
 use super::output::table;
-use super::{base, tool};
-use anyhow::Context as _;
+use super::{NotFound, base, tool};
+use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use hermitage_storage::image::{self, Image};
+use hermitage_storage::base::Base;
+use hermitage_storage::image::{self, Image, ImageId};
 use hermitage_storage::publish;
 use serde_json::json;
 use std::ffi::OsString;
@@ -22,6 +23,8 @@ Examples:
     Build(Build),
     /// List the images
     List,
+    /// Delete an image that is not needed any more
+    Remove { id: String },
 }
 
 #[derive(Debug, clap::Args)]
@@ -44,6 +47,7 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Build(build) => self::build(context, build),
         Command::List => list(context),
+        Command::Remove { id } => remove(context, &id),
     }
 }
 
@@ -108,4 +112,19 @@ fn list(context: &Context) -> anyhow::Result<()> {
         }
         table.trim_fmt()
     })
+}
+
+fn remove(context: &Context, id: &str) -> anyhow::Result<()> {
+    let id = ImageId::parse(id).filter(|id| context.state.image(id).exists()).ok_or_else(|| {
+        NotFound(format!("there is no image \"{id}\" (hermitage image list shows them)"))
+    })?;
+    if let Some(current) = context.state.current_base()? {
+        // New accounts' disks are made from its template.
+        if Base::manifest(&context.state.base(&current))?.content.image == id.as_str() {
+            bail!("image {id} is the current base's ({current}); build another base first");
+        }
+    }
+    image::discard(&context.state, &id).with_context(|| format!("deleting image {id}"))?;
+    let object = json!({ "id": id.as_str(), "removed": true });
+    context.out.show(&object, || format!("image {id} is deleted"))
 }

@@ -31,7 +31,7 @@ Exit status:
   0  done, or already so
   1  failed (doctor: at least one finding is a failure)
   2  the command line is wrong
-  3  there is no such account, key or base
+  3  there is no such account, key, base or image
   4  the name is taken";
 
 const EXAMPLES: &str = "\

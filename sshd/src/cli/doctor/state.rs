@@ -52,7 +52,7 @@ fn space(context: &Context) -> Finding {
     if free < floor {
         let advice = format!(
             "below {limit} (machines.min_free_mib) logins are refused: free some (hermitage account \
-             remove NAME --purge, hermitage base remove ID) or enlarge the file system"
+             remove NAME --purge, hermitage base remove ID, image remove ID) or enlarge the file system"
         );
         Finding::failure(CHECK, found, advice)
     } else if free < floor.saturating_mul(4) {
