@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{UnixListener, UnixStream},
@@ -40,8 +40,12 @@ impl AdminSocket {
         std::fs::create_dir_all(run_dir)
             .with_context(|| format!("can't make the run directory {}", run_dir.display()))?;
         let path = run_dir.join(SOCKET_NAME);
-        // The lock on the state directory is held: a socket that is there is a leftover.
-        let _ = std::fs::remove_file(&path);
+        if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+            bail!(
+                "another hermitage serve answers at {}; give this one a run_dir of its own",
+                path.display()
+            );
+        }
         let beside = run_dir.join(format!("{SOCKET_NAME}.new"));
         let _ = std::fs::remove_file(&beside);
         // Bound under another name until its mode is right.

@@ -17,7 +17,12 @@ use russh::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Server, connections::Entry, crypto::methods, environment};
+use super::{
+    Server,
+    connections::Entry,
+    environment,
+    words::{again, no_forwarding, shown, signal_name, window},
+};
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
 
 /// Longest command, and longest TERM, in bytes. What the agent is told has to fit a frame.
@@ -339,6 +344,18 @@ impl Handler for ClientHandler {
         Ok(())
     }
 
+    async fn x11_request(
+        &mut self,
+        channel: ChannelId,
+        _single_connection: bool,
+        _protocol: &str,
+        _cookie: &str,
+        _screen: u32,
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        connection.channel_failure(channel)
+    }
+
     async fn signal(
         &mut self,
         channel: ChannelId,
@@ -402,69 +419,5 @@ impl Handler for ClientHandler {
     ) -> Result<bool, Self::Error> {
         tracing::debug!(peer = %self.peer, address = shown(address), port, "forwarding refused");
         Ok(false)
-    }
-}
-
-/// Try again, with any method.
-fn again() -> Auth {
-    Auth::Reject { proceed_with_methods: Some(methods()), partial_success: false }
-}
-
-fn no_forwarding() -> ChannelOpenFailure {
-    // 1 is SSH_OPEN_ADMINISTRATIVELY_PROHIBITED (RFC 4254 §5.1).
-    ChannelOpenFailure::Other {
-        code: 1,
-        reason: "this version of the service does not forward connections".into(),
-    }
-}
-
-fn window(columns: u32, rows: u32, width_px: u32, height_px: u32) -> Window {
-    let clamp = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
-    Window {
-        columns: clamp(columns),
-        rows: clamp(rows),
-        width_px: clamp(width_px),
-        height_px: clamp(height_px),
-    }
-}
-
-/// The signals of RFC 4254 §6.10; others are not passed on.
-fn signal_name(signal: &Sig) -> Option<&'static str> {
-    Some(match signal {
-        Sig::ABRT => "ABRT",
-        Sig::ALRM => "ALRM",
-        Sig::FPE => "FPE",
-        Sig::HUP => "HUP",
-        Sig::ILL => "ILL",
-        Sig::INT => "INT",
-        Sig::KILL => "KILL",
-        Sig::PIPE => "PIPE",
-        Sig::QUIT => "QUIT",
-        Sig::SEGV => "SEGV",
-        Sig::TERM => "TERM",
-        Sig::USR1 => "USR1",
-        Sig::Custom(name) if name == "USR2" => "USR2",
-        Sig::Custom(_) => return None,
-    })
-}
-
-/// A stranger's words for the log.
-fn shown(words: &str) -> String {
-    words.chars().take(64).flat_map(char::escape_default).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_strangers_name_can_not_write_log_lines() {
-        assert_eq!(shown("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
-        assert_eq!(shown(&"é".repeat(1000)).len(), 64 * 6);
-    }
-
-    #[test]
-    fn a_giant_window_is_clamped() {
-        assert_eq!(window(u32::MAX, 0, 1, 2).columns, u16::MAX);
     }
 }

@@ -6,6 +6,7 @@ mod environment;
 mod handler;
 mod listener;
 mod stream;
+mod words;
 
 use std::{
     fs::File,
@@ -109,10 +110,10 @@ impl Service {
             .ssh
             .listen
             .iter()
-            .map(|address| listen(*address))
+            .filter_map(|address| listen(*address).transpose())
             .collect::<anyhow::Result<Vec<_>>>()?;
         if listeners.is_empty() {
-            bail!("ssh.listen names no address to listen on");
+            bail!("ssh.listen names no address that this host can listen on");
         }
         let addresses = listeners.iter().filter_map(|listener| listener.local_addr().ok());
 
@@ -218,7 +219,8 @@ fn vmm(config: &Config) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+/// None, with a warning, for an address family that this host does not have.
+fn listen(address: SocketAddr) -> anyhow::Result<Option<TcpListener>> {
     let open = || {
         let socket = match address {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
@@ -233,9 +235,16 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
         socket.bind(address)?;
         socket.listen(BACKLOG)
     };
-    open().with_context(|| {
-        format!(
-            "can't listen on {address}; is something else there? (ssh.listen sets the addresses)"
-        )
-    })
+    match open() {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
+            tracing::warn!(%address, "not listening there: this host does not have that protocol");
+            Ok(None)
+        }
+        Err(error) => Err(error).with_context(|| {
+            format!(
+                "can't listen on {address}; is something else there? (ssh.listen sets the addresses)"
+            )
+        }),
+    }
 }

@@ -254,3 +254,28 @@ fn forwarding_is_refused_in_words() {
     assert!(stderr(&output).contains("does not forward"), "{}", stderr(&output));
     assert!(service.ssh("alice", "true").status.success());
 }
+
+#[test]
+fn nothing_remains_of_ended_sessions() {
+    let service = Service::with(Options { machines: "linger = 0", ..Options::default() });
+    service.account("alice");
+    let used = || {
+        let proc = std::path::PathBuf::from(format!("/proc/{}", service.pid()));
+        let count = |what| std::fs::read_dir(proc.join(what)).unwrap().count();
+        count("fd")
+    };
+    let session = || {
+        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-tt", &at("alice"), "true"]);
+        assert!(finish(&mut ssh).status.success());
+        assert!(service.ssh("alice", "true").status.success());
+        wait_for("the machine to stop", || service.account_status("alice").is_none().then_some(()));
+        wait_for("the connections to end", || (service.status().connections == 0).then_some(()));
+    };
+    session();
+    let before = used();
+    for _ in 0..5 {
+        session();
+    }
+    // The status request that is being answered may still have its socket.
+    assert!(used() <= before + 1, "{before} descriptors, then {}", used());
+}
