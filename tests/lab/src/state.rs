@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::layout::Layout;
 use crate::process::{Process, write_whole};
+use crate::steps::note;
 
 /// A lab that was started. Whether it still runs is for its process to tell.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -69,24 +72,30 @@ impl State {
     }
 }
 
-/// Only one `up`, `down` or `sync` of a lab works at a time; the others wait for it.
+/// Held while something is changed that another `cargo lab` might change as well; that one waits.
 pub struct Claim {
     _lock: Flock<fs::File>,
 }
 
 impl Claim {
+    /// Only one `up`, `down` or `sync` of a lab works at a time.
     pub fn take(layout: &Layout) -> Result<Self> {
-        fs::create_dir_all(layout.own())
-            .with_context(|| format!("make {}", layout.own().display()))?;
-        let path = layout.own().join("lock");
+        Self::lock(&layout.own(), "lock", &format!("lab {}", layout.name()))
+    }
+
+    /// Images are shared by all labs.
+    pub fn images(layout: &Layout) -> Result<Self> {
+        Self::lock(&layout.shared(), "images.lock", "the images")
+    }
+
+    fn lock(dir: &Path, name: &str, what: &str) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+        let path = dir.join(name);
         let file = fs::File::create(&path).with_context(|| format!("open {}", path.display()))?;
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
-            Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
-                crate::steps::note(&format!(
-                    "another cargo lab works on lab {}; waiting for it",
-                    layout.name()
-                ));
+            Err((file, Errno::EWOULDBLOCK)) => {
+                note(&format!("           another cargo lab works on {what}; waiting for it"));
                 Flock::lock(file, FlockArg::LockExclusive)
                     .map_err(|(_, error)| error)
                     .with_context(|| format!("lock {}", path.display()))?

@@ -12,7 +12,7 @@ use crate::process::{privileged, run_captured};
 use crate::programs::{self, Brought};
 use crate::service::{self, Demo};
 use crate::serving::Serving;
-use crate::state::{Place, State};
+use crate::state::{Claim, Place, State};
 use crate::steps::{note, skip, step};
 use crate::tools;
 
@@ -103,6 +103,7 @@ fn make_folder(layout: &Layout) -> Result<()> {
 }
 
 fn guest_image(layout: &Layout) -> Result<GuestImage> {
+    let _claim = Claim::images(layout)?;
     let image = GuestImage::current(layout)?;
     if image.exists() {
         skip("build the guest image", "up to date");
@@ -181,12 +182,14 @@ fn emulated(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
         return Ok(serving);
     }
     tools::install_missing(true, &layout.step_log())?;
+    let claim = Claim::images(layout)?;
     let image = MachineImage::current(layout);
     if image.exists() {
         skip("build the lab machine", "up to date");
     } else {
         step("build the lab machine (Debian, once)", || image.build(layout))?;
     }
+    drop(claim);
     let shape = emulator::Shape {
         memory_mib: options.memory.unwrap_or(DEFAULT_MEMORY_MIB),
         cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
