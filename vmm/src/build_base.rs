@@ -27,13 +27,14 @@ const QUIET_LIMIT: Duration = Duration::from_secs(60);
 
 /// The kernel command line of every machine.
 ///
-/// `no_timer_check`: there is no PIT to check. `transparent_hugepage=never`: a fork pays for each
+/// The whole boot goes to the console's log, which every fork's operator sees; the agent makes the
+/// console quiet before the snapshot. `no_timer_check`: there is no PIT to check. `transparent_hugepage=never`: a fork pays for each
 /// 4 KiB page it writes, a huge page would be 512 of them. `random.trust_cpu=off`: what is seeded
 /// before the snapshot is shared by all forks anyway; each gets its own seed at once.
 /// `init_on_alloc=0`: free pages are zero in the base; writing zeroes over them again costs a private
 /// page each. `tsc=nowatchdog`: kvm-clock is watched by nobody, and waking up twice a second to watch the
 /// TSC is not free. `pci=conf1`: see [`crate::devices::bus::PCI_ADDRESS_PORT`]. `panic=-1`: a panic ends the machine at once.
-pub const CMDLINE: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=k no_timer_check \
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k no_timer_check \
     transparent_hugepage=never random.trust_cpu=off init_on_alloc=0 mitigations=auto \
     tsc=nowatchdog nowatchdog pci=conf1 audit=0 selinux=0 apparmor=0";
 

@@ -89,9 +89,13 @@ impl Layout {
         self.target.join("release").join(name)
     }
 
-    /// The agent is linked statically, for a target of its own.
+    /// A program that is linked statically, for a target of its own.
+    pub fn static_program(&self, name: &str) -> PathBuf {
+        self.target.join("x86_64-unknown-linux-gnu/release").join(name)
+    }
+
     pub fn agent(&self) -> PathBuf {
-        self.target.join("x86_64-unknown-linux-gnu/release/hermitage-agent")
+        self.static_program("hermitage-agent")
     }
 }
 

@@ -17,26 +17,32 @@ const FOLDER: &str = "/usr/local/bin";
 /// Builds everything that a served login needs.
 pub fn build(layout: &Layout) -> Result<()> {
     let mut host = cargo(layout);
-    host.args([
-        "build",
-        "--release",
-        "-p",
-        "hermitage",
-        "-p",
-        "hermitage-vmm",
-        "-p",
-        "hermitage-image",
-    ]);
+    host.args(["build", "--release", "-p", "hermitage", "-p", "hermitage-image"]);
     run_logged(&mut host, &layout.step_log())?;
 
-    // PID 1 of a machine has nothing to load libraries from, so it is linked statically; its own
-    // target keeps that flag from rebuilding everything else.
+    // PID 1 of a machine has nothing to load libraries from, so it is linked statically. So is the vmm:
+    // each library is four or five more mappings that every fork of the fork server has to copy. A
+    // target of their own keeps that flag from rebuilding everything else.
     let target = "x86_64-unknown-linux-gnu";
-    let mut agent = cargo(layout);
-    agent
+    let mut fixed = cargo(layout);
+    fixed
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
-        .args(["build", "--release", "-p", "hermitage-agent", "--target", target]);
-    run_logged(&mut agent, &layout.step_log())
+        .args(["build", "--release", "-p", "hermitage-agent", "-p", "hermitage-vmm"])
+        .args(["--target", target]);
+    run_logged(&mut fixed, &layout.step_log())?;
+    // `hermitage` looks for it beside itself.
+    put_beside(&layout.static_program("hermitage-vmm"), &layout.program("hermitage-vmm"))
+}
+
+/// Copies a program to where it is to be, unless it is there already.
+fn put_beside(from: &Path, to: &Path) -> Result<()> {
+    if to.exists() && digest(from)? == digest(to)? {
+        return Ok(());
+    }
+    let beside = to.with_extension("new");
+    fs::copy(from, &beside)
+        .and_then(|_| fs::rename(&beside, to))
+        .with_context(|| format!("copy {} to {}", from.display(), to.display()))
 }
 
 /// Builds one more package.

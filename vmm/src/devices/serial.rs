@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 
 use super::virtio::{Interrupt, StateError};
-use crate::poller::{Interest, Key, Poller};
+use crate::poller::{Event, Interest, Key, Poller};
 
 /// First of the eight ports.
 pub const BASE_PORT: u16 = 0x3f8;
@@ -30,6 +30,8 @@ pub struct SerialConsole {
     poller: Arc<Poller>,
     key: Key,
     watching: bool,
+    /// The operator's input is at its end.
+    input_ended: bool,
 }
 
 /// The UART's registers (`vm-superio`'s own state type has no serde) and what the guest has said.
@@ -98,7 +100,13 @@ impl SerialConsole {
         log_file: Option<File>,
     ) -> Self {
         let output = Output { file: log_file, ..Default::default() };
-        Self { uart: Serial::new(Pulse(interrupt), output), poller, key, watching: false }
+        Self {
+            uart: Serial::new(Pulse(interrupt), output),
+            poller,
+            key,
+            watching: false,
+            input_ended: false,
+        }
     }
 
     pub fn save(&self) -> SerialConsoleState {
@@ -143,7 +151,7 @@ impl SerialConsole {
         let output = Output { log: state.log.iter().copied().collect(), ..Default::default() };
         let uart = Serial::from_state(&registers, Pulse(interrupt), NoEvents, output)
             .map_err(|e| wrong(format!("{e:?}")))?;
-        Ok(Self { uart, poller, key, watching: false })
+        Ok(Self { uart, poller, key, watching: false, input_ended: false })
     }
 
     /// The guest reads register `offset` (0 to 7).
@@ -169,12 +177,16 @@ impl SerialConsole {
         let _ = operator.write(head).and_then(|_| operator.write(tail));
         self.poller.add(&operator, self.key, Interest::READ)?;
         self.watching = true;
+        self.input_ended = false;
         output.operator = Some(operator);
         Ok(())
     }
 
     /// The operator's socket has something (or has ended).
-    pub fn ready(&mut self) {
+    pub fn ready(&mut self, event: &Event) {
+        if event.hangup {
+            return self.detach();
+        }
         let room = self.uart.fifo_capacity();
         let mut bytes = [0; 64];
         let Some(operator) = &mut self.uart.writer_mut().operator else {
@@ -186,7 +198,11 @@ impl SerialConsole {
         }
         let wanted = room.min(bytes.len());
         match operator.read(&mut bytes[..wanted]) {
-            Ok(0) => self.detach(),
+            // No more input; output goes on until the operator hangs up.
+            Ok(0) => {
+                self.input_ended = true;
+                self.set_watching(false);
+            }
             Ok(n) => {
                 let _ = self.uart.enqueue_raw_bytes(&bytes[..n]);
             }
@@ -204,7 +220,10 @@ impl SerialConsole {
 
     /// Reads input again once the guest has made room.
     fn watch(&mut self) {
-        if !self.watching && self.uart.writer().operator.is_some() && self.uart.fifo_capacity() > 0
+        if !self.watching
+            && !self.input_ended
+            && self.uart.writer().operator.is_some()
+            && self.uart.fifo_capacity() > 0
         {
             self.set_watching(true);
         }

@@ -54,7 +54,7 @@ fn dispatch(machine: &Machine, event: &Event) {
         owner::CONSOLE => devices.console.ready(event),
         owner::VSOCK => devices.vsock.ready(event),
         owner::SERIAL => {
-            lock(&devices.serial).ready();
+            lock(&devices.serial).ready(event);
             Ok(())
         }
         // `owner::END` is there to end the wait.

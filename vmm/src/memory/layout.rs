@@ -70,10 +70,10 @@ pub struct Layout {
 
 impl Layout {
     pub fn new(ram_bytes: u64, root_bytes: u64) -> Result<Self, LayoutError> {
-        if ram_bytes % (1 << 20) != 0 || !(16 << 20..=512 << 30).contains(&ram_bytes) {
+        if !ram_bytes.is_multiple_of(1 << 20) || !(16 << 20..=512 << 30).contains(&ram_bytes) {
             return Err(LayoutError::Ram(ram_bytes));
         }
-        if root_bytes % ROOT_ALIGNMENT != 0 || !(1..=256 << 30).contains(&root_bytes) {
+        if !root_bytes.is_multiple_of(ROOT_ALIGNMENT) || !(1..=256 << 30).contains(&root_bytes) {
             return Err(LayoutError::Root(root_bytes));
         }
         let low = Range { address: 0, length: ram_bytes.min(LOW_RAM_END), file_offset: 0 };

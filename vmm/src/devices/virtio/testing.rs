@@ -66,16 +66,32 @@ pub struct Driver<D> {
     pub line: Line,
     pub rings: Vec<Ring>,
     next_buffer: u64,
+    turns: u32,
 }
 
+/// Far more than any test needs.
+const MOST_TURNS: u32 = 3_000_000;
+
 impl<D: VirtioDevice> Driver<D> {
+    /// Called wherever tests wait for something to happen: what never does is to fail, not to hang.
+    pub fn turn(&mut self) {
+        self.turns += 1;
+        assert!(self.turns < MOST_TURNS, "the test waits for something that does not happen");
+    }
+
     /// Goes through initialisation (virtio 1.2 §3.1.1) with all features offered.
     pub fn start(device: D) -> Self {
         let memory = memory();
         let line = Line::default();
         let transport = Transport::new(device, memory.clone(), line.clone());
-        let mut driver =
-            Self { device: transport, memory, line, rings: Vec::new(), next_buffer: BUFFERS };
+        let mut driver = Self {
+            device: transport,
+            memory,
+            line,
+            rings: Vec::new(),
+            next_buffer: BUFFERS,
+            turns: 0,
+        };
         driver.initialise().unwrap();
         driver
     }
@@ -195,6 +211,7 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// The same where the interrupt was acknowledged before.
     pub fn used_quietly(&mut self, queue: usize) -> Vec<(u16, u32)> {
+        self.turn();
         let (ring, memory) = (&mut self.rings[queue], &self.memory);
         let index = read_u16(memory, ring.device() + 2);
         let mut out = Vec::new();
@@ -245,7 +262,7 @@ impl<D: VirtioDevice> Driver<D> {
         let state = postcard::from_bytes(&bytes).unwrap();
         let device = Transport::restore(state, fresh, memory.clone(), line.clone()).unwrap();
         let rings = self.rings.iter().map(Ring::copy).collect();
-        Self { device, memory, line, rings, next_buffer: self.next_buffer }
+        Self { device, memory, line, rings, next_buffer: self.next_buffer, turns: 0 }
     }
 }
 

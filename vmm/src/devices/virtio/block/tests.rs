@@ -275,6 +275,9 @@ fn a_file_that_shrank_or_is_full_is_an_error_of_the_request_and_no_more() {
     other.driver.device.with(put).unwrap();
     other.driver.acknowledge();
     assert_eq!(other.write(0, &[1; 512]), IO_ERROR);
+    // It can't be synced either: a flush is not acknowledged without fdatasync (invariant 4).
+    assert_eq!(other.ask(FLUSH, 0, &[]), (IO_ERROR, 1));
+    assert_eq!(other.driver.device.stats().flushes, 0);
 }
 
 #[test]

@@ -98,6 +98,7 @@ impl Guest {
 
     /// Serves the device's sockets until nothing is left to do now.
     fn serve(&mut self) {
+        self.driver.turn();
         let mut events = Vec::new();
         for _ in 0..1000 {
             self.poller.wait(&mut events, Some(Duration::ZERO)).unwrap();
