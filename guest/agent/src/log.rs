@@ -36,9 +36,10 @@ fn write(level: u8, message: Arguments) {
         end -= 1;
     }
     text.truncate(end);
-    let text = text.replace('\n', " ");
+    // A record without a line's end waits for its continuation and isn't shown until the next.
+    let text = text.replace('\n', " ") + "\n";
     match KMSG.get() {
         Some(mut file) => drop(file.write_all(text.as_bytes())),
-        None => eprintln!("{text}"),
+        None => eprint!("{text}"),
     }
 }
