@@ -87,3 +87,63 @@ impl Authenticator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hermitage_storage::accounts::{AccountName, Accounts, NewAccount, hash_password};
+
+    use super::*;
+
+    fn accounts(dir: &tempfile::TempDir) -> Store {
+        let path = dir.path().join("accounts.db");
+        let mut accounts = Accounts::open(&path).unwrap();
+        for (name, password) in [("alice", Some("right")), ("keysonly", None), ("off", Some("x"))] {
+            let mut new = NewAccount::new(AccountName::parse(name).unwrap());
+            new.password_hash = password.map(|p| hash_password(p.as_bytes()).unwrap());
+            let account = accounts.create(&new).unwrap();
+            accounts.set_disabled(account.id, name == "off").unwrap();
+        }
+        Store::open(&path).unwrap()
+    }
+
+    #[tokio::test]
+    async fn whoever_is_refused_costs_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let authenticator = Authenticator::new(accounts(&dir), 1, Duration::ZERO);
+        let users = ["alice", "nobody-here", "keysonly", "off"];
+        // The quickest of several, in turns, as often as it takes: what else runs here only adds. A
+        // hash that is not computed would leave next to nothing.
+        let mut quickest = [Duration::MAX; 4];
+        for _ in 0..100 {
+            for (user, quickest) in users.into_iter().zip(&mut quickest) {
+                let begun = Instant::now();
+                assert!(authenticator.password(user, "wrong").await.is_none());
+                *quickest = begun.elapsed().min(*quickest);
+            }
+            let (least, most) = (quickest.iter().min(), quickest.iter().max());
+            if most.unwrap().as_secs_f64() < 1.5 * least.unwrap().as_secs_f64() {
+                return;
+            }
+        }
+        panic!("{users:?} take {quickest:?}");
+    }
+
+    #[tokio::test]
+    async fn a_failure_takes_its_time_and_a_success_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let delay = Duration::from_secs(2);
+        let authenticator = Authenticator::new(accounts(&dir), 1, delay);
+        let begun = Instant::now();
+        assert_eq!(authenticator.password("alice", "right").await.unwrap().name, "alice");
+        assert!(begun.elapsed() < delay);
+        assert!(authenticator.password("off", "x").await.is_none());
+        assert!(begun.elapsed() >= delay);
+    }
+
+    #[tokio::test]
+    async fn a_giant_password_is_no_password() {
+        let dir = tempfile::tempdir().unwrap();
+        let authenticator = Authenticator::new(accounts(&dir), 1, Duration::ZERO);
+        assert!(authenticator.password("alice", &"x".repeat(1 << 20)).await.is_none());
+    }
+}

@@ -43,6 +43,7 @@ pub struct Context {
 }
 
 pub(super) enum Request {
+    Expect,
     Login { max_sessions: u32, reply: oneshot::Sender<Result<Lease, LoginError>> },
     Stop { cause: StopCause, reply: oneshot::Sender<()> },
 }
@@ -149,6 +150,7 @@ impl Driver {
 
     fn take(&mut self, request: Request) -> Option<Event> {
         match request {
+            Request::Expect => Some(Event::Expected),
             Request::Login { max_sessions, reply } => {
                 if self.lifecycle.admitted + self.lifecycle.waiting >= max_sessions {
                     let _ = reply.send(Err(LoginError::TooMany(max_sessions)));
@@ -318,6 +320,7 @@ impl Driver {
         match &self.lifecycle.state {
             State::Stopped => String::new(),
             State::Starting => match self.lifecycle.waiting {
+                0 => "somebody has just authenticated".into(),
                 1 => "1 login waits".into(),
                 waiting => format!("{waiting} logins wait"),
             },

@@ -118,6 +118,14 @@ impl Registry {
         Self { inner: Arc::new(inner) }
     }
 
+    /// Somebody has authenticated: the machine is started while the client still makes up its mind.
+    pub fn expect(&self, account: &Account) {
+        if !self.inner.closing.load(Ordering::Acquire) {
+            // With a full mailbox there are logins enough.
+            let _ = self.handle(account).mailbox.try_send(Request::Expect);
+        }
+    }
+
     /// A lease on the account's machine, which is started if it has none.
     pub async fn login(&self, account: &Account) -> Result<Lease, LoginError> {
         if self.inner.closing.load(Ordering::Acquire) {

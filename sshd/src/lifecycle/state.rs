@@ -67,6 +67,8 @@ impl std::fmt::Display for StopCause {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// Somebody has authenticated and will probably want the machine in a moment.
+    Expected,
     /// Somebody wants the machine.
     Login,
     /// Somebody who had been admitted is gone.
@@ -143,6 +145,7 @@ impl Lifecycle {
     /// What `event` leads to. An event that means nothing in a state changes nothing.
     pub fn step(self, event: Event) -> (Self, Vec<Effect>) {
         match event {
+            Event::Expected => self.expected(),
             Event::Login => self.login(),
             Event::Leave => self.leave(),
             Event::Forked => self.forked(),
@@ -151,6 +154,14 @@ impl Lifecycle {
             Event::Ended(reason) => self.ended(reason),
             Event::TimerOver => self.timer_over(),
             Event::Stop(cause) => self.stop(cause),
+        }
+    }
+
+    /// If nobody comes after all, the machine lingers and stops.
+    fn expected(self) -> (Self, Vec<Effect>) {
+        match self.state {
+            State::Stopped | State::Failed(_) => self.start(vec![]),
+            _ => (self, vec![]),
         }
     }
 

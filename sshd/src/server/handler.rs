@@ -189,7 +189,9 @@ impl Handler for ClientHandler {
         // seen now.
         if !self.server.authenticator.still_open(account).await {
             self.entry.disconnect("this account is disabled");
+            return Ok(());
         }
+        self.server.registry.expect(account);
         Ok(())
     }
 

@@ -69,13 +69,14 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 }
                 HostMessage::Hangup { session } => guest.signal(session, Signal::SIGHUP),
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
-                HostMessage::PowerOff { .. } => guest.machine.end(End::PowerOff),
+                HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) => {}
             }
         }
         match from.read(&mut chunk) {
             Ok(count) if count > 0 => decoder.feed(&chunk[..count]),
-            _ => return,
+            // The service is gone, and the machine goes with it.
+            _ => guest.end(),
         }
     }
 }
@@ -105,6 +106,14 @@ fn attached(guest: &Guest, account: &str) {
 }
 
 impl Guest {
+    /// Powers off, programs and all.
+    fn end(&self) -> ! {
+        for started in self.sessions.lock().unwrap().values() {
+            let _ = killpg(started.group, Signal::SIGKILL);
+        }
+        self.machine.end(End::PowerOff)
+    }
+
     fn say(&self, message: &AgentMessage) {
         let frame = encode(message).unwrap();
         let _ = self.machine.agent.lock().unwrap().write_all(&frame);

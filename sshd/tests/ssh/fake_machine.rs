@@ -52,8 +52,8 @@ pub fn run() -> ! {
     loop {
         match receive::<MachineRequest>(&machine.control) {
             Ok(packet) => machine.request(packet.message, packet.descriptors),
-            // The service is gone.
-            Err(_) => std::process::exit(0),
+            // The service is gone; the agent sees that too and powers off.
+            Err(_) => std::thread::park(),
         }
     }
 }

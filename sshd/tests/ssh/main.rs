@@ -12,4 +12,5 @@ mod harness;
 mod limits;
 mod login;
 mod processes;
+mod raw;
 mod streams;

@@ -125,7 +125,9 @@ fn a_signal_that_ended_the_program_is_told() {
     wait_for("the sessions log", || {
         let account = service.accounts().named("alice").unwrap();
         let sessions = service.accounts().sessions(account.id, 1).unwrap();
-        sessions[0].outcome.as_deref().map(|outcome| assert_eq!(outcome, "signal TERM"))
+        let outcome = sessions.first()?.outcome.as_deref()?;
+        assert_eq!(outcome, "signal TERM");
+        Some(())
     });
 }
 

@@ -21,6 +21,15 @@ fn two_logins_at_once_start_one_machine() {
 }
 
 #[test]
+fn who_is_expected_and_does_not_come_leaves_a_machine_that_stops() {
+    let (lifecycle, effects) = run(&[Event::Expected, Event::Forked]);
+    assert_eq!(lifecycle.state, State::Lingering);
+    assert!(effects.contains(&Effect::SetTimer(Timer::Linger)));
+    let (lifecycle, _) = run(&[Event::Expected, Event::Login, Event::Forked]);
+    assert_eq!((lifecycle.state, lifecycle.admitted), (State::Running, 1));
+}
+
+#[test]
 fn a_login_while_stopping_gets_a_new_machine() {
     let (lifecycle, effects) = run(&[
         Event::Login,
@@ -69,6 +78,7 @@ fn after_a_failure_the_next_login_tries_again() {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
+        1 => Just(Event::Expected),
         4 => Just(Event::Login),
         3 => Just(Event::Leave),
         3 => Just(Event::Forked),
@@ -101,7 +111,7 @@ impl World {
             Event::Forked | Event::StartFailed(_) => self.forking,
             Event::Dying(_) | Event::Ended(_) => self.machine,
             Event::TimerOver => self.timer,
-            Event::Login | Event::Stop(_) => true,
+            Event::Expected | Event::Login | Event::Stop(_) => true,
         }
     }
 
@@ -113,7 +123,7 @@ impl World {
             Event::StartFailed(_) => self.forking = false,
             Event::Ended(_) => self.machine = false,
             Event::TimerOver => self.timer = false,
-            Event::Stop(_) | Event::Dying(_) => {}
+            Event::Expected | Event::Stop(_) | Event::Dying(_) => {}
         }
     }
 
