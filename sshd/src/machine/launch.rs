@@ -168,10 +168,12 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
     }
     let reason = reason.unwrap_or_else(|| match exit {
         Some(Ok(ProcessExit::Signal(signal))) => {
-            format!("its process was killed by signal {signal}")
+            format!("your machine was killed (signal {signal}); your next login starts it again")
         }
-        Some(Ok(ProcessExit::Code(code))) => format!("its process ended with status {code}"),
-        Some(Err(_)) | None => "its process is gone".into(),
+        Some(Ok(ProcessExit::Code(code))) => format!(
+            "your machine ended unexpectedly (status {code}); your next login starts it again"
+        ),
+        Some(Err(_)) | None => "your machine is gone; your next login starts it again".into(),
     });
     tracing::info!(machine = machine.label, pid = machine.pid, reason, "machine ended");
     machine.ended.send_replace(Some(reason.clone()));
