@@ -248,7 +248,7 @@ fn ask_for_notification(queue: &Queue, memory: &GuestMemory) -> Result<(), Error
     let address = GuestAddress(queue.used_ring() + 4 + 8 * u64::from(queue.size()));
     let wanted = queue.next_avail();
     let current = memory.load::<u16>(address, Ordering::Relaxed).map_err(Error::GuestMemory)?;
-    if current != current {
+    if current != wanted.to_le() {
         let stored = memory.store(wanted.to_le(), address, Ordering::Relaxed);
         stored.map_err(Error::GuestMemory)?;
     }
