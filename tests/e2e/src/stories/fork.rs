@@ -114,7 +114,8 @@ fn memory_comes_back(story: &Story) -> Result<()> {
     ensure!(during + 150 * 1024 < before, "200 MiB in the guest take {} KiB", before - during);
     alice.stop_machine()?;
     let after = available()?;
-    ensure!(after + 50 * 1024 > before, "of {before} KiB available only {after} came back");
+    // The host's own caches move meanwhile; a machine that stayed would keep twice as much.
+    ensure!(after + 100 * 1024 > before, "of {before} KiB available only {after} came back");
     Ok(())
 }
 
