@@ -46,10 +46,10 @@ fn a_killed_machine_ends_its_own_sessions_with_words() {
     kill(machine_pid(&service, "alice"), Signal::SIGKILL).unwrap();
     let output = finish_child(command);
     assert_eq!(output.status.code(), Some(255));
-    assert!(stderr(&output).contains("killed by signal 9"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("your machine was killed (signal 9)"), "{}", stderr(&output));
     let output = finish_child(terminal);
     assert_eq!(output.status.code(), Some(255));
-    assert!(stdout(&output).contains("killed by signal 9"), "{}", stdout(&output));
+    assert!(stdout(&output).contains("your machine was killed (signal 9)"), "{}", stdout(&output));
 
     assert_eq!(stdout(&service.ssh("alice", "echo again")), "again\n");
     assert!(other.try_wait().unwrap().is_none(), "bob's session goes on");
