@@ -28,6 +28,9 @@ use crate::{
     store::Store,
 };
 
+/// How long a client may take from authentication to its session, at least.
+const EXPECTED_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long a killed machine may take to be gone before it is killed again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -109,29 +112,8 @@ impl Driver {
         let mut leaves = self.leaves.subscribe();
         loop {
             let event = tokio::select! {
-                request = self.requests.recv() => match request {
-                    None => return,
-                    Some(request) => match self.take(request) {
-                        Some(event) => event,
-                        None => continue,
-                    },
-                },
-                _ = leaves.changed() => {
-                    let count = *leaves.borrow_and_update();
-                    while self.left + 1 < count {
-                        self.left += 1;
-                        self.step(Event::Leave).await;
-                    }
-                    if self.left == count {
-                        continue;
-                    }
-                    self.left = count;
-                    Event::Leave
-                }
-                outcome = started(&mut self.starting) => {
-                    self.starting = None;
-                    self.forked(outcome)
-                }
+                // A login that comes with the machine's end is not let in to a dead one.
+                biased;
                 event = machine_end(&self.machine) => {
                     match &event {
                         Event::Dying(_) => self.machine.iter_mut().for_each(|m| m.dying = true),
@@ -139,10 +121,29 @@ impl Driver {
                     }
                     event
                 }
+                outcome = started(&mut self.starting) => {
+                    self.starting = None;
+                    self.forked(outcome)
+                }
+                _ = leaves.changed() => {
+                    let count = *leaves.borrow_and_update();
+                    while self.left < count {
+                        self.left += 1;
+                        self.step(Event::Leave).await;
+                    }
+                    continue;
+                }
                 () = until(self.timer) => {
                     self.timer = None;
                     Event::TimerOver
                 }
+                request = self.requests.recv() => match request {
+                    None => return,
+                    Some(request) => match self.take(request) {
+                        Some(event) => event,
+                        None => continue,
+                    },
+                },
             };
             self.step(event).await;
         }
@@ -284,6 +285,7 @@ impl Driver {
     fn length(&self, timer: Timer) -> Duration {
         match timer {
             Timer::Linger => self.linger,
+            Timer::Expected => self.linger.max(EXPECTED_TIMEOUT),
             Timer::Grace => self.context.config.machines.stop_timeout(),
             Timer::Kill => KILL_TIMEOUT,
         }
@@ -329,9 +331,7 @@ impl Driver {
                 admitted => format!("{admitted} sessions"),
             },
             State::Lingering => {
-                let left = self.timer.map(|at| at.saturating_duration_since(Instant::now()));
-                let left = left.unwrap_or(self.linger).as_secs();
-                format!("nobody is logged in; stops within {left} s")
+                format!("nobody is logged in; stops after {} s", self.linger.as_secs())
             }
             State::Stopping(stopping) if stopping.killed => {
                 format!("{}; the guest did not power off and is killed", stopping.cause)

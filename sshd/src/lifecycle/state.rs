@@ -110,6 +110,8 @@ pub enum Effect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timer {
     Linger,
+    /// How long who has authenticated may take to come.
+    Expected,
     /// How long a guest may take to power off.
     Grace,
     /// How long a killed machine may take to be gone.
@@ -197,7 +199,7 @@ impl Lifecycle {
                     self.state = State::Lingering;
                     return (
                         self,
-                        vec![Effect::Record(Intent::Running), Effect::SetTimer(Timer::Linger)],
+                        vec![Effect::Record(Intent::Running), Effect::SetTimer(Timer::Expected)],
                     );
                 }
                 // Admitted first: that the machine is starting is on record, and this is the login path.

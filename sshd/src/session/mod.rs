@@ -10,11 +10,14 @@ mod input;
 mod output;
 mod relay;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use hermitage_guest_proto::{ExitStatus, Program, Window};
 use hermitage_storage::accounts::Account;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 pub use input::{Inflow, InputQueue, WINDOW};
@@ -31,6 +34,9 @@ pub const SIGNALS: usize = 16;
 
 /// Exit status of a session that ended otherwise than by its program.
 const EXIT_LOST: u32 = 255;
+
+/// How long a machine that does not answer any more may take to be noticed as dead.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the client asked for.
 #[derive(Clone, Debug)]
@@ -151,46 +157,55 @@ pub async fn run(registry: Registry, store: Store, mut session: Session) {
 
 /// From the machine to the program's end.
 async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
-    let lease = match registry.login(&session.account).await {
-        Ok(lease) => lease,
-        Err(error) => return error.into(),
-    };
-    tokio::select! {
-        // A machine that is taken away says so, rather than what its end looks like from here.
-        biased;
-        reason = lease.must_end() => Outcome::Lost(reason),
-        outcome = serve(&lease, session) => outcome,
+    let mut again = true;
+    loop {
+        let lease = match registry.login(&session.account).await {
+            Ok(lease) => lease,
+            Err(error) => return error.into(),
+        };
+        let served = tokio::select! {
+            // A machine that is taken away says so, rather than what its end looks like from here.
+            biased;
+            reason = lease.must_end() => return Outcome::Lost(reason),
+            served = serve(&lease, session) => served,
+        };
+        match served {
+            Ok(outcome) => return outcome,
+            // It had just died, and nobody knew yet: the next one will do.
+            Err(OpenError::Ended(_)) if again => {
+                again = false;
+                let _ = timeout(NOTICE_TIMEOUT, lease.machine.ended()).await;
+            }
+            Err(error) => return error.into(),
+        }
     }
 }
 
-async fn serve(lease: &Lease, session: &mut Session) -> Outcome {
-    let env = std::mem::take(&mut session.env);
+/// Runs the program. An error if it could not be started.
+async fn serve(lease: &Lease, session: &mut Session) -> Result<Outcome, OpenError> {
+    let env = session.env.clone();
     let client = &mut session.client;
-    match (session.pty.clone(), session.kind.clone()) {
+    let program = match (&session.pty, &session.kind) {
         (Some(pty), kind @ (Kind::Shell | Kind::Exec(_))) => {
-            let command = match kind {
-                Kind::Exec(command) => Some(command),
-                Kind::Shell | Kind::Sftp => None,
+            let spec = TerminalSpec {
+                term: pty.term.clone(),
+                window: *client.window.borrow_and_update(),
+                modes: pty.modes.clone(),
+                env,
+                command: match kind {
+                    Kind::Exec(command) => Some(command.clone()),
+                    Kind::Shell | Kind::Sftp => None,
+                },
             };
-            let window = *client.window.borrow_and_update();
-            let spec = TerminalSpec { term: pty.term, window, modes: pty.modes, env, command };
-            match lease.machine.open_terminal(spec).await {
-                Ok(terminal) => relay::terminal(lease, terminal, client, &session.output).await,
-                Err(error) => error.into(),
-            }
+            let terminal = lease.machine.open_terminal(spec).await?;
+            return Ok(relay::terminal(lease, terminal, client, &session.output).await);
         }
-        (_, kind) => {
-            let program = match kind {
-                Kind::Shell => Program::Shell,
-                Kind::Exec(command) => Program::Command(command),
-                Kind::Sftp => Program::Sftp,
-            };
-            match lease.machine.exec(program, env).await {
-                Ok(command) => relay::command(lease, command, client, &session.output).await,
-                Err(error) => error.into(),
-            }
-        }
-    }
+        (_, Kind::Shell) => Program::Shell,
+        (_, Kind::Exec(command)) => Program::Command(command.clone()),
+        (_, Kind::Sftp) => Program::Sftp,
+    };
+    let command = lease.machine.exec(program, env).await?;
+    Ok(relay::command(lease, command, client, &session.output).await)
 }
 
 /// What is left to say to the client.

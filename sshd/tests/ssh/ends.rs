@@ -58,6 +58,24 @@ fn a_killed_machine_ends_its_own_sessions_with_words() {
 }
 
 #[test]
+fn a_login_at_the_moment_a_machine_dies_gets_the_next_one() {
+    let service = Service::start();
+    service.account("alice");
+    let control = service.path("control");
+    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
+    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
+    wait_for("the control socket", || control.exists().then_some(()));
+    for _ in 0..10 {
+        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
+        let output = finish(ssh.arg(&control).args([&at("alice"), "echo in"]));
+        assert_eq!(stdout(&output), "in\n", "{}", stderr(&output));
+        kill(machine_pid(&service, "alice"), Signal::SIGKILL).unwrap();
+    }
+    master.kill().unwrap();
+    master.wait().unwrap();
+}
+
+#[test]
 fn a_machine_lingers_is_taken_up_again_and_stops() {
     let service = Service::with(Options { machines: "linger = 2", ..Options::default() });
     service.account("alice");

@@ -24,7 +24,7 @@ fn two_logins_at_once_start_one_machine() {
 fn who_is_expected_and_does_not_come_leaves_a_machine_that_stops() {
     let (lifecycle, effects) = run(&[Event::Expected, Event::Forked]);
     assert_eq!(lifecycle.state, State::Lingering);
-    assert!(effects.contains(&Effect::SetTimer(Timer::Linger)));
+    assert!(effects.contains(&Effect::SetTimer(Timer::Expected)));
     let (lifecycle, _) = run(&[Event::Expected, Event::Login, Event::Forked]);
     assert_eq!((lifecycle.state, lifecycle.admitted), (State::Running, 1));
 }
