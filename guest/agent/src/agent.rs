@@ -31,6 +31,11 @@ const SESSIONS_MAX: usize = 1024;
 /// How long programs have to end when the host is gone and so can't say.
 const GRACE_WITHOUT_HOST: Duration = Duration::from_secs(5);
 
+/// What poweroff(8) and its kin of small init systems send to PID 1, and a container's end. A reset
+/// is the same to us: the machine ends, the next login starts it.
+const POWER_SIGNALS: [Signal; 4] =
+    [Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGPWR];
+
 const SFTP_SERVER: &str = "/usr/lib/openssh/sftp-server";
 
 pub struct Agent {
@@ -61,9 +66,8 @@ enum Source {
 impl Agent {
     /// Waits for the host's connection and greets it. After this the base snapshot is taken.
     pub fn connect(booted: Booted) -> Result<Agent> {
-        let mut mask = SigSet::empty();
-        mask.add(Signal::SIGCHLD);
-        mask.thread_block().context("blocking SIGCHLD")?;
+        let mask: SigSet = POWER_SIGNALS.into_iter().chain([Signal::SIGCHLD]).collect();
+        mask.thread_block().context("blocking signals")?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .context("signalfd")?;
 
@@ -141,7 +145,11 @@ impl Agent {
         match source {
             Source::Control => self.control_ready(readiness)?,
             Source::Signals => {
-                while let Ok(Some(_)) = self.signals.read_signal() {}
+                while let Ok(Some(signal)) = self.signals.read_signal() {
+                    if POWER_SIGNALS.iter().any(|power| *power as u32 == signal.ssi_signo) {
+                        self.power_off(GRACE_WITHOUT_HOST);
+                    }
+                }
                 self.reap();
             }
             Source::StreamListener => {

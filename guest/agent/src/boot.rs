@@ -20,6 +20,16 @@ const ROOT_DEVICE: &str = "/dev/pmem0";
 /// How long a device may take to appear after its driver is loaded.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 
+/// What systemd sets on any Debian: ping without privilege, and links and files in shared
+/// directories that can't be used to trick others.
+const SETTINGS: [(&str, &str); 5] = [
+    ("net/ipv4/ping_group_range", "0 2147483647"),
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_symlinks", "1"),
+    ("fs/protected_fifos", "1"),
+    ("fs/protected_regular", "2"),
+];
+
 pub struct Booted {
     /// The initial root, which keeps naming the mounts that the new root hides.
     pub initial_root: OwnedFd,
@@ -44,6 +54,11 @@ pub fn boot() -> Result<Booted> {
     mounts::directory(mounts::DISK)?;
     mounts::directory(mounts::NEW_ROOT)?;
     prepare_run()?;
+    for (name, value) in SETTINGS {
+        if let Err(error) = fs::write(format!("/proc/sys/{name}"), value) {
+            log::warn(format_args!("setting {name} to {value}: {error}"));
+        }
+    }
     if let Err(error) = loopback_up() {
         log::warn(format_args!("no loopback interface: {error}"));
     }

@@ -2,14 +2,14 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
-use nix::unistd::{self, AccessFlags, ForkResult, Gid, Pid, Uid};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::unistd::{self, AccessFlags, Gid, Pid, Uid};
 
 use crate::account::User;
 use crate::sys;
@@ -41,25 +41,21 @@ pub fn spawn(user: &User, run: &Run, environment: &[CString], standard: &Standar
     let groups: Vec<Gid> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
     let greet = matches!((run, standard), (Run::LoginShell, Standard::Terminal(_)));
 
-    // SAFETY: this process has one thread, so the child may do anything a program may.
-    match unsafe { unistd::fork() }.context("fork")? {
-        ForkResult::Parent { child } => Ok(child),
-        ForkResult::Child => {
-            let result = become_session(standard, user, &groups);
-            if let Err(what) = result {
-                fail(what);
-            }
-            // A home that is gone or unreadable must not lock her out.
-            if unistd::chdir(home.as_c_str()).is_err() {
-                let _ = unistd::chdir("/");
-            }
-            if greet {
-                message_of_the_day(&user.home);
-            }
-            let _ = unistd::execve(&invocation.path, &invocation.arguments, environment);
-            fail(&format!("cannot run {}", invocation.path.to_string_lossy()))
+    sys::start(|| {
+        if let Err(what) = become_session(standard, user, &groups) {
+            return fail(what);
         }
-    }
+        // A home that is gone or unreadable must not lock her out.
+        if unistd::chdir(home.as_c_str()).is_err() {
+            let _ = unistd::chdir("/");
+        }
+        if greet {
+            message_of_the_day(&user.home);
+        }
+        let _ = unistd::execve(&invocation.path, &invocation.arguments, environment);
+        fail("cannot run the program")
+    })
+    .context("starting a process")
 }
 
 struct Invocation {
@@ -106,10 +102,8 @@ fn become_session(standard: &Standard, user: &User, groups: &[Gid]) -> Result<()
     };
     sys::set_standard_streams(streams).map_err(|_| "cannot set the standard streams")?;
 
-    // PID 1 ignores SIGPIPE (Rust's runtime) and blocks what it reads from a signalfd; both would
-    // be inherited through exec.
-    // SAFETY: the default action runs no code of ours.
-    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(|_| "signal")?;
+    // PID 1 ignores SIGPIPE and blocks what it reads from a signalfd; exec would keep both.
+    sys::default_sigpipe().map_err(|_| "signal")?;
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
         .map_err(|_| "sigprocmask")?;
 
@@ -127,17 +121,19 @@ fn message_of_the_day(home: &Path) {
     }
     let mut text = [0; 4096];
     let count = File::open("/etc/motd").and_then(|mut file| file.read(&mut text)).unwrap_or(0);
-    let _ = std::io::stdout().write_all(&text[..count]);
-    let _ = std::io::stdout().flush();
+    // Not through std's stdout: its buffer is the parent's.
+    let _ = unistd::write(std::io::stdout().as_fd(), &text[..count]);
 }
 
-/// In the child: says why on the session's standard error and ends with the shell's code for
-/// "could not be run". errno is still that of what failed.
-fn fail(what: &str) -> ! {
+/// In the child: says why on the session's standard error; the exit code is the shell's for "could
+/// not be run". errno is still that of what failed.
+fn fail(what: &str) -> i32 {
     let error = nix::errno::Errno::last();
-    let message = format!("hermitage: {what}: {}\n", error.desc());
-    let _ = unistd::write(std::io::stderr().as_fd(), message.as_bytes());
-    sys::exit_at_once(127)
+    let stderr = std::io::stderr();
+    for part in ["hermitage: ", what, ": ", error.desc(), "\n"] {
+        let _ = unistd::write(stderr.as_fd(), part.as_bytes());
+    }
+    127
 }
 
 /// Lets a program have a socket the way it expects one: blocking.

@@ -24,13 +24,16 @@ const EXCLUDED: [&str; 6] = [
 ];
 
 /// Path in the tree, permissions, content.
-const FILES: [(&str, u32, &str); 9] = [
+const FILES: [(&str, u32, &str); 12] = [
     ("etc/profile", 0o644, include_str!("../files/profile")),
     ("etc/skel/.bashrc", 0o644, include_str!("../files/bashrc")),
     ("etc/profile.d/bash_completion.sh", 0o644, include_str!("../files/bash_completion.sh")),
     ("etc/motd", 0o644, include_str!("../files/motd")),
     ("etc/sudoers.d/hermitage", 0o440, include_str!("../files/sudoers")),
     ("usr/local/share/doc/hermitage/README", 0o644, include_str!("../files/account-readme")),
+    ("usr/local/sbin/poweroff", 0o755, include_str!("../files/poweroff")),
+    ("usr/local/sbin/reboot", 0o755, include_str!("../files/poweroff")),
+    ("usr/local/sbin/halt", 0o755, include_str!("../files/poweroff")),
     (
         "etc/fstab",
         0o644,
@@ -103,6 +106,9 @@ pub fn tailor(tree: &Path, extra: Option<&Path>) -> Result<()> {
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
+    // Debian leaves it to systemd.
+    remove(&tree.join("etc/mtab"))?;
+    std::os::unix::fs::symlink("../proc/self/mounts", tree.join("etc/mtab"))?;
     let colours =
         tool::output("chroot", [tree.as_os_str(), "/usr/bin/dircolors".as_ref(), "-b".as_ref()])?;
     fs::write(tree.join("etc/dircolors.sh"), colours)?;

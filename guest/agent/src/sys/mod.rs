@@ -1,10 +1,11 @@
-//! The system calls that no safe wrapper covers. All `unsafe` of this crate is below here, except
-//! the fork in [`crate::spawn`].
+//! The system calls that no safe wrapper covers. All `unsafe` of this crate is below here.
 
+mod child;
 mod ioctl;
 mod poll;
 mod vsock;
 
+pub use child::{default_sigpipe, set_standard_streams, start};
 pub use ioctl::{
     add_entropy, block_device_bytes, foreground_group, grow_ext4, loopback_up, make_controlling,
     pty_number, pty_peer, reseed, set_window, unlock_pty,
@@ -13,7 +14,7 @@ pub use poll::{Poller, Readiness};
 pub use vsock::{accept_from_host, listen};
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::sys::mman::{self, MapFlags, ProtFlags};
@@ -40,22 +41,6 @@ pub fn set_console_log_level(level: i32) -> nix::Result<()> {
     // SAFETY: this action takes the level as its length and no buffer.
     let result = unsafe { libc::klogctl(SYSLOG_ACTION_CONSOLE_LEVEL, std::ptr::null_mut(), level) };
     Errno::result(result).map(drop)
-}
-
-/// In a child: makes these its standard input, output and error. dup2(2) leaves the copies open
-/// across exec; the originals are close-on-exec.
-pub fn set_standard_streams(streams: [BorrowedFd; 3]) -> nix::Result<()> {
-    for (number, stream) in streams.into_iter().enumerate() {
-        // SAFETY: both are descriptors' numbers; 0 to 2 belong to the child alone.
-        Errno::result(unsafe { libc::dup2(stream.as_raw_fd(), number as libc::c_int) })?;
-    }
-    Ok(())
-}
-
-/// In a child: ends without running what the parent meant to run at its own exit.
-pub fn exit_at_once(code: i32) -> ! {
-    // SAFETY: _exit(2) has no preconditions.
-    unsafe { libc::_exit(code) }
 }
 
 /// Maps the first `length` bytes of a file and reads a byte of every page. Nobody may truncate the
