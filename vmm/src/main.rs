@@ -141,7 +141,10 @@ fn host_kind(kvm: &kvm_ioctls::Kvm) -> anyhow::Result<HostKind> {
 fn serve(args: &ForkServer) -> anyhow::Result<()> {
     let socket = request_socket()?;
     match template(args) {
-        Ok(template) => fork_server::serve(&template, socket),
+        Ok(template) => {
+            fork_server::give_back_free_memory();
+            fork_server::serve(&template, socket)
+        }
         Err(e) => {
             let reason = format!("{e:#}");
             // Said twice: to `serve` and, should that be gone, to whoever reads our error output.

@@ -45,6 +45,17 @@ pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState, KvmError> {
     })
 }
 
+/// Gives all vCPUs the first one's time-stamp counter. The guest's counters are synchronised, but they
+/// were read one after another, and the time between would be a skew for ever after.
+pub fn align_tscs(vcpus: &mut [VcpuState]) {
+    let is_tsc = |msr: &&mut kvm_msr_entry| msr.index == msrs::TSC;
+    let mut all = vcpus.iter_mut().filter_map(|state| state.msrs.iter_mut().find(is_tsc));
+    let Some(first) = all.next().map(|msr| msr.data) else { return };
+    for other in all {
+        other.data = first;
+    }
+}
+
 /// The registers of a vCPU with this CPUID that has never run.
 fn fresh_msrs(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let vm = create_bare_vm(kvm)?;

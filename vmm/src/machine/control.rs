@@ -131,9 +131,8 @@ impl Server<'_> {
         match packet.message {
             MachineRequest::AttachTerminal { terminal } => {
                 let socket = descriptors.next()?;
-                if let Err(e) = devices.console.attach(terminal, socket) {
-                    // The socket is dropped: `serve` sees its end.
-                    tracing::warn!(terminal, error = %e, "attach a terminal");
+                if let Err(fault) = devices.console.attach(terminal, socket) {
+                    self.machine.end(end_of(fault));
                 }
             }
             MachineRequest::DetachTerminal { terminal } => {

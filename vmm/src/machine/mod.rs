@@ -228,6 +228,7 @@ impl Machine {
         for vcpu in &self.vcpus.fds {
             vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu))?);
         }
+        kvm::align_tscs(&mut vcpus);
         Ok(MachineState { vm, vcpus, devices })
     }
 
