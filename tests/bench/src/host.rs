@@ -67,7 +67,8 @@ pub fn kib_field(path: &str, field: &str) -> anyhow::Result<u64> {
     parse_kib(&text, field).with_context(|| format!("{path} has no field {field}"))
 }
 
-fn parse_kib(text: &str, field: &str) -> Option<u64> {
+/// A line `Name:   123 kB` of `text`, in bytes.
+pub fn parse_kib(text: &str, field: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

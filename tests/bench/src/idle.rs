@@ -3,15 +3,16 @@
 //! `Anonymous` of smaps_rollup, not `Private_Dirty`: the latter also counts pages of shared files that
 //! nobody else happens to map, and comes out wrong with one machine alive.
 
-use std::{path::Path, thread, time::Duration};
+use std::{fs, path::Path, thread, time::Duration};
 
 use anyhow::Context as _;
+use hermitage_storage::base::MEMORY;
 
 use crate::{
     base::{Base, DISK_BYTES},
     cgroup::{Cgroup, Usage},
     fork::{Times, bring_to_prompt, used_disk},
-    host::{kib_field, meminfo},
+    host::{kib_field, meminfo, parse_kib},
     machines::{
         self, Died, Machine, STEP_LIMIT,
         server::{ForkServer, Parts},
@@ -159,6 +160,7 @@ fn look(
         format!("Memory of an idle logged-in machine, {count} alive (bash at its prompt)"),
     );
     section.size("process: anonymous", &all(&|p| p.anonymous)).goal(GOAL);
+    section.size("of that, the guest's RAM", &all(&|p| p.guest_ram));
     section.size("process: anonymous, shared pages divided", &all(&|p| p.proportional));
     section.size("process: page tables", &all(&|p| p.page_tables));
     section.size("process: anonymous and page tables", &all(&Process::sum)).goal(GOAL);
@@ -185,6 +187,8 @@ fn look(
 
 struct Process {
     anonymous: u64,
+    /// Pages of the base's memory file that the guest wrote.
+    guest_ram: u64,
     /// Pages shared with the fork server divided among those who share them.
     proportional: u64,
     page_tables: u64,
@@ -202,7 +206,49 @@ fn process(pid: i32) -> anyhow::Result<Process> {
     let swap = kib_field(&rollup, "Swap")?;
     Ok(Process {
         anonymous: kib_field(&rollup, "Anonymous")? + swap,
+        guest_ram: anonymous_of(&format!("/proc/{pid}/smaps"), MEMORY)?,
         proportional: kib_field(&rollup, "Pss_Anon")? + swap,
         page_tables: kib_field(&format!("/proc/{pid}/status"), "VmPTE")?,
     })
+}
+
+/// Anonymous memory of the mappings of a file called `name`, out of a process's smaps (proc(5)).
+fn anonymous_of(smaps: &str, name: &str) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(smaps).with_context(|| format!("read {smaps}"))?;
+    Ok(sum_anonymous(&text, name))
+}
+
+fn sum_anonymous(smaps: &str, name: &str) -> u64 {
+    let mut inside = false;
+    let mut sum = 0;
+    for line in smaps.lines() {
+        // A mapping begins with its range of addresses; its fields end their names with a colon.
+        let first = line.split_ascii_whitespace().next().unwrap_or_default();
+        if !first.ends_with(':') {
+            inside = line.rsplit('/').next() == Some(name);
+        } else if inside && first == "Anonymous:" {
+            sum += parse_kib(line, "Anonymous").unwrap_or(0);
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_named_mappings_count() {
+        let smaps = "7f00-7f10 rw-p 00000000 fe:10 12    /var/lib/hermitage/bases/1/memory.img\n\
+                     Size:             524288 kB\n\
+                     Anonymous:            40 kB\n\
+                     VmFlags: rd wr mr mw me nr\n\
+                     7f10-7f20 rw-p 00000000 00:00 0 \n\
+                     Anonymous:          4108 kB\n\
+                     7f20-7f30 rw-p c0000000 fe:10 12    /var/lib/hermitage/bases/1/memory.img\n\
+                     Anonymous:             4 kB\n\
+                     7f30-7f40 rw-p 00000000 fe:10 13    /var/lib/hermitage/bases/1/root.erofs\n\
+                     Anonymous:            16 kB\n";
+        assert_eq!(sum_anonymous(smaps, MEMORY), 44 * 1024);
+    }
 }

@@ -34,6 +34,7 @@ pub struct Row {
     pub name: String,
     pub unit: Unit,
     pub n: usize,
+    pub min: u64,
     pub p50: u64,
     pub p99: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -108,6 +109,7 @@ impl Section {
             name: name.into(),
             unit,
             n: samples.count(),
+            min: samples.min(),
             p50: samples.p50(),
             p99: samples.p99(),
             ratio: None,
@@ -120,7 +122,7 @@ impl Section {
     fn table(&self) -> Table {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING);
-        table.set_header(["", "N", "p50", "p99", "ratio", "goal"]);
+        table.set_header(["", "N", "min", "p50", "p99", "ratio", "goal"]);
         for row in &self.rows {
             let ratio = row.ratio.as_ref().map(|r| format!("{:.2} × {}", r.value, r.of));
             let goal = row.goal.as_ref().map(|goal| {
@@ -135,13 +137,14 @@ impl Section {
             table.add_row([
                 Cell::new(&row.name),
                 Cell::new(row.n),
+                Cell::new(row.unit.show(row.min)),
                 Cell::new(row.unit.show(row.p50)),
                 Cell::new(row.unit.show(row.p99)),
                 Cell::new(ratio.unwrap_or_default()),
                 if missed { goal.add_attribute(Attribute::Bold) } else { goal },
             ]);
         }
-        for column in table.column_iter_mut().skip(1).take(4) {
+        for column in table.column_iter_mut().skip(1).take(5) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         table
