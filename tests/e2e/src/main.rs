@@ -45,6 +45,12 @@ pub struct Options {
     /// Command on the serving machine that takes `start`, `stop` and `restart` for the service
     #[arg(long, default_value = "lab-serve", value_name = "CMD")]
     service: String,
+    /// The service's log on the serving machine
+    #[arg(long, default_value = "/var/log/hermitage.log", value_name = "FILE")]
+    service_log: PathBuf,
+    /// The serving machine's CPU is emulated: a guest may die by itself, and its test is told once more
+    #[arg(long)]
+    emulated: bool,
     /// Rounds of the tests that kill something at a random moment
     #[arg(long, default_value_t = 5)]
     rounds: u32,

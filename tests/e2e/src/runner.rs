@@ -19,6 +19,12 @@ use crate::{
     stories,
 };
 
+/// How the service's log tells of a machine that reset itself (KVM_EXIT_SHUTDOWN).
+const RESET: &str = "the machine reset itself";
+
+/// More than 1 % of the machines of a run, of which each test starts two or three.
+const MOST_RETRIED: usize = 2;
+
 /// A test: its name, how long it may take with patience 1, and what it does.
 pub struct Test {
     pub name: &'static str,
@@ -57,6 +63,8 @@ struct Done {
     name: &'static str,
     outcome: Outcome,
     seconds: f64,
+    /// Why it was told a second time.
+    retried: Option<String>,
 }
 
 /// True if nothing failed.
@@ -87,7 +95,7 @@ pub fn run(options: &Options) -> Result<bool> {
     for test in tests {
         print!("{:<44} ", test.name);
         std::io::stdout().flush().ok();
-        let result = one(&world, &test);
+        let result = one_patiently(&world, &test);
         println!("{}", line(&result));
         if let Outcome::Failed { why, evidence } = &result.outcome {
             let report = format!("{why}\n\n{evidence}");
@@ -105,6 +113,12 @@ pub fn run(options: &Options) -> Result<bool> {
     if let Some(dir) = &options.results {
         write_json(dir, &done)?;
     }
+    let retried = done.iter().filter(|d| d.retried.is_some()).count();
+    if retried > MOST_RETRIED {
+        println!("{retried} tests met a nested guest that died by itself; {MOST_RETRIED} may");
+    } else if retried > 0 {
+        println!("{retried} retried, as a nested guest had died by itself");
+    }
     let count = |what: fn(&Outcome) -> bool| done.iter().filter(|d| what(&d.outcome)).count();
     let failed = count(|o| matches!(o, Outcome::Failed { .. }));
     println!(
@@ -112,7 +126,22 @@ pub fn run(options: &Options) -> Result<bool> {
         count(|o| matches!(o, Outcome::Passed)),
         count(|o| matches!(o, Outcome::Skipped(_))),
     );
-    Ok(failed == 0)
+    Ok(failed == 0 && retried <= MOST_RETRIED)
+}
+
+/// A nested guest of an emulated CPU dies by itself about once in 250 (docs/lab.md): the machine resets
+/// with nobody having asked. A test that failed and had such a machine is told once more; anything else
+/// is a failure at once.
+fn one_patiently(world: &Arc<World>, test: &Test) -> Done {
+    let first = one(world, test);
+    let Outcome::Failed { why, evidence } = &first.outcome else { return first };
+    let died = evidence.lines().find(|line| line.contains(RESET));
+    let Some(died) = died.filter(|_| world.options.emulated) else { return first };
+    println!("retried  {:6.1} s", first.seconds);
+    println!("    {died}\n    {}", why.replace('\n', "\n    "));
+    print!("{:<44} ", test.name);
+    std::io::stdout().flush().ok();
+    Done { retried: Some(died.to_owned()), ..one(world, test) }
 }
 
 /// Runs one test in a thread of its own: a panic in it is its failure, and one that does not heed its
@@ -127,7 +156,7 @@ fn one(world: &Arc<World>, test: &Test) -> Done {
         let result = tell(&story);
         // Before cleaning up, while what there is to see is there.
         let failed = result.as_ref().is_err_and(|error| error.downcast_ref::<Skip>().is_none());
-        let evidence = if failed { story.world.evidence() } else { String::new() };
+        let evidence = if failed { story.world.evidence(&story.accounts()) } else { String::new() };
         let result = result.and(story.finish());
         // The receiver is gone when this test was given up.
         let _ = sender.send((result, evidence));
@@ -147,14 +176,14 @@ fn one(world: &Arc<World>, test: &Test) -> Done {
                 .and_then(|p| p.downcast_ref::<String>().map(String::as_str))
                 .or_else(|| panic.as_ref().and_then(|p| p.downcast_ref::<&str>().copied()));
             let why = format!("panicked: {}", text.unwrap_or("no message"));
-            failed(why, world.evidence())
+            failed(why, world.evidence(&[]))
         }
         Err(mpsc::RecvTimeoutError::Timeout) => {
             let why = format!("did not end within {} s and was given up", limit.as_secs());
-            failed(why, world.evidence())
+            failed(why, world.evidence(&[]))
         }
     };
-    Done { name: test.name, outcome, seconds: begun.elapsed().as_secs_f64() }
+    Done { name: test.name, outcome, seconds: begun.elapsed().as_secs_f64(), retried: None }
 }
 
 fn line(done: &Done) -> String {
@@ -176,6 +205,7 @@ fn write_json(dir: &Path, done: &[Done]) -> Result<()> {
             };
             serde_json::json!({
                 "test": done.name, "outcome": outcome, "detail": detail, "seconds": done.seconds,
+                "retried": done.retried,
             })
         })
         .collect();

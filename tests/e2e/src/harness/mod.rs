@@ -68,16 +68,24 @@ impl World {
         z ^ (z >> 31)
     }
 
-    /// What a person would look at after a failure: the service's and the machines' traces.
-    pub fn evidence(self: &Arc<Self>) -> String {
+    /// What a person would look at after a failure: the traces of the service and of these accounts'
+    /// machines.
+    pub fn evidence(self: &Arc<Self>, accounts: &[String]) -> String {
         let story =
             Story::new(self.clone(), Instant::now() + self.patient(Duration::from_secs(20)));
+        let log = host::quote(&self.options.service_log.to_string_lossy());
+        let names: Vec<String> = accounts.iter().map(|name| format!("-e {name}")).collect();
+        let log = match names.is_empty() {
+            true => format!("tail -n 100 {log}"),
+            false => format!("tail -n 2000 {log} | grep {} -e ERROR", names.join(" ")),
+        };
         let mut text = String::new();
         for (title, script) in [
             ("accounts", "hermitage account list"),
             ("processes", "ps -eo pid,ppid,stat,rss,etime,args | grep -e hermitage -e PPID"),
             ("space and memory", "df -h; free -m"),
             ("kernel", "dmesg | tail -30"),
+            ("the service's log", &log),
         ] {
             let output = match story.host().try_run(script) {
                 Ok(ended) => format!("{}{}", ended.out(), ended.err()),
@@ -95,11 +103,13 @@ pub struct Story {
     pub deadline: Instant,
     /// Scripts for the serving machine, run in reverse order when the story is over.
     cleanup: Mutex<Vec<String>>,
+    /// Names of the accounts it made.
+    accounts: Mutex<Vec<String>>,
 }
 
 impl Story {
     pub fn new(world: Arc<World>, deadline: Instant) -> Self {
-        Self { world, deadline, cleanup: Mutex::new(Vec::new()) }
+        Self { world, deadline, cleanup: Mutex::default(), accounts: Mutex::default() }
     }
 
     pub fn host(&self) -> Host<'_> {
@@ -108,12 +118,21 @@ impl Story {
 
     /// A new account with a key, named after the hint.
     pub fn account(&self, hint: &str) -> Result<Account<'_>> {
-        Account::add(self, hint, &[])
+        self.account_with(hint, &[])
     }
 
     /// A new account, with further arguments for `hermitage account add`.
     pub fn account_with(&self, hint: &str, arguments: &[&str]) -> Result<Account<'_>> {
-        Account::add(self, hint, arguments)
+        let account = Account::add(self, hint, arguments)?;
+        if let Ok(mut accounts) = self.accounts.lock() {
+            accounts.push(account.name.clone());
+        }
+        Ok(account)
+    }
+
+    /// Names of the accounts made so far.
+    pub fn accounts(&self) -> Vec<String> {
+        self.accounts.lock().map(|accounts| accounts.clone()).unwrap_or_default()
     }
 
     /// A name nobody has, for an account or a file.

@@ -49,7 +49,8 @@ fn full_host_disk(story: &Story) -> Result<()> {
     says("what bob is told", &refused.err(), "full")?;
     shell.run("cat note").context("a machine that runs already")?;
 
-    // Nothing left at all: what she writes beyond it fails in her machine, as on any full disk.
+    // Nothing left at all: what she writes beyond it fails in her machine, as on any full disk. An error
+    // of her disk would not do: ext4 shuts the whole file system down at one, under all her sessions.
     leave(story, &ballast, 1024)?;
     let (output, status) =
         shell.run_status("dd if=/dev/zero of=big bs=1M count=300 conv=fsync", 200)?;
