@@ -41,18 +41,15 @@ pub fn attach(attach: &Attach) -> Result<()> {
     let disk = File::open(DISK_DEVICE).with_context(|| format!("opening {DISK_DEVICE}"))?;
     let bytes = wait_for_disk(&disk, attach.disk_size)?;
     stages.end("disk");
-    let blocks = FileSystemSize::read(&disk)?;
-    mounts::mount_disk(DISK_DEVICE)?;
+    let growth = FileSystemSize::read(&disk)?.growth(bytes);
+    mounts::mount_disk(DISK_DEVICE, growth.is_some())?;
     stages.end("mount");
-    if let Some(target) = blocks.growth(bytes) {
-        let root = File::open(mounts::DISK).context("opening the disk's root")?;
-        sys::grow_ext4(&root, target)
-            .with_context(|| format!("growing the disk's file system to {target} blocks"))?;
+    if let Some(blocks) = growth {
+        grow_disk(blocks)?;
     }
     drop(disk);
     stages.end("grow");
-    let (upper, work) = (format!("{}/upper", mounts::DISK), format!("{}/work", mounts::DISK));
-    mounts::mount_overlay(&upper, &work, mounts::NEW_ROOT)?;
+    mounts::mount_overlay()?;
     switch_root()?;
     stages.end("overlay");
 
@@ -136,6 +133,13 @@ fn wait_for_disk(disk: &File, expected: u64) -> Result<u64> {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_micros(500));
     }
+}
+
+/// Grows the mounted disk's file system to this number of blocks.
+pub fn grow_disk(blocks: u64) -> Result<()> {
+    let root = File::open(mounts::DISK).context("opening the disk's root")?;
+    sys::grow_ext4(&root, blocks)
+        .with_context(|| format!("growing the disk's file system to {blocks} blocks"))
 }
 
 /// What the ext4 superblock says of the file system's size.

@@ -74,17 +74,24 @@ pub fn mount_lower(device: &str) -> Result<()> {
 ///
 /// `noatime`: reading must not write. `discard`: the host counts the blocks a disk really has, and
 /// no timer in the guest would trim it; freed space goes back with the journal commit that freed it.
-pub fn mount_disk(device: &str) -> Result<()> {
-    mount(Some(device), DISK, Some("ext4"), MsFlags::MS_NOATIME, Some("discard,errors=remount-ro"))
+/// `noinit_itable` leaves inode tables of unused groups as they are, without a thread that zeroes
+/// them in the background of every login: they are holes of the disk's file, which read as zeroes.
+/// Where the disk is about to grow it must not be set: new groups' tables would be zeroed on the spot.
+pub fn mount_disk(device: &str, will_grow: bool) -> Result<()> {
+    let options = match will_grow {
+        true => "discard,errors=remount-ro",
+        false => "discard,errors=remount-ro,noinit_itable",
+    };
+    mount(Some(device), DISK, Some("ext4"), MsFlags::MS_NOATIME, Some(options))
         .with_context(|| format!("mounting ext4 from {device}"))
 }
 
 /// Stacks the overlay. `redirect_dir`, `index` and `metacopy` stay off: the kernel's rules allow the
 /// lower layer to change between mounts (a new base under an old disk) only then. `xino=on` gives all
 /// files one device number, which `du -x` and friends rely on; it stores nothing.
-pub fn mount_overlay(upper: &str, work: &str, target: &str) -> Result<()> {
-    let options = format!("lowerdir={LOWER},upperdir={upper},workdir={work},xino=on");
-    mount(Some("overlay"), target, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
+pub fn mount_overlay() -> Result<()> {
+    let options = format!("lowerdir={LOWER},upperdir={DISK}/upper,workdir={DISK}/work,xino=on");
+    mount(Some("overlay"), NEW_ROOT, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
         .with_context(|| format!("mounting the overlay ({options})"))
 }
 

@@ -3,15 +3,16 @@
 //! nothing is drawn from the random generator: what it drew, every fork would know.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use hermitage_guest_proto::Window;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 
 use crate::terminal::Pty;
-use crate::{mounts, sys};
+use crate::{account, attach, mounts, sys};
 
 /// Tells this program that it is only run to have been run.
 pub const CHILD_ARGUMENT: &str = "--warm";
@@ -58,26 +59,52 @@ const LOOKED_UP: [&str; 26] = [
     "tmp",
 ];
 
+/// An account disk to practise on, from the initrd (`guest/image/src/initrd.rs` writes it).
+const PACKED_DISK: &str = "/warm-disk";
+const PRACTICE_DISK: &str = "/run/warm-disk";
+
+/// A size that accounts' disks have, in blocks of 4 KiB: 10 GiB.
+const USUAL_BLOCKS: u64 = (10 << 30) / 4096;
+
 pub fn warm() -> Result<()> {
     for name in MAPPED {
         touch(&Path::new(mounts::LOWER).join(name)).with_context(|| format!("touching {name}"))?;
     }
-    overlay().context("the overlay")?;
+    unpack_disk().context("the practice disk")?;
+    // Twice: new, it grows and the account is made; known, it is as at most logins.
+    for will_grow in [true, false] {
+        attach_disk(will_grow).context("attaching the practice disk")?;
+    }
+    fs::remove_file(PRACTICE_DISK).context("removing the practice disk")?;
     drop(Pty::open(0, Window { columns: 80, rows: 24, ..Window::default() }, &[(53, 1)])?);
     let status = Command::new("/proc/self/exe").arg(CHILD_ARGUMENT).status();
     status.context("running this program")?;
     Ok(())
 }
 
-/// Stacks an overlay like the account's over a file system in memory, looks the files up through it,
-/// copies one up, and takes it down. The lower layer's entries stay cached.
-fn overlay() -> Result<()> {
-    let memory = MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), mounts::DISK, Some("tmpfs"), memory, None::<&str>).context("tmpfs")?;
-    let (upper, work) = (format!("{}/upper", mounts::DISK), format!("{}/work", mounts::DISK));
-    mounts::directory(&upper)?;
-    mounts::directory(&work)?;
-    mounts::mount_overlay(&upper, &work, mounts::NEW_ROOT)?;
+/// Writes the practice disk out into a sparse file in memory.
+fn unpack_disk() -> Result<()> {
+    const BLOCK: usize = 4096;
+    let packed = fs::read(PACKED_DISK).with_context(|| format!("reading {PACKED_DISK}"))?;
+    fs::remove_file(PACKED_DISK)?;
+    let (_, blocks) = packed.split_first_chunk::<8>().context("it is empty")?;
+    let file = File::create(PRACTICE_DISK)?;
+    for record in blocks.chunks_exact(8 + BLOCK) {
+        let (offset, block) = record.split_first_chunk::<8>().context("a short record")?;
+        file.write_all_at(block, u64::from_le_bytes(*offset))?;
+    }
+    Ok(file.set_len(USUAL_BLOCKS * BLOCK as u64)?)
+}
+
+/// What [`crate::attach`] does with an account's disk, but for becoming the root.
+fn attach_disk(will_grow: bool) -> Result<()> {
+    let file = File::options().read(true).write(true).open(PRACTICE_DISK)?;
+    let device = sys::LoopDevice::attach(&file).context("a loop device")?;
+    mounts::mount_disk(device.path(), will_grow)?;
+    if will_grow {
+        attach::grow_disk(USUAL_BLOCKS)?;
+    }
+    mounts::mount_overlay()?;
     let root = Path::new(mounts::NEW_ROOT);
     for name in LOOKED_UP.iter().chain(&MAPPED) {
         let path = root.join(name);
@@ -88,13 +115,9 @@ fn overlay() -> Result<()> {
             drop(fs::read(&path));
         }
     }
-    // As an account's first attach does: a new file, a changed one, a directory.
-    let scratch = root.join("etc/hermitage-warm");
-    fs::write(&scratch, b"x").context("a new file")?;
-    fs::rename(&scratch, root.join("etc/motd")).context("a changed file")?;
-    fs::create_dir(root.join("home/hermitage-warm")).context("a directory")?;
-    umount2(mounts::NEW_ROOT, MntFlags::empty()).context("unmounting it")?;
-    umount2(mounts::DISK, MntFlags::empty()).context("unmounting its upper layer")
+    account::ensure(root, "practice", 59_999)?;
+    umount2(mounts::NEW_ROOT, MntFlags::empty()).context("unmounting the overlay")?;
+    umount2(mounts::DISK, MntFlags::empty()).context("unmounting the disk")
 }
 
 /// Maps a file and reads a byte of each page, so that its mapping's entries exist.

@@ -39,14 +39,20 @@ pub fn build(args: &BuildArgs) -> Result<String> {
     step(started, "unpacking the kernel");
     let kernel = kernel::unpack(&package, &work.path("kernel"), &tree)?;
     fs::copy(&kernel.vmlinuz, out.join("vmlinuz")).context("copying the kernel")?;
+    step(started, "writing the disk template");
+    let template = out.join("disk-template.img");
+    rootfs::write_disk_template(&work.path("disk"), &template)?;
     step(started, &format!("packing the initrd for {}", kernel.version));
-    initrd::write(&out.join("initrd.img"), &args.agent, &tree, &kernel.version)?;
+    let parts = initrd::Parts {
+        agent: &args.agent,
+        modules: &tree.join("usr/lib/modules").join(&kernel.version),
+        disk_template: &template,
+    };
+    initrd::write(&out.join("initrd.img"), &parts)?;
     step(started, "tailoring the root file system");
     rootfs::tailor(&tree, args.files.as_deref())?;
     step(started, "writing root.erofs");
     rootfs::write_erofs(&tree, &out.join("root.erofs"))?;
-    step(started, "writing the disk template");
-    rootfs::write_disk_template(&work.path("disk"), &out.join("disk-template.img"))?;
 
     step(started, "hashing");
     let manifest = Manifest::of(&out, &args.suite, &kernel.version)?;

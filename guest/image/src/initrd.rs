@@ -1,6 +1,7 @@
-//! The initrd: the agent as `/init`, the modules it loads, and the order to load them in. It is
-//! neither compressed nor signed: the kernel unpacks it once per base, and the modules inside are
-//! decompressed here so that PID 1 needs no decompressor.
+//! The initrd: the agent as `/init`, the modules it loads, the order to load them in, and an account
+//! disk for it to practise on before the snapshot. It is neither compressed nor signed: the kernel
+//! unpacks it once per base, and the modules inside are decompressed here so that PID 1 needs no
+//! decompressor.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -27,10 +28,17 @@ pub fn check_agent(agent: &Path) -> Result<()> {
     }
 }
 
-pub fn write(out: &Path, agent: &Path, tree: &Path, version: &str) -> Result<()> {
-    let base = tree.join("usr/lib/modules").join(version);
+/// What goes in.
+pub struct Parts<'a> {
+    pub agent: &'a Path,
+    /// Directory of the kernel's modules.
+    pub modules: &'a Path,
+    pub disk_template: &'a Path,
+}
+
+pub fn write(out: &Path, parts: &Parts) -> Result<()> {
     let read = |name: &str| {
-        let path = base.join(name);
+        let path = parts.modules.join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     };
     let order = Dependencies::parse(&read("modules.dep")?, &read("modules.builtin")?)?
@@ -41,18 +49,38 @@ pub fn write(out: &Path, agent: &Path, tree: &Path, version: &str) -> Result<()>
     archive.directory("dev", 0o755)?;
     // The kernel opens it for PID 1 before devtmpfs is mounted.
     archive.character_device("dev/console", 0o600, (5, 1))?;
-    archive.file("init", 0o755, &fs::read(agent)?)?;
+    archive.file("init", 0o755, &fs::read(parts.agent)?)?;
     archive.directory("modules", 0o755)?;
     let mut list = String::new();
     for path in &order {
         let name = format!("{}.ko", modules::name_of(path));
-        archive.file(&format!("modules/{name}"), 0o644, &plain_module(&base.join(path))?)?;
+        archive.file(
+            &format!("modules/{name}"),
+            0o644,
+            &plain_module(&parts.modules.join(path))?,
+        )?;
         list.push_str(&name);
         list.push('\n');
     }
     archive.file("modules/order", 0o644, list.as_bytes())?;
+    let blocks = occupied_blocks(&fs::read(parts.disk_template)?);
+    archive.file("warm-disk", 0o600, &blocks)?;
     archive.finish().with_context(|| format!("writing {}", out.display()))?;
     Ok(())
+}
+
+/// A sparse file for an archive that has none: its length, then each 4 KiB block that isn't all
+/// zeroes, after its offset. Numbers are `u64`, little endian. The agent's `warm` reads it.
+fn occupied_blocks(file: &[u8]) -> Vec<u8> {
+    const BLOCK: usize = 4096;
+    let mut packed = (file.len() as u64).to_le_bytes().to_vec();
+    for (number, block) in file.chunks_exact(BLOCK).enumerate() {
+        if block.iter().any(|byte| *byte != 0) {
+            packed.extend_from_slice(&((number * BLOCK) as u64).to_le_bytes());
+            packed.extend_from_slice(block);
+        }
+    }
+    packed
 }
 
 fn plain_module(path: &Path) -> Result<Vec<u8>> {
@@ -88,6 +116,17 @@ fn has_interpreter(elf: &[u8]) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_occupied_blocks_are_packed() {
+        let mut file = vec![0; 5 * 4096];
+        file[2 * 4096 + 9] = 7;
+        let packed = occupied_blocks(&file);
+        assert_eq!(packed.len(), 8 + 8 + 4096);
+        assert_eq!(packed[..8], (5u64 * 4096).to_le_bytes());
+        assert_eq!(packed[8..16], (2u64 * 4096).to_le_bytes());
+        assert_eq!(packed[16 + 9], 7);
+    }
 
     #[test]
     fn a_dynamic_program_is_told_from_a_static_one() {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 /// What a machine needs to be one. Those that Debian builds in are not here; those missing from
 /// `modules.dep` but named in `modules.builtin` are passed over.
-pub const WANTED: [&str; 8] = [
+pub const WANTED: [&str; 9] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
@@ -16,6 +16,8 @@ pub const WANTED: [&str; 8] = [
     "nd_pmem",
     "erofs",
     "overlay",
+    // for the agent's practice disk
+    "loop",
 ];
 
 /// `modules.dep` (modprobe.d's companion, written by depmod): `path: dependency-path …`, the

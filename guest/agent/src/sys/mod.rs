@@ -2,6 +2,7 @@
 
 mod child;
 mod ioctl;
+mod loop_device;
 mod poll;
 mod vsock;
 
@@ -10,6 +11,7 @@ pub use ioctl::{
     add_entropy, block_device_bytes, foreground_group, grow_ext4, loopback_up, make_controlling,
     pty_number, pty_peer, reseed, set_window, unlock_pty,
 };
+pub use loop_device::LoopDevice;
 pub use poll::{Poller, Readiness};
 pub use vsock::{accept_from_host, listen};
 
