@@ -83,6 +83,11 @@ impl Claim {
         Self::lock(&layout.own(), "lock", &format!("lab {}", layout.name()))
     }
 
+    /// Only one test run or benchmark at a time has a lab for itself.
+    pub fn run(layout: &Layout) -> Result<Self> {
+        Self::lock(&layout.own(), "run.lock", &format!("a run in lab {}", layout.name()))
+    }
+
     /// Images are shared by all labs.
     pub fn images(layout: &Layout) -> Result<Self> {
         Self::lock(&layout.shared(), "images.lock", "the images")

@@ -89,6 +89,7 @@ fn end_to_end(
 ) -> Result<(Tally, bool)> {
     note("end-to-end tests");
     step("build the end-to-end suite", || build_package(layout, "e2e"))?;
+    let _run = Claim::run(layout)?;
     let claim = Claim::take(layout)?;
     let running = Serving::find(layout).is_ok();
     if !running {
