@@ -201,3 +201,7 @@ impl std::io::Write for Device<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "terminal_tests.rs"]
+mod tests;
