@@ -45,15 +45,14 @@ pub enum AccountsError {
 impl Accounts {
     /// Opens the database, makes it if there is none (mode 0600), and brings its schema up to date.
     pub fn open(path: &Path) -> Result<Self, AccountsError> {
-        // SQLite would make it readable for all; its WAL and index take over the mode.
-        OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(|source| AccountsError::File { path: path.to_owned(), source })?;
+        // SQLite would make it readable for all; its WAL and index take over the mode. Only a file that
+        // is not there is opened here: closing any descriptor of one that is would drop the locks of this
+        // process's other connections (https://sqlite.org/howtocorrupt.html §2.2).
+        match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(AccountsError::File { path: path.to_owned(), source }),
+        }
         let open = |source| AccountsError::Open { path: path.to_owned(), source };
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut db = Connection::open_with_flags(path, flags).map_err(open)?;
