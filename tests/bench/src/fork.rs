@@ -8,14 +8,16 @@ use hermitage_vmm_proto::Stage;
 use crate::{
     base::{Base, DISK_BYTES},
     clock,
+    exits::Exits,
     floor::Floor,
     machines::{
-        self, Died, Machine,
+        self, Died, Machine, STEP_LIMIT,
         server::{ForkServer, Parts},
     },
     progress,
     report::Section,
     stats::{Samples, Stages},
+    wait::Deadline,
 };
 
 /// Floor and fork take turns in blocks: long enough to be warm, short enough that a host that gets
@@ -153,16 +155,23 @@ pub fn measure_agent(
     let used = used_disk(base, server)?;
     for (whose, template) in [("known account", &used), ("new account", &base.new_disk)] {
         let [mut running, mut agent, mut first, mut prompt] = [const { Samples::new() }; 4];
+        let [mut exits, mut faults, mut mmio] = [const { Samples::new() }; 3];
         for round in 0..n {
             if round % BLOCK == 0 {
                 progress!("agent: {whose}, {round} of {n}");
             }
             let times = start_once(base, server, template, round as u64);
-            if let Some(times) = deaths.survivor(times)? {
-                running.push(times.running);
-                agent.push(times.agent);
-                first.push(times.first_byte);
-                prompt.push(times.prompt);
+            let Some((times, counted)) = deaths.survivor(times)? else {
+                continue;
+            };
+            running.push(times.running);
+            agent.push(times.agent);
+            first.push(times.first_byte);
+            prompt.push(times.prompt);
+            if let Some(counted) = counted {
+                exits.push(counted.all);
+                faults.push(counted.page_faults);
+                mmio.push(counted.mmio);
             }
         }
         for (what, samples, goal) in [
@@ -176,6 +185,13 @@ pub fn measure_agent(
             if let Some(goal) = goal {
                 row.ratio_goal(goal);
             }
+        }
+        if exits.count() > 0 {
+            section.count(format!("{whose}: exits until the prompt"), &exits);
+            section.count(format!("{whose}: of that, page faults"), &faults);
+            section.count(format!("{whose}: of that, devices' registers"), &mmio);
+        } else if section.notes.is_empty() {
+            section.note("no exits counted: debugfs is not mounted at /sys/kernel/debug");
         }
     }
     deaths.tell(&mut section);
@@ -206,12 +222,15 @@ fn start_once(
     server: &mut ForkServer,
     template: &Path,
     n: u64,
-) -> anyhow::Result<Times> {
+) -> anyhow::Result<(Times, Option<Exits>)> {
     let disk = base.disk(template)?;
     let mut machine = server.fork(Parts { disk, for_agent: machines::attach(n, DISK_BYTES)? })?;
-    let times = bring_to_prompt(&mut machine);
+    let result = bring_to_prompt(&mut machine).and_then(|times| {
+        let pid = server.forked(&machine, Deadline::after(STEP_LIMIT))?;
+        Ok((times, Exits::of(pid)))
+    });
     server.end(machine)?;
-    times
+    result
 }
 
 /// Waits until its shell shows a prompt.

@@ -6,6 +6,7 @@
 pub mod base;
 pub mod cgroup;
 pub mod clock;
+pub mod exits;
 pub mod floor;
 pub mod fork;
 pub mod host;

@@ -48,6 +48,7 @@ pub struct Row {
 pub enum Unit {
     Nanoseconds,
     Bytes,
+    Count,
 }
 
 /// This row's median over that of another row of the same run.
@@ -98,6 +99,10 @@ impl Section {
 
     pub fn size(&mut self, name: impl Into<String>, samples: &Samples) -> &mut Row {
         self.row(name, Unit::Bytes, samples)
+    }
+
+    pub fn count(&mut self, name: impl Into<String>, samples: &Samples) -> &mut Row {
+        self.row(name, Unit::Count, samples)
     }
 
     pub fn note(&mut self, note: impl Into<String>) {
@@ -185,6 +190,7 @@ impl Unit {
         };
         match self {
             Self::Nanoseconds => scaled(&[(1e9, "s"), (1e6, "ms"), (1e3, "µs")]),
+            Self::Count => value.to_string(),
             Self::Bytes => scaled(&[(1024.0 * 1024.0, "MiB"), (1024.0, "KiB")]),
         }
     }
@@ -220,5 +226,6 @@ mod tests {
         assert_eq!(Unit::Nanoseconds.show(2_500_000_000), "2.50 s");
         assert_eq!(Unit::Bytes.show(3 << 20), "3.00 MiB");
         assert_eq!(Unit::Bytes.show(0), "0.00 KiB");
+        assert_eq!(Unit::Count.show(4250), "4250");
     }
 }
