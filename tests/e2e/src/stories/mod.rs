@@ -5,7 +5,6 @@ mod files;
 mod fork;
 mod identity;
 mod login;
-mod machine;
 mod malformed;
 mod operator;
 mod pressure;
@@ -19,7 +18,6 @@ pub fn all() -> Vec<Test> {
     all.extend(login::TESTS);
     all.extend(session::TESTS);
     all.extend(identity::TESTS);
-    all.extend(machine::TESTS);
     all.extend(files::TESTS);
     all.extend(operator::TESTS);
     all.extend(pressure::TESTS);
