@@ -147,6 +147,7 @@ impl Guest {
         };
         // Its descriptors must not be inherited by a program that is started at the same moment.
         let starting = STARTING.lock().unwrap();
+        let mut sessions = self.sessions.lock().unwrap();
         let pty = openpty(Some(&size), None).unwrap();
         for descriptor in [&pty.master, &pty.slave] {
             fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
@@ -161,8 +162,10 @@ impl Guest {
         let slave = || Stdio::from(pty.slave.try_clone().unwrap());
         command.stdin(slave()).stdout(slave()).stderr(slave());
         let child = command.spawn().unwrap();
+        let slave = pty.slave.try_clone().unwrap();
+        sessions.insert(open.session, Started { group: group_of(&child), terminal: Some(slave) });
         drop(command);
-        drop(starting);
+        drop((sessions, starting));
         let mut master = File::from(pty.master);
         let mut typing = master.try_clone().unwrap();
         // Attached over another socket, so perhaps a moment later.
@@ -176,7 +179,8 @@ impl Guest {
             let _ = std::io::copy(&mut socket, &mut typing);
         });
         let session = open.session;
-        self.started(session, &child, Some(pty.slave));
+        drop(pty.slave);
+        self.say(&AgentMessage::Started { session, pid: child.id() });
         let machine = self.machine.clone();
         let showing = std::thread::spawn(move || {
             let mut chunk = [0; 4096];
@@ -206,17 +210,13 @@ impl Guest {
             .stderr(OwnedFd::from(stderr))
             .process_group(0);
         let starting = STARTING.lock().unwrap();
+        let mut sessions = self.sessions.lock().unwrap();
         let child = command.spawn().unwrap();
-        drop(starting);
+        sessions.insert(exec.session, Started { group: group_of(&child), terminal: None });
+        drop((sessions, starting));
         drop(command);
-        self.started(exec.session, &child, None);
+        self.say(&AgentMessage::Started { session: exec.session, pid: child.id() });
         self.reap(exec.session, child, || {});
-    }
-
-    fn started(&self, session: u64, child: &Child, terminal: Option<OwnedFd>) {
-        let group = Pid::from_raw(child.id() as i32);
-        self.sessions.lock().unwrap().insert(session, Started { group, terminal });
-        self.say(&AgentMessage::Started { session, pid: child.id() });
     }
 
     fn reap(&self, session: u64, mut child: Child, drain: impl FnOnce()) {
@@ -233,6 +233,10 @@ impl Guest {
         };
         self.say(&AgentMessage::Exited { session, status });
     }
+}
+
+fn group_of(child: &Child) -> Pid {
+    Pid::from_raw(child.id() as i32)
 }
 
 fn environment<'a>(command: &'a mut Command, env: &[(String, String)]) -> &'a mut Command {
