@@ -116,6 +116,7 @@ fn end_to_end(
         .args(["--ssh-port", &serving.state().port.to_string(), "--exec", &exec])
         .args(["--run-dir", &serving.run_dir(), "--state-dir", &serving.state_path()])
         .args(["--patience", if serving.is_native() { "1" } else { EMULATED_PATIENCE }])
+        .args((!serving.is_native()).then_some("--emulated"))
         .arg("--results")
         .arg(&results)
         .args(&selection.arguments)

@@ -167,7 +167,10 @@ fn enter(vcpu: &mut VcpuFd, exits: &dyn Exits) -> Option<End> {
             None
         }
         Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => None,
-        Ok(VcpuExit::Shutdown) => Some(End::Reset),
+        Ok(VcpuExit::Shutdown) => {
+            say_where(vcpu);
+            Some(End::Reset)
+        }
         Ok(VcpuExit::InternalError) => Some(End::HostError(
             "KVM could not go on with the guest (internal error: this KVM may be paravirtual, \
              see `hermitage doctor`)"
@@ -181,5 +184,21 @@ fn enter(vcpu: &mut VcpuFd, exits: &dyn Exits) -> Option<End> {
         }
         Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => None,
         Err(e) => Some(End::HostError(format!("KVM_RUN: {e}"))),
+    }
+}
+
+/// A triple fault is usually the guest's own way to reset; when it is not, this is all there will be to
+/// go by.
+fn say_where(vcpu: &VcpuFd) {
+    if let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) {
+        tracing::info!(
+            rip = format_args!("{:#x}", regs.rip),
+            rsp = format_args!("{:#x}", regs.rsp),
+            cr2 = format_args!("{:#x}", sregs.cr2),
+            cr3 = format_args!("{:#x}", sregs.cr3),
+            cs = format_args!("{:#x}", sregs.cs.selector),
+            idt = format_args!("{:#x}", sregs.idt.base),
+            "the guest shut down by a triple fault"
+        );
     }
 }
