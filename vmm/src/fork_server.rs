@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fs::File,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -58,8 +58,15 @@ impl Template {
     }
 }
 
-/// Returns what checking the base left free in the heap: every page of it would be copied into the page
-/// tables of every machine, and count as its memory.
+/// Keeps large buffers out of the heap, for good: the C library would raise the limit with the first one
+/// that is freed, and the buffers that a base is checked with would stay, as free memory of this process
+/// that is in the page tables of every machine and counts as its own. To be called before any is made.
+pub fn keep_large_buffers_out_of_the_heap() {
+    // SAFETY: mallopt(3) may be called at any time.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024) };
+}
+
+/// Returns what checking the base left free in the heap.
 pub fn give_back_free_memory() {
     // SAFETY: malloc_trim(3) may be called at any time.
     unsafe { libc::malloc_trim(0) };
@@ -195,7 +202,10 @@ impl Server<'_> {
                 return 1;
             }
         };
-        if let Err(e) = send(&control, &MachineEvent::Running { stages: stages.list }, &[]) {
+        stages.done_at("start vCPUs", machine.entered());
+        let running =
+            MachineEvent::Running { at: monotonic(machine.entered()), stages: stages.list };
+        if let Err(e) = send(&control, &running, &[]) {
             tracing::warn!(error = %e, "tell serve that the machine runs");
         }
         let end = control::serve(&machine, control);
@@ -264,9 +274,19 @@ impl Stages {
     }
 
     fn done(&mut self, name: &str) {
-        let now = Instant::now();
-        let nanoseconds = u64::try_from((now - self.last).as_nanos()).unwrap_or(u64::MAX);
-        self.list.push(Stage { name: name.to_owned(), nanoseconds });
-        self.last = now;
+        self.done_at(name, Instant::now());
     }
+
+    fn done_at(&mut self, name: &str, at: Instant) {
+        let nanoseconds = u64::try_from((at - self.last).as_nanos()).unwrap_or(u64::MAX);
+        self.list.push(Stage { name: name.to_owned(), nanoseconds });
+        self.last = at;
+    }
+}
+
+/// An instant of the past as nanoseconds of CLOCK_MONOTONIC.
+fn monotonic(at: Instant) -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32);
+    u64::try_from(now.saturating_sub(at.elapsed()).as_nanos()).unwrap_or(u64::MAX)
 }

@@ -143,6 +143,7 @@ fn host_kind(kvm: &kvm_ioctls::Kvm) -> anyhow::Result<HostKind> {
 }
 
 fn serve(args: &ForkServer) -> anyhow::Result<()> {
+    fork_server::keep_large_buffers_out_of_the_heap();
     let socket = request_socket()?;
     match template(args) {
         Ok(template) => {

@@ -146,7 +146,7 @@ impl Machine {
 
     fn machine_event(&self, event: MachineEvent) {
         match event {
-            MachineEvent::Running { stages } => {
+            MachineEvent::Running { stages, .. } => {
                 tracing::debug!(machine = self.label, ?stages, "running");
             }
             MachineEvent::TerminalDetached { terminal } => {

@@ -46,7 +46,7 @@ pub fn run() -> ! {
         stream_came: Condvar::new(),
         _disk: disk,
     });
-    machine.event(&MachineEvent::Running { stages: vec![] });
+    machine.event(&MachineEvent::Running { at: 0, stages: vec![] });
     let guest = machine.clone();
     std::thread::spawn(move || fake_agent::run(&guest, reading));
     loop {

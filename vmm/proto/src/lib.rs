@@ -100,6 +100,9 @@ pub enum MachineRequest {
 pub enum MachineEvent {
     /// The virtual CPUs are running. How long each stage of the fork took.
     Running {
+        /// When the last of them was about to enter the guest, in nanoseconds of CLOCK_MONOTONIC: on a
+        /// busy host this message comes later than what it tells.
+        at: u64,
         stages: Vec<Stage>,
     },
     TerminalDetached {

@@ -12,6 +12,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
 use hermitage_vmm_proto::End;
@@ -198,9 +199,7 @@ impl Machine {
             agent,
         })?);
         stage("restore devices");
-        let machine = Self::start(memory, devices, poller, end, fds, vm)?;
-        stage("start vCPUs");
-        Ok(machine)
+        Self::start(memory, devices, poller, end, fds, vm)
     }
 
     fn start(
@@ -230,6 +229,11 @@ impl Machine {
         }
         kvm::align_tscs(&mut vcpus);
         Ok(MachineState { vm, vcpus, devices })
+    }
+
+    /// When the last vCPU first entered the guest.
+    pub fn entered(&self) -> Instant {
+        self.vcpus.entered
     }
 
     /// CPU time used by the guest.

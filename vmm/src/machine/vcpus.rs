@@ -6,6 +6,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -38,6 +39,8 @@ pub struct Vcpus {
     pub fds: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
+    /// When the last of them first entered the guest.
+    pub entered: Instant,
 }
 
 #[derive(Default)]
@@ -49,23 +52,32 @@ struct Gate {
 }
 
 impl Vcpus {
-    /// Starts a thread for each.
+    /// Starts a thread for each. Returns when all of them have entered the guest.
     pub fn start(fds: Vec<VcpuFd>, exits: &Arc<dyn Exits>) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), interrupt).map_err(VcpuError::Handler)?;
         let gate = Arc::new(Gate::default());
         let fds: Vec<_> = fds.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let mut threads = Vec::with_capacity(fds.len());
+        let (enters, entries) = mpsc::channel();
         for (n, fd) in fds.iter().enumerate() {
             let (fd, gate, exits) = (fd.clone(), gate.clone(), exits.clone());
+            let enters = enters.clone();
             let thread = thread::Builder::new()
                 .name(format!("vcpu{n}"))
                 // Deep enough for the devices; each page touched counts for every machine.
                 .stack_size(256 * 1024)
-                .spawn(move || run(&fd, &gate, &*exits))
+                .spawn(move || {
+                    // Nobody waits for it if another thread could not be started.
+                    let _ = enters.send(Instant::now());
+                    drop(enters);
+                    run(&fd, &gate, &*exits);
+                })
                 .map_err(|e| VcpuError::Spawn(n, e))?;
             threads.push(thread);
         }
-        Ok(Self { fds, threads, gate })
+        drop(enters);
+        let entered = entries.iter().max().unwrap_or_else(Instant::now);
+        Ok(Self { fds, threads, gate, entered })
     }
 
     /// Returns when no vCPU is in the guest and each one's last exit is complete, so that its state can

@@ -55,13 +55,12 @@ impl Machine {
         Self { id, asked_at, control, agent, decoder: Decoder::default(), terminal: None }
     }
 
-    /// Waits for the word that it runs: when it came, and how long each stage took.
+    /// Waits for the word that it runs: since when, and how long each stage took.
     pub fn running(&mut self) -> anyhow::Result<(u64, Vec<Stage>)> {
         until_readable(&self.control, Deadline::after(STEP_LIMIT), "word that the machine runs")?;
         let event = receive::<MachineEvent>(&self.control);
-        let at = clock::now();
         match event.context("the machine's process went away")?.message {
-            MachineEvent::Running { stages } => Ok((at, stages)),
+            MachineEvent::Running { at, stages } => Ok((at, stages)),
             MachineEvent::Ended(end) => Err(ended(end)),
             other => bail!("the machine said {other:?} instead of Running"),
         }

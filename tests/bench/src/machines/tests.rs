@@ -51,7 +51,7 @@ impl Far {
 fn a_start_is_timed_step_by_step() {
     let (mut machine, mut far) = machine();
     let guest = thread::spawn(move || {
-        far.tell(MachineEvent::Running { stages: vec![] });
+        far.tell(MachineEvent::Running { at: 0, stages: vec![] });
         far.say(&AgentMessage::Attached);
         let attach = receive::<MachineRequest>(&far.control).unwrap();
         assert_eq!(attach.message, MachineRequest::AttachTerminal { terminal: 0 });
