@@ -7,6 +7,10 @@
 //! (`F_OFD_SETLK`, fcntl(2)), not to the process. It moves along when the descriptor is passed to the
 //! machine's process and ends when the last copy is closed, however that comes about; no crash leaves a
 //! stale lock or two writers.
+//!
+//! The *tag* ties a disk to a snapshot of a machine's memory (`docs/formats/diff.md`): it is on the disk
+//! as long as a snapshot with the same tag was taken with exactly what the disk holds now, and is
+//! removed, durably, before anything may write to the disk again.
 
 use crate::StateDir;
 use crate::publish::{self, NewFile};
@@ -14,6 +18,8 @@ use crate::sparse;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
+use rustix::io::Errno as RustixErrno;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -113,6 +119,41 @@ pub(crate) fn lock(file: &File) -> Result<(), Errno> {
         l_pid: 0,
     };
     fcntl(file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+}
+
+/// Names a snapshot; chosen at random for each.
+pub type Tag = [u8; 16];
+
+/// The extended attribute (xattr(7)) that holds it: it belongs to the file whatever its name, and is
+/// synced with it.
+const TAG: &str = "user.hermitage.snapshot";
+
+/// The tag on a disk. An attribute that can't be a tag counts as none: no snapshot has that one.
+pub fn tag(disk: &File) -> io::Result<Option<Tag>> {
+    // One byte more, so that a longer value is not mistaken for its beginning.
+    let mut value = [0; size_of::<Tag>() + 1];
+    match fgetxattr(disk, TAG, &mut value[..]) {
+        Ok(length) => Ok(value[..length].try_into().ok()),
+        Err(RustixErrno::NODATA | RustixErrno::OPNOTSUPP | RustixErrno::RANGE) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Puts a tag on a disk, in place of any; it is on the medium on return.
+pub fn set_tag(disk: &File, tag: Tag) -> io::Result<()> {
+    fsetxattr(disk, TAG, &tag, XattrFlags::empty())?;
+    disk.sync_all()
+}
+
+/// Removes the tag, if there is one; it is gone from the medium on return.
+pub fn clear_tag(disk: &File) -> io::Result<()> {
+    match fremovexattr(disk, TAG) {
+        Ok(()) => disk.sync_all(),
+        // A removal before a crash of ours may not have reached the medium: still sync.
+        Err(RustixErrno::NODATA) => disk.sync_all(),
+        Err(RustixErrno::OPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Bytes that a disk takes on the host, as against its size.

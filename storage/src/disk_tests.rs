@@ -126,3 +126,27 @@ fn a_removed_accounts_disk_waits_for_purge() {
     assert_eq!(purge(&state, account).unwrap(), 0);
     assert!(!state.removed_dir(account).exists());
 }
+
+#[test]
+fn a_tag_stays_with_the_disk_until_it_is_cleared() {
+    let (_dir, state, template) = state();
+    let account = Uuid::new_v4();
+    provision(&state, account, &template, 1 << 30).unwrap();
+    let disk = open_locked(&state.disk(account)).unwrap();
+    assert_eq!(tag(&disk).unwrap(), None);
+    clear_tag(&disk).unwrap();
+    set_tag(&disk, [1; 16]).unwrap();
+    set_tag(&disk, [2; 16]).unwrap();
+    drop(disk);
+    let disk = open_locked(&state.disk(account)).unwrap();
+    assert_eq!(tag(&disk).unwrap(), Some([2; 16]));
+    for odd in [&[3; 15][..], &[3; 17], &[3; 400], &[]] {
+        fsetxattr(&disk, TAG, odd, XattrFlags::empty()).unwrap();
+        assert_eq!(tag(&disk).unwrap(), None, "{} bytes", odd.len());
+    }
+    clear_tag(&disk).unwrap();
+    assert_eq!(tag(&disk).unwrap(), None);
+    let copy = state.disk(account).with_file_name("copy");
+    fs::copy(state.disk(account), &copy).unwrap();
+    assert_eq!(tag(&File::open(&copy).unwrap()).unwrap(), None);
+}

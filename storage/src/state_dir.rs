@@ -19,6 +19,7 @@ pub struct StateDir {
 
 impl StateDir {
     pub const DISK: &'static str = "disk.img";
+    const SNAPSHOT: &'static str = "resume.snap";
     const CURRENT_BASE: &'static str = "current-base";
     const SERVICE_LOCK: &'static str = "serve.lock";
 
@@ -92,6 +93,11 @@ impl StateDir {
 
     pub fn disk(&self, account: Uuid) -> PathBuf {
         self.account_dir(account).join(Self::DISK)
+    }
+
+    /// What the account's machine is resumed from, if it was saved.
+    pub fn snapshot(&self, account: Uuid) -> PathBuf {
+        self.account_dir(account).join(Self::SNAPSHOT)
     }
 
     pub fn removed_accounts_dir(&self) -> PathBuf {

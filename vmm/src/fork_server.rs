@@ -134,6 +134,10 @@ impl Server<'_> {
                     Err(reason) => ForkEvent::ForkFailed { machine, reason },
                 })?;
             }
+            Packet { message: ForkRequest::Resume { machine, .. }, .. } => {
+                let reason = "this program can't resume a machine yet".into();
+                self.tell(&ForkEvent::ForkFailed { machine, reason })?;
+            }
             Packet { message: ForkRequest::Kill { machine }, .. } => {
                 // Only children that are not reaped yet are in the table: the pid is still theirs.
                 for (pid, _) in self.machines.iter().filter(|(_, id)| **id == machine) {

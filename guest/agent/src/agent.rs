@@ -234,6 +234,11 @@ impl Agent {
             HostMessage::PowerOff { grace_ms } => {
                 self.power_off(Duration::from_millis(grace_ms.into()));
             }
+            HostMessage::Freeze => {
+                let reason = "this agent can't freeze yet".to_owned();
+                self.control.send(&AgentMessage::FreezeFailed { reason })?;
+            }
+            HostMessage::Resume(_) => {}
             HostMessage::Ping(number) => self.control.send(&AgentMessage::Pong(number))?,
         }
         Ok(())

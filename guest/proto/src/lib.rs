@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of these messages. It is part of what a base snapshot is keyed by: host and agent of one
 /// base always speak the same one, so there is no negotiation.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -65,6 +65,28 @@ pub enum HostMessage {
     PowerOff { grace_ms: u32 },
     /// Answered by `Pong` with the same number.
     Ping(u64),
+    /// Get ready for a save: every process is stopped without its noticing, file systems are synced, the
+    /// disk's is frozen (clean, with nothing to replay). Answered by `Frozen`, the agent's last word
+    /// until `Resume`, or by `FreezeFailed`, after which everything goes on.
+    Freeze,
+    /// First message after a save: in the resumed machine, or in the same one when the save was called
+    /// off. Entropy, clock, disk and processes, in this order. Answered by `Resumed`.
+    Resume(Resume),
+}
+
+/// What a machine that was saved has to be told before its processes go on.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// As in [`Attach`].
+    pub entropy: Vec<u8>,
+    pub clock: WallClock,
+}
+
+impl std::fmt::Debug for Resume {
+    /// Leaves the entropy out: this ends up in logs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resume").field("clock", &self.clock).finish_non_exhaustive()
+    }
 }
 
 /// What makes a fork somebody's machine.
@@ -176,6 +198,25 @@ pub enum AgentMessage {
         status: ExitStatus,
     },
     Pong(u64),
+    /// Said last before a save; nothing follows it until [`HostMessage::Resume`].
+    Frozen,
+    FreezeFailed {
+        reason: String,
+    },
+    /// Everything goes on. The sessions there are, among them any whose end is about to be told.
+    Resumed {
+        sessions: Vec<LiveSession>,
+    },
+}
+
+/// A session that lived through a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveSession {
+    pub session: SessionId,
+    /// None: a command on streams, which were broken off.
+    pub terminal: Option<u8>,
+    /// Its first process.
+    pub pid: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

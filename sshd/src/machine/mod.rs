@@ -170,6 +170,10 @@ impl Machine {
                 }
             }
             MachineEvent::Stats(_) | MachineEvent::Ended(_) => {}
+            // Answers to what is not asked for yet.
+            MachineEvent::Restored { .. }
+            | MachineEvent::Saved { .. }
+            | MachineEvent::SaveFailed { .. } => {}
         }
     }
 
@@ -205,6 +209,10 @@ impl Machine {
                 }
             }
             AgentMessage::Ready { .. } | AgentMessage::Pong(_) => {}
+            // Answers to what is not asked for yet.
+            AgentMessage::Frozen
+            | AgentMessage::FreezeFailed { .. }
+            | AgentMessage::Resumed { .. } => {}
         }
     }
 }

@@ -71,6 +71,7 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) => {}
+                HostMessage::Freeze | HostMessage::Resume(_) => {}
             }
         }
         match from.read(&mut chunk) {

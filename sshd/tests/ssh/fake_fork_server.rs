@@ -60,6 +60,10 @@ pub fn run() -> ! {
                     let _ = send(&socket, &ForkEvent::Exited { machine, exit }, &[]);
                 });
             }
+            ForkRequest::Resume { machine, .. } => {
+                let reason = "it is a fake".into();
+                send(&socket, &ForkEvent::ForkFailed { machine, reason }, &[]).unwrap();
+            }
             ForkRequest::Kill { machine } => {
                 if let Some(pid) = pids.lock().unwrap().get(&machine) {
                     let _ = signal::kill(*pid, signal::Signal::SIGKILL);

@@ -98,7 +98,10 @@ impl Machine {
                     }
                 });
             }
-            MachineRequest::Stats => {}
+            MachineRequest::Stats | MachineRequest::Continue | MachineRequest::Go => {}
+            MachineRequest::Save { .. } => {
+                self.event(&MachineEvent::SaveFailed { reason: "it is a fake".into() });
+            }
             MachineRequest::Stop => self.end(End::Stopped),
         }
     }

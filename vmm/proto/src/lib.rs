@@ -20,13 +20,16 @@ pub use socket::{Packet, SocketError, message_pair, receive, send, stream_pair};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; `serve` and `hermitage-vmm` must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 
 /// Most descriptors a message carries.
 pub const MAX_DESCRIPTORS: usize = 4;
+
+/// How long a resumed machine waits for [`MachineRequest::Go`].
+pub const GO_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Chosen by `serve`, never reused by it.
 pub type MachineId = u64;
@@ -40,6 +43,12 @@ pub enum ForkRequest {
     Fork { machine: MachineId, label: String },
     /// End a machine without ceremony (SIGKILL).
     Kill { machine: MachineId },
+    /// Make a machine of this base and a snapshot of it. Descriptors, in this order: as with `Fork`,
+    /// then the snapshot, open for reading. Answered as `Fork` is. The machine checks the whole
+    /// snapshot, says [`MachineEvent::Restored`] and waits for [`MachineRequest::Go`] before its first
+    /// instruction and before anything is written to the disk. A snapshot that can't be used ends it
+    /// with [`End::SnapshotRefused`].
+    Resume { machine: MachineId, label: String },
 }
 
 /// Fork server to `serve`.
@@ -93,6 +102,16 @@ pub enum MachineRequest {
     Stats,
     /// End now, without the guest's help.
     Stop,
+    /// Descriptors: an empty file, open for reading and writing, that becomes the snapshot
+    /// (`docs/formats/diff.md`), and `/proc/PID/pagemap` of the machine's process, open for reading.
+    /// The agent must have said `Frozen` and been sent nothing since. The machine pauses and answers
+    /// [`MachineEvent::Saved`], after which it stays paused until `Stop` or `Continue`, or
+    /// [`MachineEvent::SaveFailed`], after which it runs on.
+    Save { account: [u8; 16], disk_tag: [u8; 16] },
+    /// The save was called off: run on. No answer; the agent is still frozen.
+    Continue,
+    /// The snapshot is marked as consumed: run. Answered by [`MachineEvent::Running`].
+    Go,
 }
 
 /// A machine to `serve`.
@@ -118,6 +137,22 @@ pub enum MachineEvent {
     Stats(Stats),
     /// Last message: the machine has ended or is about to.
     Ended(End),
+    /// A machine made from a snapshot is whole and waits for [`MachineRequest::Go`], at most
+    /// [`GO_LIMIT`]. How long each stage took.
+    Restored {
+        stages: Vec<Stage>,
+    },
+    /// The snapshot is on the medium and so is all the guest wrote to its disk.
+    Saved {
+        /// Of the file.
+        bytes: u64,
+        /// Pages with data in it.
+        pages: u64,
+        stages: Vec<Stage>,
+    },
+    SaveFailed {
+        reason: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,6 +186,8 @@ pub enum End {
     GuestFault(String),
     /// The host could not go on (KVM, i/o).
     HostError(String),
+    /// The snapshot can't be used; nothing of it ran.
+    SnapshotRefused(String),
 }
 
 impl std::fmt::Display for End {
@@ -161,6 +198,7 @@ impl std::fmt::Display for End {
             End::Stopped => write!(f, "the machine was stopped"),
             End::GuestFault(why) => write!(f, "the machine broke a device's rules: {why}"),
             End::HostError(why) => write!(f, "the host could not run the machine: {why}"),
+            End::SnapshotRefused(why) => write!(f, "the snapshot can't be used: {why}"),
         }
     }
 }

@@ -164,6 +164,11 @@ impl Server<'_> {
                 self.tell(&MachineEvent::Stats(stats));
             }
             MachineRequest::Stop => return Some(End::Stopped),
+            MachineRequest::Save { .. } => {
+                let reason = "this program can't save a machine yet".into();
+                self.tell(&MachineEvent::SaveFailed { reason });
+            }
+            MachineRequest::Continue | MachineRequest::Go => {}
         }
         None
     }

@@ -1,0 +1,90 @@
+//! Writing a snapshot: data first, header last, in one pass.
+
+use super::index::Runs;
+use super::{Description, HEADER_BYTES, Header, MAX_STATE, PAGE, SnapshotError, failed};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use twox_hash::XxHash3_128;
+
+/// Written at once: data of scattered pages is contiguous in the file.
+const BUFFER: usize = 64 * PAGE;
+
+/// Takes a machine's pages in ascending order.
+pub struct Writer<'f> {
+    file: &'f File,
+    runs: Runs,
+    data_sum: XxHash3_128,
+    buffer: Vec<u8>,
+    /// Where the buffer goes.
+    at: u64,
+}
+
+impl<'f> Writer<'f> {
+    /// `file` is empty and open for reading and writing.
+    pub fn new(file: &'f File) -> Result<Self, SnapshotError> {
+        let length = file.metadata().map_err(failed("read the size of the file"))?.len();
+        if length != 0 {
+            let source = io::Error::other(format!("it has {length} bytes already"));
+            return Err(SnapshotError::Io { doing: "begin a file", source });
+        }
+        Ok(Self {
+            file,
+            runs: Runs::default(),
+            data_sum: XxHash3_128::new(),
+            buffer: Vec::with_capacity(BUFFER),
+            at: HEADER_BYTES as u64,
+        })
+    }
+
+    /// A page that differs from the base's. `data` is a page long.
+    pub fn data(&mut self, page: u64, data: &[u8; PAGE]) -> Result<(), SnapshotError> {
+        self.runs.push(page, false)?;
+        self.buffer.extend_from_slice(data);
+        if self.buffer.len() >= BUFFER { self.flush() } else { Ok(()) }
+    }
+
+    /// A page that is zero and in the base is not.
+    pub fn zero(&mut self, page: u64) -> Result<(), SnapshotError> {
+        self.runs.push(page, true)
+    }
+
+    fn flush(&mut self) -> Result<(), SnapshotError> {
+        self.data_sum.write(&self.buffer);
+        self.file.write_all_at(&self.buffer, self.at).map_err(failed("write page data"))?;
+        self.at += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Adds the machine's state and the header. The file is on the medium on return.
+    pub fn finish(
+        mut self,
+        description: Description,
+        state: &[u8],
+    ) -> Result<Header, SnapshotError> {
+        let state_bytes = state.len() as u64;
+        if state_bytes > MAX_STATE {
+            let (what, value, limit) = ("bytes of state", state_bytes, MAX_STATE);
+            return Err(SnapshotError::TooMuch { what, value, limit });
+        }
+        self.flush()?;
+        let index = self.runs.encode();
+        let header = Header {
+            description,
+            data_pages: self.runs.data_pages,
+            zero_pages: self.runs.zero_pages,
+            runs: self.runs.len(),
+            state: state_bytes,
+            data_sum: self.data_sum.finish_128(),
+            index_sum: XxHash3_128::oneshot(&index),
+            state_sum: XxHash3_128::oneshot(state),
+        };
+        header.check()?;
+        self.file.write_all_at(&index, header.index_at()).map_err(failed("write the index"))?;
+        self.file.write_all_at(state, header.state_at()).map_err(failed("write the state"))?;
+        self.file.write_all_at(&header.encode(), 0).map_err(failed("write the header"))?;
+        self.file.sync_all().map_err(failed("sync"))?;
+        Ok(header)
+    }
+}
