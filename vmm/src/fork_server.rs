@@ -29,9 +29,11 @@ use nix::{
 };
 
 use crate::{
+    base_state::BaseState,
     kvm::IdleVm,
-    machine::{Machine, MachineState, control},
+    machine::{Machine, control},
     memory::GuestMemory,
+    working_set,
 };
 
 /// A base, ready to be forked.
@@ -39,7 +41,7 @@ pub struct Template {
     id: String,
     kvm: Kvm,
     memory: GuestMemory,
-    state: MachineState,
+    state: BaseState,
     /// Opened before the sandbox has no files any more.
     null: File,
     _idle: IdleVm,
@@ -50,7 +52,7 @@ impl Template {
         id: String,
         kvm: Kvm,
         memory: GuestMemory,
-        state: MachineState,
+        state: BaseState,
     ) -> anyhow::Result<Self> {
         let idle = IdleVm::new(&kvm)?;
         let null = File::open("/dev/null").context("open /dev/null")?;
@@ -193,7 +195,7 @@ impl Server<'_> {
         let restored = Machine::restore(
             &template.kvm,
             template.memory.clone(),
-            &template.state,
+            &template.state.machine,
             File::from(disk),
             agent,
             &mut |stage| stages.done(stage),
@@ -212,6 +214,8 @@ impl Server<'_> {
         if let Err(e) = send(&control, &running, &[]) {
             tracing::warn!(error = %e, "tell serve that the machine runs");
         }
+        // While the guest runs: what it has written by now is there already, and costs nothing here.
+        working_set::populate(&template.memory, &template.state.working_set.written);
         let end = control::serve(&machine, control);
         tracing::debug!(%end, "machine ended");
         // The guest's acknowledged writes are in the file by now (a write is acknowledged after

@@ -1,5 +1,6 @@
 //! One virtual machine a process: KVM, guest memory, devices, snapshots.
 
+pub mod base_state;
 pub mod boot;
 pub mod build_base;
 pub mod devices;
@@ -10,7 +11,8 @@ pub mod memory;
 pub mod poller;
 pub mod probe;
 pub mod sandbox;
+pub mod working_set;
 
-/// Version of a machine's state as written to `state.bin` ([`machine::MachineState`]). Any change of
+/// Version of what is written to `state.bin` ([`base_state::BaseState`]). Any change of
 /// what is saved or of its order is a new version.
-pub const SNAPSHOT_VERSION: u32 = 1;
+pub const SNAPSHOT_VERSION: u32 = 2;

@@ -13,16 +13,20 @@ use clap::{Parser, Subcommand};
 use hermitage_storage::{
     base::{Base, BaseWriter, Description, HostKind},
     image::{self, Image},
+    sparse,
 };
 use hermitage_vmm::{
     SNAPSHOT_VERSION,
-    build_base::{self, Config},
+    base_state::BaseState,
+    build_base::{self, Built, Config},
     fork_server::{self, Template},
     kvm,
     memory::{self, Backing, layout::Layout},
     probe, sandbox,
+    working_set::{self, WorkingSet},
 };
 use hermitage_vmm_proto::{ForkEvent, send};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Builds bases and forks machines of them. `hermitage` runs it; by hand only for a look.
 #[derive(Parser)]
@@ -123,7 +127,14 @@ fn build(args: &BuildBase) -> anyhow::Result<()> {
     let built = build_base::boot_and_pause(&config, &progress)?;
     let written = memory::save_ram(&built.memory, &built.layout, writer.memory())?;
     progress(&format!("memory saved, {} MiB of {}", written >> 20, args.memory_mib));
-    let state = postcard::to_stdvec(&built.state).context("encode the machine's state")?;
+    let working_set = rehearse(&config, &built, writer.memory(), &image)?;
+    progress(&format!(
+        "login rehearsed: it writes {} KiB and reads from {} MiB",
+        working_set.written_bytes() >> 10,
+        (working_set.hot.len() as u64 * working_set::HUGE) >> 20
+    ));
+    let state = BaseState { machine: built.state, working_set };
+    let state = postcard::to_stdvec(&state).context("encode the machine's state")?;
     let description = Description {
         image: image.id.as_str().to_owned(),
         agent_protocol: hermitage_guest_proto::VERSION,
@@ -135,6 +146,24 @@ fn build(args: &BuildBase) -> anyhow::Result<()> {
     progress("base sealed");
     println!("{id}");
     Ok(())
+}
+
+/// Finds out what a login touches, with a disk that nobody will see.
+fn rehearse(
+    config: &Config,
+    built: &Built,
+    memory: &File,
+    image: &Image,
+) -> anyhow::Result<WorkingSet> {
+    let open = |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
+    let memory = memory::map(&built.layout, Backing::Base(memory), &open(&config.root)?)?;
+    let disk = File::from(
+        memfd_create(c"rehearsal", MFdFlags::MFD_CLOEXEC).context("make a disk in memory")?,
+    );
+    sparse::copy(&open(&image.path(image::DISK_TEMPLATE))?, &disk)
+        .context("copy the disk template")?;
+    working_set::rehearse(&kvm::open()?, memory, &built.state, disk)
+        .context("rehearse a login in the new base")
 }
 
 fn host_kind(kvm: &kvm_ioctls::Kvm) -> anyhow::Result<HostKind> {
@@ -199,16 +228,17 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
 
 fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
     let content = &base.manifest.content;
-    let state = hermitage_vmm::machine::MachineState::decode(&base.state)?;
-    if state.vcpus.len() != usize::from(content.machine.vcpus) {
-        bail!(
-            "base.json says {} vCPUs, state.bin has {}",
-            content.machine.vcpus,
-            state.vcpus.len()
-        );
+    let state = BaseState::decode(&base.state)?;
+    let vcpus = state.machine.vcpus.len();
+    if vcpus != usize::from(content.machine.vcpus) {
+        bail!("base.json says {} vCPUs, state.bin has {vcpus}", content.machine.vcpus);
     }
     let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
     let memory = memory::map(&layout, Backing::Base(&base.memory), &base.root)?;
+    state.working_set.check(&memory)?;
+    let huge = working_set::hot::share(&memory, &layout, &state.working_set)
+        .context("copy the hot parts of memory")?;
+    tracing::info!(huge, of = state.working_set.hot.len(), "hot parts of memory in huge pages");
     Template::new(base.id().as_str().to_owned(), kvm, memory, state)
 }
 

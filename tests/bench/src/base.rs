@@ -12,7 +12,7 @@ use hermitage_storage::{
     disk::{self, DiskError},
     image::{DISK_TEMPLATE, Image, ImageId},
 };
-use hermitage_vmm::{machine::MachineState, memory::layout::Layout};
+use hermitage_vmm::{base_state::BaseState, machine::MachineState, memory::layout::Layout};
 
 /// The service's default size of an account's disk.
 pub const DISK_BYTES: u64 = 10 << 30;
@@ -45,8 +45,9 @@ impl Base {
             .with_context(|| format!("base {id} names no image but {:?}", content.image))?;
         let image = Image::open(&dirs.image(&image))?;
         let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
-        let state = MachineState::decode(&found.state)
-            .with_context(|| format!("state.bin of base {id}"))?;
+        let state = BaseState::decode(&found.state)
+            .with_context(|| format!("state.bin of base {id}"))?
+            .machine;
         let scratch = tempfile::Builder::new()
             .prefix("bench-")
             .tempdir_in(disks)

@@ -215,6 +215,11 @@ impl Machine {
         Ok(Self { memory, devices, poller, end, vcpus, vm })
     }
 
+    /// Returns when no vCPU is in the guest any more.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.pause()?)
+    }
+
     /// Pauses the vCPUs, then the devices, and takes everybody's state. The machine stays paused.
     pub fn pause_and_save(&self, kvm: &Kvm) -> Result<MachineState, MachineError> {
         self.vcpus.pause()?;

@@ -6,7 +6,7 @@
 
 pub mod layout;
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs::File, io, os::fd::AsRawFd as _, sync::Arc};
 
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
@@ -19,6 +19,7 @@ use layout::Layout;
 pub type GuestMemory = GuestMemoryMmap<()>;
 
 pub const PAGE_SIZE: usize = 4096;
+pub const HUGE_PAGE: usize = 2 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -47,19 +48,14 @@ pub enum Backing<'a> {
 pub fn map(layout: &Layout, ram: Backing<'_>, root: &File) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::with_capacity(3);
     for range in layout.ram() {
-        let builder = match ram {
-            Backing::Anonymous => MmapRegionBuilder::new(range.length as usize)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
-            Backing::Base(file) => MmapRegionBuilder::new(range.length as usize)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-                .with_file_offset(part_of(file, range.file_offset, range.length)?),
+        let part = match ram {
+            Backing::Anonymous => None,
+            Backing::Base(file) => Some(part_of(file, range.file_offset, range.length)?),
         };
-        regions.push(region("RAM", builder, range.address, range.length)?);
+        regions.push(region("RAM", part, range.address, range.length)?);
     }
-    let builder = MmapRegionBuilder::new(layout.root.length as usize)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-        .with_file_offset(part_of(root, 0, layout.root.length)?);
-    regions.push(region("the root image", builder, layout.root.address, layout.root.length)?);
+    let part = Some(part_of(root, 0, layout.root.length)?);
+    regions.push(region("the root image", part, layout.root.address, layout.root.length)?);
     GuestMemory::from_arc_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))
 }
 
@@ -74,19 +70,63 @@ fn part_of(file: &File, offset: u64, length: u64) -> Result<FileOffset, MemoryEr
     Ok(FileOffset::new(file.try_clone().map_err(failed)?, offset))
 }
 
+/// A private mapping of part of a file, or of nothing, which stays until the process ends: a machine's
+/// memory lives as long as its process.
 fn region(
     what: &'static str,
-    builder: MmapRegionBuilder<()>,
+    part: Option<FileOffset>,
     address: u64,
     bytes: u64,
 ) -> Result<Arc<GuestRegionMmap<()>>, MemoryError> {
-    let mapping: MmapRegion<()> = builder
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .build()
-        .map_err(|e| MemoryError::Map { what, bytes, source: io::Error::other(e.to_string()) })?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let (flags, fd, offset) = match &part {
+        Some(part) => (flags, part.file().as_raw_fd(), part.start() as i64),
+        None => (flags | libc::MAP_ANONYMOUS, -1, 0),
+    };
+    let length = bytes as usize;
+    let failed = || MemoryError::Map { what, bytes, source: io::Error::last_os_error() };
+    let host = reserve(length).ok_or_else(failed)?;
+    // SAFETY: replaces the range that was reserved just now, which nobody else knows of.
+    let mapped =
+        unsafe { libc::mmap(host, length, protection, flags | libc::MAP_FIXED, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(failed());
+    }
+    let builder = MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
+    // SAFETY: the mapping made above, of this length, protection and flags; it is never taken away.
+    let builder = unsafe { builder.with_raw_mmap_pointer(mapped.cast()) };
+    let mapping: MmapRegion<()> = builder.build().map_err(|e| MemoryError::Map {
+        what,
+        bytes,
+        source: io::Error::other(e.to_string()),
+    })?;
     GuestRegionMmap::new(mapping, GuestAddress(address))
         .map(Arc::new)
         .ok_or_else(|| MemoryError::Regions(format!("{what} at {address:#x} wraps around")))
+}
+
+/// Addresses for `length` bytes that start, as every region of guest memory does, where a huge page could:
+/// KVM maps huge pages only where host and guest address have the same offset in one.
+fn reserve(length: usize) -> Option<*mut libc::c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let longer = length.checked_add(HUGE_PAGE)?;
+    // SAFETY: a new mapping that cannot be accessed.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), longer, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return None;
+    }
+    let before = start.align_offset(HUGE_PAGE);
+    let aligned = start.wrapping_byte_add(before);
+    // SAFETY: head and tail of the mapping made above, which nobody refers to. A failure leaves addresses
+    // taken that nobody misses.
+    unsafe {
+        if before > 0 {
+            libc::munmap(start, before);
+        }
+        libc::munmap(aligned.wrapping_byte_add(length), HUGE_PAGE - before);
+    }
+    Some(aligned)
 }
 
 /// Writes RAM to `file` as the base's memory: byte n of RAM at offset n, zero pages as holes.
