@@ -92,6 +92,7 @@ fn supervise(
         control,
         agent: agent_sender,
         table: Default::default(),
+        terminal_left: Default::default(),
         server: forked.server,
         attached: watch::channel(None).0,
         ended: watch::channel(None).0,

@@ -14,6 +14,7 @@ mod fork_server;
 mod launch;
 mod open;
 mod socket;
+mod terminals;
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,7 @@ use hermitage_guest_proto::{AgentMessage, ExitStatus, HostMessage, SessionId, TE
 use hermitage_vmm_proto::{MachineEvent, MachineId, MachineRequest, SocketError};
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::timeout,
 };
 
@@ -34,6 +35,7 @@ pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use launch::{LaunchError, Spec, launch};
 pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
 use socket::MessageSocket;
+use terminals::TerminalState;
 
 /// Messages waiting for the agent to read. A guest that does not read makes its own sessions wait.
 const AGENT_QUEUE: usize = 64;
@@ -49,6 +51,7 @@ pub struct Machine {
     control: MessageSocket,
     agent: mpsc::Sender<HostMessage>,
     table: Mutex<Table>,
+    terminal_left: Notify,
     server: Arc<ForkServer>,
     attached: watch::Sender<Option<Result<(), String>>>,
     ended: watch::Sender<Option<String>>,
@@ -60,6 +63,7 @@ pub struct Machine {
 struct Table {
     last_session: SessionId,
     last_stream: u64,
+    last_left: u64,
     sessions: HashMap<SessionId, Waiting>,
     connecting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     terminals: [TerminalState; TERMINALS as usize],
@@ -68,15 +72,6 @@ struct Table {
 struct Waiting {
     started: Option<oneshot::Sender<Result<u32, String>>>,
     exited: oneshot::Sender<ExitStatus>,
-}
-
-#[derive(Default)]
-enum TerminalState {
-    #[default]
-    Free,
-    Used,
-    /// The machine was asked to let go of it.
-    Detaching(oneshot::Sender<()>),
 }
 
 impl Machine {
@@ -149,16 +144,7 @@ impl Machine {
             MachineEvent::Running { stages, .. } => {
                 tracing::debug!(machine = self.label, ?stages, "running");
             }
-            MachineEvent::TerminalDetached { terminal } => {
-                let mut table = self.table();
-                if let Some(state) = table.terminals.get_mut(usize::from(terminal))
-                    && matches!(state, TerminalState::Detaching(_))
-                    && let TerminalState::Detaching(waiting) =
-                        std::mem::replace(state, TerminalState::Used)
-                {
-                    let _ = waiting.send(());
-                }
-            }
+            MachineEvent::TerminalDetached { terminal } => self.terminal_detached(terminal),
             MachineEvent::Connected { stream } => {
                 if let Some(waiting) = self.table().connecting.remove(&stream) {
                     let _ = waiting.send(Ok(()));
@@ -204,8 +190,10 @@ impl Machine {
                 }
             }
             AgentMessage::Exited { session, status } => {
-                if let Some(waiting) = self.table().sessions.remove(&session) {
+                let waiting = self.table().sessions.remove(&session);
+                if let Some(waiting) = waiting {
                     let _ = waiting.exited.send(status);
+                    self.free_left(session);
                 }
             }
             AgentMessage::Ready { .. } | AgentMessage::Pong(_) => {}

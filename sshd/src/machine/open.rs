@@ -8,7 +8,7 @@ use hermitage_guest_proto::{
 use hermitage_vmm_proto::{MachineRequest, SocketError};
 use tokio::{io::AsyncWriteExt, net::UnixStream, sync::oneshot, time::timeout};
 
-use super::{Machine, TerminalState, Waiting, byte_pair};
+use super::{Machine, Waiting, byte_pair, terminals::Slot};
 
 /// How long the guest may take to start a program.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -18,8 +18,8 @@ const HANGUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("all {TERMINALS} terminals of this machine are in use; close one first")]
-    NoTerminal,
+    #[error("all {TERMINALS} terminals of this machine are in use; {}", advice(*.left))]
+    NoTerminal { left: usize },
     #[error("the machine ended: {0}")]
     Ended(String),
     #[error("can't start the program: {0}")]
@@ -28,6 +28,14 @@ pub enum OpenError {
     Timeout(Duration),
     #[error("can't make sockets: {0}")]
     Sockets(String),
+}
+
+fn advice(left: usize) -> String {
+    match left {
+        0 => "close one first".into(),
+        1 => "one of them waits for you: log in without +new to take it up".into(),
+        left => format!("{left} of them wait for you: log in without +new to take one up"),
+    }
 }
 
 impl From<std::io::Error> for OpenError {
@@ -45,7 +53,8 @@ pub struct TerminalSpec {
     pub command: Option<Vec<u8>>,
 }
 
-/// A program on a terminal. Dropping it hangs the program up; the terminal is free once it has ended.
+/// A program on a terminal. Dropping it leaves a shell on its terminal; another program is hung up, and
+/// the terminal is free once it has ended.
 pub struct Terminal {
     pub socket: UnixStream,
     pub program: Running,
@@ -65,12 +74,18 @@ impl Machine {
     ) -> Result<Terminal, OpenError> {
         let slot = Slot::take(self)?;
         let (ours, theirs) = byte_pair()?;
-        self.request(&MachineRequest::AttachTerminal { terminal: slot.index }, &[theirs.as_fd()])
-            .await
-            .map_err(|error| self.lost(error))?;
-        drop(theirs);
         let terminal = slot.index;
-        let program = self
+        let attach = MachineRequest::AttachTerminal { terminal, redraw: None };
+        self.request(&attach, &[theirs.as_fd()]).await.map_err(|error| self.lost(error))?;
+        drop(theirs);
+        let shell = spec.command.is_none();
+        if shell {
+            // From here on the machine keeps its screen.
+            let Window { columns, rows, .. } = spec.window;
+            let resize = MachineRequest::ResizeTerminal { terminal, columns, rows };
+            self.request(&resize, &[]).await.map_err(|error| self.lost(error))?;
+        }
+        let mut program = self
             .start(Some(slot), |session| {
                 HostMessage::OpenTerminal(OpenTerminal {
                     session,
@@ -83,7 +98,20 @@ impl Machine {
                 })
             })
             .await?;
+        program.stays = shell;
         Ok(Terminal { socket: ours, program })
+    }
+
+    /// The shell whose terminal was left last, if there is one, with its screen redrawn in that window.
+    pub async fn take_up(self: &Arc<Self>, window: Window) -> Result<Option<Terminal>, OpenError> {
+        let (ours, theirs) = byte_pair()?;
+        let Some(program) = self.take_left().await else { return Ok(None) };
+        let Some(terminal) = program.slot.as_ref().map(|slot| slot.index) else { return Ok(None) };
+        self.tell(HostMessage::Resize { session: program.session, window }).await;
+        let redraw = Some((window.columns, window.rows));
+        let attach = MachineRequest::AttachTerminal { terminal, redraw };
+        self.request(&attach, &[theirs.as_fd()]).await.map_err(|error| self.lost(error))?;
+        Ok(Some(Terminal { socket: ours, program }))
     }
 
     pub async fn exec(
@@ -152,7 +180,8 @@ impl Machine {
             session
         };
         // From here on dropping it tells the guest to hang up whatever it has started.
-        let running = Running { machine: self.clone(), session, exited: Some(exited), slot };
+        let running =
+            Running { machine: self.clone(), session, exited: Some(exited), slot, stays: false };
         if !self.tell(message(session)).await {
             return Err(self.lost(SocketError::Closed));
         }
@@ -183,16 +212,27 @@ impl Machine {
     }
 }
 
-/// A started program. Dropped before it has exited, it is hung up; if that does not end it, it is
-/// killed. Its terminal, if it has one, is free only then.
+/// A started program. Dropped before it has exited, a shell on a terminal stays there; another is hung
+/// up, and if that does not end it, killed. Its terminal, if it has one, is free only then.
 pub struct Running {
     machine: Arc<Machine>,
     session: SessionId,
     exited: Option<oneshot::Receiver<ExitStatus>>,
     slot: Option<Slot>,
+    /// It stays on its terminal when its client goes away.
+    stays: bool,
 }
 
 impl Running {
+    pub(super) fn shell(
+        machine: Arc<Machine>,
+        session: SessionId,
+        exited: oneshot::Receiver<ExitStatus>,
+        slot: Slot,
+    ) -> Self {
+        Self { machine, session, exited: Some(exited), slot: Some(slot), stays: true }
+    }
+
     /// Its exit status; None if the machine ended first. Cancellation-safe; once it has been
     /// returned, waits for ever.
     pub async fn exited(&mut self) -> Option<ExitStatus> {
@@ -214,7 +254,8 @@ impl Running {
     }
 
     pub fn remote(&self) -> Remote {
-        Remote { machine: self.machine.clone(), session: self.session }
+        let terminal = self.slot.as_ref().filter(|_| self.stays).map(|slot| slot.index);
+        Remote { machine: self.machine.clone(), session: self.session, terminal }
     }
 }
 
@@ -222,11 +263,13 @@ impl Running {
 pub struct Remote {
     machine: Arc<Machine>,
     session: SessionId,
+    /// Whose screen is kept.
+    terminal: Option<u8>,
 }
 
 impl Remote {
     pub fn resize(&self, window: Window) {
-        self.machine.tell_if_listening(HostMessage::Resize { session: self.session, window });
+        self.machine.resize(self.session, self.terminal, window);
     }
 
     pub fn signal(&self, name: String) {
@@ -243,6 +286,12 @@ impl Drop for Running {
         let (machine, session) = (self.machine.clone(), self.session);
         // Without a runtime the service is ending, and the machine with it.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if self.stays && exited.is_some() {
+            if let (Some(exited), Some(slot)) = (exited, slot) {
+                runtime.spawn(slot.leave(session, exited));
+            }
+            return;
+        }
         runtime.spawn(async move {
             if let Some(slot) = slot.as_ref().filter(|slot| !slot.detached) {
                 machine.let_go(slot.index).await;
@@ -251,7 +300,7 @@ impl Drop for Running {
                 && !hang_up(&machine, session, exited).await
             {
                 // The guest may still use the terminal: nobody else gets it.
-                slot.into_iter().for_each(std::mem::forget);
+                slot.into_iter().for_each(Slot::keep);
                 tracing::debug!(machine = machine.label, session, "survived hang-up and kill");
             }
         });
@@ -272,48 +321,4 @@ async fn hang_up(
     let ended = timeout(HANGUP_TIMEOUT, &mut exited).await.is_ok();
     machine.table().sessions.remove(&session);
     ended
-}
-
-/// A taken terminal, free again when dropped.
-struct Slot {
-    machine: Arc<Machine>,
-    index: u8,
-    detached: bool,
-}
-
-impl Slot {
-    fn take(machine: &Arc<Machine>) -> Result<Self, OpenError> {
-        let mut table = machine.table();
-        let (index, state) = table
-            .terminals
-            .iter_mut()
-            .enumerate()
-            .find(|(_, state)| matches!(state, TerminalState::Free))
-            .ok_or(OpenError::NoTerminal)?;
-        *state = TerminalState::Used;
-        Ok(Self { machine: machine.clone(), index: index as u8, detached: false })
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.machine.set_terminal(self.index, TerminalState::Free);
-    }
-}
-
-impl Machine {
-    /// Takes the terminal's socket away; what the program still writes is dropped.
-    async fn let_go(&self, index: u8) {
-        let (sender, detached) = oneshot::channel();
-        self.set_terminal(index, TerminalState::Detaching(sender));
-        if self.request(&MachineRequest::DetachTerminal { terminal: index }, &[]).await.is_ok() {
-            let _ = timeout(START_TIMEOUT, detached).await;
-        }
-    }
-
-    fn set_terminal(&self, index: u8, state: TerminalState) {
-        if let Some(terminal) = self.table().terminals.get_mut(usize::from(index)) {
-            *terminal = state;
-        }
-    }
 }

@@ -33,6 +33,11 @@ impl MessageSocket {
         self.when(Interest::WRITABLE, || send(&self.socket, message, descriptors)).await
     }
 
+    /// Sends what is not worth waiting for.
+    pub fn try_send<M: Serialize>(&self, message: &M) -> Result<(), SocketError> {
+        send(&self.socket, message, &[])
+    }
+
     pub async fn receive<M: DeserializeOwned>(&self) -> Result<Packet<M>, SocketError> {
         self.when(Interest::READABLE, || receive(&self.socket)).await
     }

@@ -21,6 +21,7 @@ use super::{
     Server,
     connections::Entry,
     environment,
+    login_name::{self, Wishes},
     words::{again, no_forwarding, shown, signal_name, window},
 };
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
@@ -37,6 +38,8 @@ pub struct ClientHandler {
     failures: u32,
     /// Who authenticated last; settled once authentication has succeeded.
     account: Option<Account>,
+    /// What that login asked for, or why that can't be.
+    wishes: Result<Wishes, String>,
     channels: HashMap<ChannelId, ChannelState>,
     /// Ends every session of this connection when it goes.
     gone: DropGuard,
@@ -73,7 +76,8 @@ impl ClientHandler {
     ) -> Self {
         let gone = CancellationToken::new().drop_guard();
         let channels = HashMap::new();
-        Self { server, peer, inflow, entry, failures: 0, account: None, channels, gone }
+        let wishes = Ok(Wishes::default());
+        Self { server, peer, inflow, entry, failures: 0, account: None, wishes, channels, gone }
     }
 
     /// A failed attempt. Offers of keys are none: an agent offers all it has.
@@ -109,6 +113,7 @@ impl ClientHandler {
         let closed = self.gone.token().child_token();
         let session = Session {
             account,
+            wishes: self.wishes.clone(),
             source: self.peer.to_string(),
             kind,
             pty: setup.pty,
@@ -152,7 +157,7 @@ impl Handler for ClientHandler {
             return Ok(again());
         }
         let Ok(blob) = offer.public_key.to_bytes() else { return Ok(again()) };
-        let known = self.server.authenticator.key(user, blob).await;
+        let known = self.server.authenticator.key(login_name::parse(user).0, blob).await;
         Ok(if known.is_some() { Auth::Accept } else { again() })
     }
 
@@ -161,24 +166,26 @@ impl Handler for ClientHandler {
         user: &str,
         key: VerifiedPublicKey<'_>,
     ) -> Result<Auth, Self::Error> {
+        let (name, wishes) = login_name::parse(user);
         let account = match key.public_key.to_bytes() {
             Ok(blob) if *key.algorithm != (Algorithm::Rsa { hash: None }) => {
-                self.server.authenticator.key(user, blob).await
+                self.server.authenticator.key(name, blob).await
             }
             _ => None,
         };
         let Some(account) = account else { return Ok(self.failed(user, "publickey")) };
         let fingerprint = key.public_key.fingerprint(Default::default());
         tracing::info!(peer = %self.peer, account = account.name, %fingerprint, "login by key");
-        self.account = Some(account);
+        (self.account, self.wishes) = (Some(account), wishes);
         Ok(Auth::Accept)
     }
 
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
-        let account = self.server.authenticator.password(user, password).await;
+        let (name, wishes) = login_name::parse(user);
+        let account = self.server.authenticator.password(name, password).await;
         let Some(account) = account else { return Ok(self.failed(user, "password")) };
         tracing::info!(peer = %self.peer, account = account.name, "login by password");
-        self.account = Some(account);
+        (self.account, self.wishes) = (Some(account), wishes);
         Ok(Auth::Accept)
     }
 
@@ -191,7 +198,10 @@ impl Handler for ClientHandler {
             self.entry.disconnect("this account is disabled");
             return Ok(());
         }
-        self.server.registry.expect(account);
+        // A machine that is to start anew is not resumed ahead; one that is not wanted, not at all.
+        if self.wishes.as_ref().is_ok_and(|wishes| !wishes.fresh_machine) {
+            self.server.registry.expect(account);
+        }
         Ok(())
     }
 

@@ -5,8 +5,11 @@ mod crypto;
 mod environment;
 mod handler;
 mod listener;
+mod login_name;
 mod stream;
 mod words;
+
+pub use login_name::Wishes;
 
 use std::{
     fs::File,

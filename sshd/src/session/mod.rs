@@ -25,7 +25,8 @@ pub use output::Output;
 
 use crate::{
     lifecycle::{Lease, LoginError, Registry},
-    machine::{OpenError, TerminalSpec},
+    machine::{OpenError, Terminal, TerminalSpec},
+    server::Wishes,
     store::Store,
 };
 
@@ -67,6 +68,8 @@ pub struct Pty {
 /// Everything a session needs to run.
 pub struct Session {
     pub account: Account,
+    /// What the login asked for, or why it can't have it.
+    pub wishes: Result<Wishes, String>,
     /// Address and port of the client.
     pub source: String,
     pub kind: Kind,
@@ -157,6 +160,10 @@ pub async fn run(registry: Registry, store: Store, mut session: Session) {
 
 /// From the machine to the program's end.
 async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
+    let wishes = match &session.wishes {
+        Ok(wishes) => *wishes,
+        Err(reason) => return Outcome::Lost(reason.clone()),
+    };
     let mut again = true;
     loop {
         let lease = match registry.login(&session.account).await {
@@ -167,7 +174,7 @@ async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
             // A machine that is taken away says so, rather than what its end looks like from here.
             biased;
             reason = lease.must_end() => return Outcome::Lost(reason),
-            served = serve(&lease, session) => served,
+            served = serve(&lease, session, wishes) => served,
         };
         match served {
             Ok(outcome) => return outcome,
@@ -182,22 +189,17 @@ async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
 }
 
 /// Runs the program. An error if it could not be started.
-async fn serve(lease: &Lease, session: &mut Session) -> Result<Outcome, OpenError> {
+async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<Outcome, OpenError> {
     let env = session.env.clone();
     let client = &mut session.client;
     let program = match (&session.pty, &session.kind) {
         (Some(pty), kind @ (Kind::Shell | Kind::Exec(_))) => {
-            let spec = TerminalSpec {
-                term: pty.term.clone(),
-                window: *client.window.borrow_and_update(),
-                modes: pty.modes.clone(),
-                env,
-                command: match kind {
-                    Kind::Exec(command) => Some(command.clone()),
-                    Kind::Shell | Kind::Sftp => None,
-                },
+            let command = match kind {
+                Kind::Exec(command) => Some(command.clone()),
+                Kind::Shell | Kind::Sftp => None,
             };
-            let terminal = lease.machine.open_terminal(spec).await?;
+            let window = *client.window.borrow_and_update();
+            let terminal = terminal(lease, pty, env, command, window, wishes).await?;
             return Ok(relay::terminal(lease, terminal, client, &session.output).await);
         }
         (_, Kind::Shell) => Program::Shell,
@@ -206,6 +208,25 @@ async fn serve(lease: &Lease, session: &mut Session) -> Result<Outcome, OpenErro
     };
     let command = lease.machine.exec(program, env).await?;
     Ok(relay::command(lease, command, client, &session.output).await)
+}
+
+/// A terminal with its program: for a shell the one that was left last, unless a new one is wanted.
+async fn terminal(
+    lease: &Lease,
+    pty: &Pty,
+    env: Vec<(String, String)>,
+    command: Option<Vec<u8>>,
+    window: Window,
+    wishes: Wishes,
+) -> Result<Terminal, OpenError> {
+    if command.is_none()
+        && !wishes.new_terminal
+        && let Some(terminal) = lease.machine.take_up(window).await?
+    {
+        return Ok(terminal);
+    }
+    let (term, modes) = (pty.term.clone(), pty.modes.clone());
+    lease.machine.open_terminal(TerminalSpec { term, window, modes, env, command }).await
 }
 
 /// What is left to say to the client.

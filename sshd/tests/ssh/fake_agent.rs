@@ -168,17 +168,7 @@ impl Guest {
         drop(command);
         drop((sessions, starting));
         let mut master = File::from(pty.master);
-        let mut typing = master.try_clone().unwrap();
-        // Attached over another socket, so perhaps a moment later.
-        let mut socket = loop {
-            match self.machine.terminal(open.terminal) {
-                Some(socket) => break socket,
-                None => std::thread::sleep(Duration::from_millis(1)),
-            }
-        };
-        std::thread::spawn(move || {
-            let _ = std::io::copy(&mut socket, &mut typing);
-        });
+        self.machine.opened(open.terminal, master.try_clone().unwrap());
         let session = open.session;
         drop(pty.slave);
         self.say(&AgentMessage::Started { session, pid: child.id() });

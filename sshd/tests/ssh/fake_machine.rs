@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     io::{Read, Write},
     net::Shutdown,
     os::{
@@ -10,6 +11,7 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Condvar, Mutex},
+    time::Duration,
 };
 
 use hermitage_vmm_proto::{End, MachineEvent, MachineRequest, receive, send};
@@ -20,11 +22,20 @@ use crate::fake_agent;
 pub struct Machine {
     control: OwnedFd,
     pub agent: Mutex<UnixStream>,
-    terminals: Mutex<[Option<UnixStream>; 8]>,
+    terminals: Mutex<[Terminal; 8]>,
     streams: Mutex<HashMap<u64, UnixStream>>,
     stream_came: Condvar,
     /// The account's disk; its lock is this process's as long as it lives.
     _disk: OwnedFd,
+}
+
+#[derive(Default)]
+struct Terminal {
+    socket: Option<UnixStream>,
+    /// All that was shown: a screen that a later client gets redrawn.
+    shown: Vec<u8>,
+    /// Where what is typed goes.
+    typing: Option<File>,
 }
 
 pub fn run() -> ! {
@@ -66,11 +77,25 @@ impl Machine {
             socket
         });
         match request {
-            MachineRequest::AttachTerminal { terminal } => {
-                self.terminals.lock().unwrap()[usize::from(terminal)] = socket;
+            MachineRequest::AttachTerminal { terminal, redraw } => {
+                let mut socket = socket.unwrap();
+                let reading = socket.try_clone().unwrap();
+                let mut terminals = self.terminals.lock().unwrap();
+                let state = &mut terminals[usize::from(terminal)];
+                match redraw {
+                    Some((columns, rows)) => {
+                        write!(socket, "[redrawn {columns}x{rows}]").unwrap();
+                        socket.write_all(&state.shown).unwrap();
+                    }
+                    None => *state = Terminal::default(),
+                }
+                state.socket = Some(socket);
+                let machine = self.clone();
+                std::thread::spawn(move || machine.type_from(terminal, reading));
             }
+            MachineRequest::ResizeTerminal { .. } => {}
             MachineRequest::DetachTerminal { terminal } => {
-                let taken = self.terminals.lock().unwrap()[usize::from(terminal)].take();
+                let taken = self.terminals.lock().unwrap()[usize::from(terminal)].socket.take();
                 if let Some(socket) = taken {
                     let _ = socket.shutdown(Shutdown::Both);
                 }
@@ -126,15 +151,44 @@ impl Machine {
         }
     }
 
-    /// What a terminal shows; dropped while nobody is attached.
+    /// What a terminal shows; only remembered while nobody is attached.
     pub fn show(&self, terminal: u8, bytes: &[u8]) {
-        if let Some(mut socket) = self.terminal(terminal) {
+        let mut terminals = self.terminals.lock().unwrap();
+        let state = &mut terminals[usize::from(terminal)];
+        state.shown.extend(bytes);
+        let socket = state.socket.as_ref().map(|socket| socket.try_clone().unwrap());
+        drop(terminals);
+        if let Some(mut socket) = socket {
             let _ = socket.write_all(bytes);
         }
     }
 
-    pub fn terminal(&self, terminal: u8) -> Option<UnixStream> {
-        let terminals = self.terminals.lock().unwrap();
-        terminals[usize::from(terminal)].as_ref().map(|socket| socket.try_clone().unwrap())
+    /// A program has opened a terminal. It is attached over another socket, so perhaps a moment later.
+    pub fn opened(&self, terminal: u8, typing: File) {
+        loop {
+            let mut terminals = self.terminals.lock().unwrap();
+            let state = &mut terminals[usize::from(terminal)];
+            if state.socket.is_some() {
+                state.typing = Some(typing);
+                return;
+            }
+            drop(terminals);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn type_from(&self, terminal: u8, mut socket: UnixStream) {
+        let mut chunk = [0; 4096];
+        while let Ok(count @ 1..) = socket.read(&mut chunk) {
+            let typing = loop {
+                let terminals = self.terminals.lock().unwrap();
+                match &terminals[usize::from(terminal)].typing {
+                    Some(typing) => break typing.try_clone().unwrap(),
+                    None => drop(terminals),
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            };
+            let _ = (&typing).write_all(&chunk[..count]);
+        }
     }
 }

@@ -14,3 +14,4 @@ mod login;
 mod processes;
 mod raw;
 mod streams;
+mod terminals;

@@ -88,8 +88,12 @@ pub enum ProcessExit {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MachineRequest {
     /// Descriptor: a stream socket that becomes the host's side of the terminal. What the terminal
-    /// writes while nothing is attached is dropped.
-    AttachTerminal { terminal: u8 },
+    /// writes while nothing is attached is dropped, but drawn on the terminal's screen. With `redraw`
+    /// (columns, rows) the screen takes that size and is what the socket gets first; without, the
+    /// terminal is for a new program and has no screen until [`ResizeTerminal`](Self::ResizeTerminal).
+    AttachTerminal { terminal: u8, redraw: Option<(u16, u16)> },
+    /// The window's size: the terminal's screen follows, and is kept from now on.
+    ResizeTerminal { terminal: u8, columns: u16, rows: u16 },
     /// Deliver what the terminal has written so far, then close the socket. Answered by
     /// [`MachineEvent::TerminalDetached`] at once; the bytes follow on the socket up to its end.
     DetachTerminal { terminal: u8 },

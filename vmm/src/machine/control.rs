@@ -129,9 +129,14 @@ impl Server<'_> {
         let mut descriptors = packet.descriptors.into_iter();
         let devices = &self.machine.devices;
         match packet.message {
-            MachineRequest::AttachTerminal { terminal } => {
+            MachineRequest::AttachTerminal { terminal, redraw } => {
                 let socket = descriptors.next()?;
-                if let Err(fault) = devices.console.attach(terminal, socket) {
+                if let Err(fault) = devices.console.attach(terminal, socket, redraw) {
+                    self.machine.end(end_of(fault));
+                }
+            }
+            MachineRequest::ResizeTerminal { terminal, columns, rows } => {
+                if let Err(fault) = devices.console.resize(terminal, columns, rows) {
                     self.machine.end(end_of(fault));
                 }
             }

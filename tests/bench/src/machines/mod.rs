@@ -86,7 +86,7 @@ impl Machine {
     /// Opens terminal 0 with the login shell and waits for its prompt.
     pub fn open_terminal(&mut self) -> anyhow::Result<TerminalTimes> {
         let (ours, theirs) = stream_pair(true).context("make a socket pair")?;
-        let attach = MachineRequest::AttachTerminal { terminal: 0 };
+        let attach = MachineRequest::AttachTerminal { terminal: 0, redraw: None };
         send(&self.control, &attach, &[theirs.as_fd()]).context("attach a terminal")?;
         drop(theirs);
         let open = HostMessage::OpenTerminal(OpenTerminal {

@@ -4,6 +4,7 @@ use std::{
     io,
     os::fd::{AsFd as _, OwnedFd},
     process::{Child, Command, Stdio},
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -61,7 +62,8 @@ impl<'a> Terminal<'a> {
             shown: Vec::new(),
             past: Vec::new(),
             ended: false,
-            marks: 0,
+            // A screen that is redrawn shows the marks of the terminal before.
+            marks: 1000 * story.world.names.fetch_add(1, Ordering::Relaxed),
         })
     }
 
@@ -119,7 +121,7 @@ impl<'a> Terminal<'a> {
     }
 
     pub fn run_status(&mut self, command: &str, seconds: u64) -> Result<(String, i32)> {
-        self.marks += 1;
+        self.marks = self.marks.wrapping_add(1);
         let mark = self.marks;
         self.send(&format!("echo '<be''gin {mark}>'; {command}; echo \"<e\"\"nd {mark} $?>\"\n"))?;
         self.expect(&format!("<begin {mark}>\r\n"), seconds)?;

@@ -10,6 +10,7 @@ mod operator;
 mod pressure;
 mod session;
 mod space;
+mod terminals;
 
 use crate::runner::Test;
 
@@ -25,5 +26,6 @@ pub fn all() -> Vec<Test> {
     all.extend(fork::TESTS);
     all.extend(malformed::TESTS);
     all.extend(space::TESTS);
+    all.extend(terminals::TESTS);
     all
 }

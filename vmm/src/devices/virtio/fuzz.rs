@@ -53,9 +53,12 @@ impl Subject for Console {
 
     fn host(device: &Transport<Self>, dice: &mut Dice) -> Result<(), Fault> {
         let terminal = dice.below(8) as u8;
-        match dice.below(4) {
+        let (columns, rows) = (dice.below(600) as u16, dice.below(300) as u16);
+        match dice.below(6) {
             0 => device.detach(terminal).map(drop),
-            _ => device.attach(terminal, peer(dice)),
+            1 => device.resize(terminal, columns, rows),
+            2 => device.attach(terminal, peer(dice), Some((columns, rows))),
+            _ => device.attach(terminal, peer(dice), None),
         }
     }
 

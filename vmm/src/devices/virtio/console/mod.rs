@@ -5,6 +5,7 @@
 
 mod control;
 mod port;
+mod screen;
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
@@ -18,6 +19,7 @@ use super::{
 use crate::poller::{Event, Key, Poller};
 use control::{Control, MESSAGE, Message};
 use port::{Farewell, Next, Port};
+use screen::{Screen, ScreenState};
 
 /// Ports, each a terminal.
 pub const TERMINALS: usize = hermitage_guest_proto::TERMINALS as usize;
@@ -62,6 +64,7 @@ pub struct ConsoleState {
     control: Control,
     /// For each port: bytes of its next output chain that were delivered already.
     delivered: [u64; TERMINALS],
+    screens: [Option<ScreenState>; TERMINALS],
 }
 
 impl Console {
@@ -224,7 +227,10 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.control = Control::default();
-        self.ports.iter_mut().for_each(|port| port.delivered = 0);
+        for port in &mut self.ports {
+            port.delivered = 0;
+            port.screen = None;
+        }
     }
 
     fn save(&self) -> Result<ConsoleState, StateError> {
@@ -235,13 +241,18 @@ impl VirtioDevice for Console {
             return Err(StateError::busy(Self::NAME, "output is still being delivered"));
         }
         let delivered = std::array::from_fn(|port| self.ports[port].delivered);
-        Ok(ConsoleState { control: self.control.clone(), delivered })
+        let screens =
+            std::array::from_fn(|port| self.ports[port].screen.as_ref().map(|s| s.save()));
+        Ok(ConsoleState { control: self.control.clone(), delivered, screens })
     }
 
     fn load(&mut self, state: ConsoleState) -> Result<(), StateError> {
         // Any value will do: a position behind the end of a chain counts as its end.
         for (port, delivered) in self.ports.iter_mut().zip(state.delivered) {
             port.delivered = delivered;
+        }
+        for (port, screen) in self.ports.iter_mut().zip(&state.screens) {
+            port.screen = screen.as_ref().map(Screen::load).transpose()?.map(Box::new);
         }
         self.control = state.control;
         Ok(())
@@ -265,22 +276,47 @@ impl VirtioDevice for Console {
 /// For the I/O and control threads.
 impl Transport<Console> {
     /// Makes a non-blocking stream socket the host's side of a terminal (0 to 7). If there is one
-    /// already, that is detached first.
-    pub fn attach(&self, terminal: u8, socket: OwnedFd) -> Result<(), Fault> {
-        let port = usize::from(terminal);
-        if port >= TERMINALS {
-            return Err(Fault::Host {
-                device: Console::NAME,
-                what: "attach a terminal",
-                source: io::Error::other(format!("there is no terminal {terminal}")),
-            });
-        }
+    /// already, that is detached first. With `redraw` (columns and rows) the terminal's screen takes
+    /// that size and goes to the socket first; without, it is for a new program and has no screen until
+    /// [`resize`](Self::resize).
+    pub fn attach(
+        &self,
+        terminal: u8,
+        socket: OwnedFd,
+        redraw: Option<(u16, u16)>,
+    ) -> Result<(), Fault> {
+        let port = number(terminal)?;
         self.with(|console, context| {
             console.detach(port, context)?;
             let key = console.fresh_key();
-            console.ports[port].attach(console.poller.clone(), socket, key);
+            let terminal = &mut console.ports[port];
+            let first = match redraw {
+                Some((columns, rows)) => {
+                    let screen =
+                        terminal.screen.get_or_insert_with(|| Box::new(Screen::new(columns, rows)));
+                    screen.resize(columns, rows);
+                    screen.redraw()
+                }
+                None => {
+                    terminal.screen = None;
+                    Vec::new()
+                }
+            };
+            terminal.attach(console.poller.clone(), socket, key, first);
             console.pump_output(port, context)?;
             console.pump_input(port, context)
+        })
+    }
+
+    /// The terminal's window has changed: its screen follows, and is kept from now on.
+    pub fn resize(&self, terminal: u8, columns: u16, rows: u16) -> Result<(), Fault> {
+        let port = number(terminal)?;
+        self.with(|console, _| {
+            match &mut console.ports[port].screen {
+                Some(screen) => screen.resize(columns, rows),
+                none => *none = Some(Box::new(Screen::new(columns, rows))),
+            }
+            Ok(())
         })
     }
 
@@ -313,6 +349,15 @@ impl Transport<Console> {
             input: console.ports.iter().map(|port| port.bytes_in).sum(),
         })
     }
+}
+
+fn number(terminal: u8) -> Result<usize, Fault> {
+    let port = usize::from(terminal);
+    if port < TERMINALS {
+        return Ok(port);
+    }
+    let source = io::Error::other(format!("there is no terminal {terminal}"));
+    Err(Fault::Host { device: Console::NAME, what: "attach a terminal", source })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,10 +3,12 @@
 //! No bytes are kept here while a socket is attached: output goes from guest memory to the socket, and
 //! what the socket does not take stays in the virtqueue, where it makes the writer in the guest sleep.
 //! Input is read only into buffers the guest has made available. So neither side can make this
-//! process grow.
+//! process grow. What passes is also drawn on the terminal's [`Screen`], if it has one: that is bounded
+//! by the window's size.
 
 use std::{io, sync::Arc};
 
+use super::screen::Screen;
 use crate::{
     devices::virtio::{
         Fault,
@@ -22,6 +24,13 @@ use crate::{
 /// Linux has at most 16 times 32 KiB in a port's queue.
 const FAREWELL_LIMIT: usize = 1 << 20;
 
+/// Most bytes of one output buffer that are drawn. Linux writes at most 32 KiB at a time; a driver that
+/// chains gigabytes is not its terminal's concern.
+const DRAWN_LIMIT: u64 = 64 << 10;
+
+/// Bytes drawn before others get their turn: drawing takes time, and the device is locked meanwhile.
+const DRAWN_AT_ONCE: u64 = 64 << 10;
+
 /// Somebody at a terminal.
 struct Attachment {
     source: Source,
@@ -34,11 +43,18 @@ struct Attachment {
     /// The guest has buffers for what the socket brings.
     input_wanted: bool,
     hung_up: bool,
+    /// The screen's redraw, which goes before everything else, and how much of it the socket has.
+    redraw: Vec<u8>,
+    redrawn: usize,
 }
 
 #[derive(Default)]
 pub struct Port {
     attached: Option<Attachment>,
+    /// None: nobody will want to see this terminal again.
+    pub screen: Option<Box<Screen>>,
+    /// Bytes drawn since others had their turn.
+    drawn: u64,
     /// Bytes of the next output chain that were delivered already.
     pub delivered: u64,
     pub bytes_out: u64,
@@ -70,7 +86,14 @@ impl Port {
         self.attached.as_ref().is_some_and(|a| a.source.key().token == token)
     }
 
-    pub fn attach(&mut self, poller: Arc<Poller>, socket: std::os::fd::OwnedFd, key: Key) {
+    /// `redraw` is what the socket gets first.
+    pub fn attach(
+        &mut self,
+        poller: Arc<Poller>,
+        socket: std::os::fd::OwnedFd,
+        key: Key,
+        redraw: Vec<u8>,
+    ) {
         self.attached = Some(Attachment {
             source: Source::new(poller, socket, key),
             blocked: false,
@@ -78,6 +101,8 @@ impl Port {
             input_ended: false,
             input_wanted: false,
             hung_up: false,
+            redraw,
+            redrawn: 0,
         });
     }
 
@@ -89,13 +114,15 @@ impl Port {
         memory: &GuestMemory,
     ) -> Result<Option<Farewell>, Fault> {
         let Some(attachment) = self.attached.take() else { return Ok(None) };
-        let mut farewell = Farewell { source: attachment.source, bytes: Vec::new(), sent: 0 };
+        let Attachment { source, redraw: bytes, redrawn: sent, .. } = attachment;
+        let mut farewell = Farewell { source, bytes, sent };
         // A guest that goes on writing is not waited for.
         for _ in 0..queue.max_size() {
             let Some(chain) = queue.peek(memory)? else { break };
             if !attachment.output_dead {
                 self.bytes_out += farewell.take(memory, &chain, self.delivered);
             }
+            self.draw(memory, &chain, self.delivered, u64::MAX);
             self.finish_output(queue, memory, &chain)?;
         }
         queue.arm(memory)?;
@@ -125,9 +152,13 @@ impl Port {
     }
 
     fn move_output(&mut self, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<Next, Fault> {
+        self.drawn = 0;
         for _ in 0..queue.max_size() {
-            if self.attached.as_ref().is_some_and(|a| a.blocked) {
+            if self.attached.as_mut().is_some_and(|a| !a.redraw()) {
                 return Ok(Next::Wait);
+            }
+            if self.drawn > DRAWN_AT_ONCE {
+                return Ok(Next::Again);
             }
             let Some(chain) = queue.peek(memory)? else {
                 if queue.arm(memory)? {
@@ -147,6 +178,25 @@ impl Port {
 
     /// True when the chain needs nothing more.
     fn deliver(&mut self, memory: &GuestMemory, chain: &Chain) -> bool {
+        let from = self.delivered;
+        let over = self.send(memory, chain);
+        // What goes to nobody is on the screen all the same.
+        self.draw(memory, chain, from, if over { u64::MAX } else { self.delivered - from });
+        over
+    }
+
+    /// Draws `count` bytes of a chain, from `skip` on.
+    fn draw(&mut self, memory: &GuestMemory, chain: &Chain, skip: u64, count: u64) {
+        let Some(screen) = &mut self.screen else { return };
+        let part = window(&chain.readable, skip, count.min(DRAWN_LIMIT));
+        let mut bytes = vec![0; part.iter().map(|segment| segment.length as usize).sum()];
+        if read_prefix(memory, &part, &mut bytes) && !screen.write(&bytes) {
+            tracing::debug!("a terminal's output takes too long to draw; a part was left out");
+        }
+        self.drawn += bytes.len() as u64;
+    }
+
+    fn send(&mut self, memory: &GuestMemory, chain: &Chain) -> bool {
         let Some(attachment) = &mut self.attached else { return true };
         if attachment.output_dead {
             return true;
@@ -252,6 +302,23 @@ impl Port {
     }
 }
 
+impl Attachment {
+    /// Sends what is left of the redraw. False while the socket takes nothing.
+    fn redraw(&mut self) -> bool {
+        while !self.blocked && !self.output_dead && self.redrawn < self.redraw.len() {
+            match vio::send_bytes(self.source.fd(), &self.redraw[self.redrawn..]) {
+                Ok(count) => self.redrawn += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.blocked = true,
+                Err(_) => self.output_dead = true,
+            }
+        }
+        if self.redrawn == self.redraw.len() {
+            (self.redraw, self.redrawn) = (Vec::new(), 0);
+        }
+        !self.blocked
+    }
+}
+
 impl Farewell {
     pub fn has_token(&self, token: u32) -> bool {
         self.source.key().token == token
@@ -261,11 +328,11 @@ impl Farewell {
     fn take(&mut self, memory: &GuestMemory, chain: &Chain, skip: u64) -> u64 {
         let mut rest = window(&chain.readable, skip, u64::MAX);
         let mut taken = 0;
-        if self.bytes.is_empty() {
+        if self.sent == self.bytes.len() {
             taken = vio::send(self.source.fd(), memory, &rest).unwrap_or(0) as u64;
             rest = window(&rest, taken, u64::MAX);
         }
-        let room = FAREWELL_LIMIT - self.bytes.len();
+        let room = FAREWELL_LIMIT.saturating_sub(self.bytes.len());
         let rest = window(&rest, 0, room as u64);
         let count = rest.iter().map(|segment| segment.length as usize).sum::<usize>();
         let start = self.bytes.len();

@@ -114,8 +114,12 @@ impl Guest {
     }
 
     fn attach(&mut self, terminal: u8) -> UnixStream {
+        self.attach_with(terminal, None)
+    }
+
+    fn attach_with(&mut self, terminal: u8, redraw: Option<(u16, u16)>) -> UnixStream {
         let (ours, theirs) = stream_pair(true).unwrap();
-        self.driver.device.attach(terminal, theirs).unwrap();
+        self.driver.device.attach(terminal, theirs, redraw).unwrap();
         UnixStream::from(ours)
     }
 }
@@ -417,4 +421,73 @@ fn what_was_made_available_and_not_looked_at_before_the_snapshot_is_served_after
     assert_eq!(fork.driver.used(transmit_queue(6)).len(), 1);
     assert_eq!(fork.driver.used(CONTROL_TRANSMIT).len(), 1);
     assert_eq!(fork.heard().len(), 2);
+}
+
+#[test]
+fn who_comes_back_gets_the_screen_then_what_follows() {
+    let mut guest = Guest::start();
+    let mut peer = guest.attach(2);
+    guest.driver.device.resize(2, 60, 20).unwrap();
+    guest.write(2, b"seen ");
+    assert_eq!(drain(&mut peer), b"seen ", "bytes pass untouched while the screen follows");
+    assert!(guest.driver.device.detach(2).unwrap());
+    guest.write(2, b"missed");
+    let mut peer = guest.attach_with(2, Some((40, 10)));
+    guest.write(2, b" live");
+    let shown = drain(&mut peer);
+    assert!(shown.ends_with(b" live"));
+    let mut parser = vt100::Parser::new(10.try_into().unwrap(), 40.try_into().unwrap(), 0);
+    parser.process(&shown);
+    assert_eq!(parser.screen().contents(), "seen missed live");
+    // The next program on it starts with nothing.
+    let mut peer = guest.attach(2);
+    guest.write(2, b"new");
+    assert_eq!(drain(&mut peer), b"new");
+    let mut peer = guest.attach_with(2, Some((40, 10)));
+    parser.process(&drain(&mut peer));
+    assert_eq!(parser.screen().contents(), "");
+}
+
+#[test]
+fn a_screen_larger_than_the_socket_comes_whole_and_before_what_follows() {
+    let mut guest = Guest::start();
+    guest.driver.device.resize(1, 500, 200).unwrap();
+    let mut wanted = Vec::new();
+    for n in 0..500u32 * 200 {
+        wanted.extend(format!("\x1b[38;2;{};{};7mx", n % 256, n / 256 % 256).bytes());
+    }
+    let mut sent = 0;
+    while sent < wanted.len() {
+        sent += guest.write(1, &wanted[sent..]);
+        guest.serve();
+    }
+    let mut peer = guest.attach_with(1, Some((500, 200)));
+    guest.write(1, b"\x1b[mend");
+    let mut shown = drain(&mut peer);
+    assert!(!shown.ends_with(b"end"), "the socket took all at once: the test tests nothing");
+    for _ in 0..1000 {
+        guest.serve();
+        shown.extend(drain(&mut peer));
+        if shown.ends_with(b"end") {
+            break;
+        }
+    }
+    let mut parser = vt100::Parser::new(200.try_into().unwrap(), 500.try_into().unwrap(), 0);
+    parser.process(&shown);
+    assert_eq!(parser.screen().contents().matches('x').count(), 500 * 200 - 500);
+    assert!(parser.screen().contents().ends_with("end"));
+}
+
+#[test]
+fn a_screen_goes_along_into_a_snapshot() {
+    let mut guest = Guest::start();
+    guest.driver.device.resize(4, 60, 20).unwrap();
+    guest.write(4, b"\x1b[1mkept");
+    let state = guest.driver.device.save().unwrap();
+    assert!(state.device.screens[4].is_some() && state.device.screens[3].is_none());
+    let (fresh, poller) = console();
+    let driver = guest.driver.fork(fresh);
+    let mut fork = Guest { driver, poller, buffers: guest.buffers, output: guest.output };
+    let shown = drain(&mut fork.attach_with(4, Some((60, 20))));
+    assert!(String::from_utf8(shown).unwrap().contains("\x1b[1mkept"));
 }

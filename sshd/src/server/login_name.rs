@@ -1,0 +1,61 @@
+//! Login names: `account`, or `account+word` for a login that wants something of its own. An account's
+//! name has no `+`, so the two can't be mixed up.
+
+/// What a login asks for beside its account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// `+new`: a terminal beside those that wait, rather than the one left last.
+    pub new_terminal: bool,
+    /// `+fresh`: a machine that starts from the disk; what was saved of its memory is dropped.
+    pub fresh_machine: bool,
+}
+
+/// The account's name, and what else is wanted: or, in words for the user once she has authenticated,
+/// why that can't be.
+pub fn parse(user: &str) -> (&str, Result<Wishes, String>) {
+    let mut words = user.split('+');
+    let account = words.next().unwrap_or(user);
+    let mut wishes = Wishes::default();
+    for word in words {
+        match word {
+            "new" => wishes.new_terminal = true,
+            "fresh" => wishes.fresh_machine = true,
+            _ => {
+                let word: String = word.chars().take(20).flat_map(char::escape_default).collect();
+                return (
+                    account,
+                    Err(format!(
+                        "\"+{word}\" is nothing this service knows after an account's name: \
+                         +new opens another terminal, +fresh starts the machine anew from its disk"
+                    )),
+                );
+            }
+        }
+    }
+    (account, Ok(wishes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_after_the_account_are_wishes() {
+        assert_eq!(parse("alice"), ("alice", Ok(Wishes::default())));
+        let new = Wishes { new_terminal: true, ..Wishes::default() };
+        assert_eq!(parse("alice+new"), ("alice", Ok(new)));
+        let both = Wishes { new_terminal: true, fresh_machine: true };
+        assert_eq!(parse("alice+fresh+new"), ("alice", Ok(both)));
+        assert_eq!(parse("").0, "");
+    }
+
+    #[test]
+    fn an_unknown_word_is_refused_in_clean_words() {
+        for user in ["alice+", "alice+nwe", "alice+new+\x1b]0;x", "alice+NEW"] {
+            let (account, wishes) = parse(user);
+            assert_eq!(account, "alice");
+            let words = wishes.unwrap_err();
+            assert!(words.contains("+new") && !words.contains('\x1b'), "{words}");
+        }
+    }
+}

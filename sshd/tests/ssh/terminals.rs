@@ -1,0 +1,178 @@
+//! Terminals outlive links: what a client finds that comes back.
+
+use std::{
+    io::{Read, Write},
+    process::{Child, ChildStdin, ChildStdout, Stdio},
+};
+
+use crate::harness::{Service, at, stderr, stdout, wait_for};
+
+/// An `ssh -tt` with a shell, typed to and read from over pipes.
+struct Shell {
+    child: Child,
+    typing: ChildStdin,
+    showing: ChildStdout,
+    shown: String,
+}
+
+impl Shell {
+    fn open(service: &Service, user: &str) -> Self {
+        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-tt"]);
+        ssh.arg(at(user)).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = ssh.spawn().unwrap();
+        let (typing, showing) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self { child, typing, showing, shown: String::new() }
+    }
+
+    /// Types a line, whose output must be `wanted`.
+    fn run(&mut self, line: &str, wanted: &str) {
+        self.typing.write_all(format!("{line}\n").as_bytes()).unwrap();
+        self.expect(wanted);
+    }
+
+    /// Reads until this was shown; returns what came before it.
+    fn expect(&mut self, wanted: &str) -> String {
+        loop {
+            if let Some(at) = self.shown.find(wanted) {
+                let rest = self.shown.split_off(at + wanted.len());
+                return std::mem::replace(&mut self.shown, rest);
+            }
+            let mut chunk = [0; 4096];
+            let count = self.showing.read(&mut chunk).unwrap();
+            assert!(count > 0, "ended before it showed {wanted:?}: {:?}", self.shown);
+            self.shown.push_str(&String::from_utf8_lossy(&chunk[..count]));
+        }
+    }
+
+    /// The link is gone from one moment to the next.
+    fn cut(mut self, service: &Service) {
+        let before = service.log().matches(LEFT).count();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        wait_for("the loss", || (service.log().matches(LEFT).count() > before).then_some(()));
+    }
+
+    fn exit(mut self) -> i32 {
+        self.typing.write_all(b"exit 7\n").unwrap();
+        std::io::copy(&mut self.showing, &mut std::io::sink()).unwrap();
+        self.child.wait().unwrap().code().unwrap()
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const LEFT: &str = "a terminal waits for its user";
+
+#[test]
+fn a_shell_survives_its_link_and_is_taken_up_again() {
+    let service = Service::start();
+    service.account("alice");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("kept=here; echo pid $$.", "pid ");
+    let pid = shell.expect(".");
+    let pid = if pid.contains('$') {
+        shell.expect("pid ");
+        shell.expect(".")
+    } else {
+        pid
+    };
+    shell.cut(&service);
+
+    let mut shell = Shell::open(&service, "alice");
+    let redrawn = shell.expect("]");
+    assert!(redrawn.contains("[redrawn "), "{redrawn:?}");
+    assert!(shell.expect(&pid).contains("kept=here"), "the screen is not what it was");
+    shell.run("echo $$-$kept", &format!("{}-here", pid.trim_end_matches('.')));
+    assert_eq!(shell.exit(), 7);
+
+    // It has ended: the next login starts another.
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo a-${kept}-b", "a--b");
+    assert!(!shell.shown.contains("redrawn"));
+}
+
+#[test]
+fn the_terminal_left_last_is_taken_up_first() {
+    let service = Service::start();
+    service.account("alice");
+    let mut shells: Vec<Shell> = (0..3).map(|_| Shell::open(&service, "alice")).collect();
+    for (n, shell) in shells.iter_mut().enumerate() {
+        shell.run(&format!("n={n}; echo i-$n"), &format!("i-{n}"));
+    }
+    // In another order than they were opened in.
+    let order = [1, 2, 0];
+    let mut shells: Vec<Option<Shell>> = shells.into_iter().map(Some).collect();
+    for n in order {
+        shells[n].take().unwrap().cut(&service);
+    }
+    let mut taken = vec![];
+    for n in order.iter().rev() {
+        let mut shell = Shell::open(&service, "alice");
+        shell.run("echo again-$n", &format!("again-{n}"));
+        taken.push(shell);
+    }
+    // All of them are attached: two never share one.
+    let mut another = Shell::open(&service, "alice");
+    another.run("echo now-$n.", "now-.");
+}
+
+#[test]
+fn new_is_a_terminal_beside_those_that_wait() {
+    let service = Service::start();
+    service.account("alice");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("n=first; echo it-is-$n", "it-is-first");
+    shell.cut(&service);
+    let mut new = Shell::open(&service, "alice+new");
+    new.run("echo it-is-$n.", "it-is-.");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo again-$n", "again-first");
+}
+
+#[test]
+fn with_all_terminals_waiting_new_is_refused_in_words_and_a_login_takes_one_up() {
+    let service = Service::start();
+    service.account("alice");
+    for n in 0..8 {
+        let mut shell = Shell::open(&service, "alice+new");
+        shell.run(&format!("n={n}; echo i-$n"), &format!("i-{n}"));
+        shell.cut(&service);
+    }
+    let mut ninth = Shell::open(&service, "alice+new");
+    ninth.expect("all 8 terminals of this machine are in use; 8 of them wait for you");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo again-$n", "again-7");
+}
+
+#[test]
+fn a_shell_that_ends_while_nobody_looks_frees_its_terminal() {
+    let service = Service::start();
+    service.account("alice");
+    for _ in 0..9 {
+        let mut shell = Shell::open(&service, "alice+new");
+        let file = service.path("pid");
+        shell.run(&format!("echo $$ > {}; echo not''ed", file.display()), "noted");
+        shell.cut(&service);
+        let ended = service.ssh("alice", &format!("kill -9 $(cat {})", file.display()));
+        assert!(ended.status.success(), "{}", stderr(&ended));
+    }
+}
+
+#[test]
+fn an_unknown_word_is_refused_after_authentication_only() {
+    let service = Service::start();
+    service.account("alice");
+    let output = service.ssh("alice+nwe", "echo in");
+    assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(255), ""));
+    assert!(stderr(&output).contains("\"+nwe\" is nothing this service knows"), "{output:?}");
+    assert!(service.account_status("alice").is_none(), "a machine was started for it");
+    let mut stranger = service.ssh_with_keys(&["stranger"]);
+    let output = crate::harness::finish(stranger.args([&at("alice+nwe"), "true"]));
+    assert!(stderr(&output).contains("Permission denied"), "{output:?}");
+    assert_eq!(stdout(&service.ssh("alice+new", "echo in")), "in\n");
+}
