@@ -54,7 +54,7 @@ fn a_start_is_timed_step_by_step() {
         far.tell(MachineEvent::Running { at: 0, stages: vec![] });
         far.say(&AgentMessage::Attached);
         let attach = receive::<MachineRequest>(&far.control).unwrap();
-        assert_eq!(attach.message, MachineRequest::AttachTerminal { terminal: 0 });
+        assert_eq!(attach.message, MachineRequest::AttachTerminal { terminal: 0, redraw: None });
         assert!(matches!(far.hear(), HostMessage::OpenTerminal(open) if open.terminal == 0));
         far.say(&AgentMessage::Started { session: 1, pid: 9 });
         let mut terminal = UnixStream::from(attach.descriptors.into_iter().next().unwrap());
