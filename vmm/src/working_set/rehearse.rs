@@ -81,7 +81,7 @@ fn log_in(machine: &Machine, mut agent: UnixStream) -> anyhow::Result<(UnixStrea
         other => bail!("the agent answered {other:?} to Attach"),
     }
     let (ours, theirs) = stream_pair(true).context("make a socket pair")?;
-    machine.devices.console.attach(0, theirs)?;
+    machine.devices.console.attach(0, theirs, None)?;
     let open = HostMessage::OpenTerminal(OpenTerminal {
         session: 1,
         terminal: 0,
