@@ -248,7 +248,9 @@ impl Agent {
         if let Some(account) = &self.account {
             bail!("this machine is {account}'s already");
         }
-        attach::attach(attach)?;
+        let stages = attach::become_somebody(attach)?;
+        self.control.send(&AgentMessage::Awake)?;
+        attach::take_disk(attach, stages)?;
         self.account = Some(attach.account.clone());
         Ok(())
     }

@@ -21,9 +21,9 @@ const DISK_DEVICE: &str = "/dev/vda";
 /// How long the disk may take to show its size: an interrupt and a work item, so in fact microseconds.
 const DISK_WAIT: Duration = Duration::from_secs(5);
 
-/// Applies everything in `attach`. Invariant 7: the random generator first, so that nothing that
-/// follows can draw what another fork of this base draws.
-pub fn attach(attach: &Attach) -> Result<()> {
+/// The first half of `attach`: what makes this machine like no other. Invariant 7: the random generator
+/// first, so that nothing that follows can draw what another fork of this base draws.
+pub fn become_somebody(attach: &Attach) -> Result<Stages> {
     let mut stages = Stages::new();
     seed(&attach.entropy)?;
     set_clock(attach.clock)?;
@@ -35,9 +35,12 @@ pub fn attach(attach: &Attach) -> Result<()> {
     if attach.uid == 0 || attach.uid == u32::MAX {
         bail!("{} can't be an account's user id", attach.uid);
     }
-
     stages.end("identity");
+    Ok(stages)
+}
 
+/// The second half: the disk, and the account on it.
+pub fn take_disk(attach: &Attach, mut stages: Stages) -> Result<()> {
     let disk = File::open(DISK_DEVICE).with_context(|| format!("opening {DISK_DEVICE}"))?;
     let bytes = wait_for_disk(&disk, attach.disk_size)?;
     stages.end("disk");
@@ -64,7 +67,7 @@ pub fn attach(attach: &Attach) -> Result<()> {
 
 /// How long each stage took, for the kernel's log: its lines of this level are not written to the
 /// console, so saying it costs next to nothing.
-struct Stages {
+pub struct Stages {
     text: String,
     last: Instant,
 }

@@ -44,8 +44,8 @@ pub type StreamToken = u64;
 /// Host to agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostMessage {
-    /// First message after a fork. The agent answers [`AgentMessage::Attached`] or
-    /// [`AgentMessage::AttachFailed`]; no user code runs before.
+    /// First message after a fork. The agent answers [`AgentMessage::Awake`], and then
+    /// [`AgentMessage::Attached`] or [`AgentMessage::AttachFailed`]; no user code runs before.
     Attach(Attach),
     /// Start a shell or command on a terminal. Answered by `Started` or `StartFailed`.
     OpenTerminal(OpenTerminal),
@@ -179,6 +179,9 @@ pub enum AgentMessage {
         version: u16,
         kernel: String,
     },
+    /// Sent once, in answer to `Attach`: entropy, clock and host name are in place, so this machine is like
+    /// no other; the disk comes next, and `Attached` or `AttachFailed` follows.
+    Awake,
     /// Identity, entropy, clock and disk are in place.
     Attached,
     AttachFailed {

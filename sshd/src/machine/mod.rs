@@ -165,6 +165,7 @@ impl Machine {
 
     fn agent_message(&self, message: AgentMessage) {
         match message {
+            AgentMessage::Awake => tracing::debug!(machine = self.label, "the agent is awake"),
             AgentMessage::Attached => {
                 self.attached.send_if_modified(|attached| {
                     attached.is_none() && attached.replace(Ok(())).is_none()

@@ -83,8 +83,11 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
 }
 
 fn attached(guest: &Guest, account: &str) {
+    if account == "unready" {
+        return;
+    }
+    guest.say(&AgentMessage::Awake);
     match account {
-        "unready" => return,
         "broken" => {
             let reason = "its file system \x1b[31mis damaged".into();
             return guest.say(&AgentMessage::AttachFailed { reason });

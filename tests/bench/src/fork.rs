@@ -154,7 +154,8 @@ pub fn measure_agent(
     let mut deaths = Deaths::default();
     let used = used_disk(base, server)?;
     for (whose, template) in [("known account", &used), ("new account", &base.new_disk)] {
-        let [mut running, mut agent, mut first, mut prompt] = [const { Samples::new() }; 4];
+        let [mut running, mut agent, mut attached, mut first, mut prompt] =
+            [const { Samples::new() }; 5];
         let [mut exits, mut faults, mut mmio] = [const { Samples::new() }; 3];
         for round in 0..n {
             if round % BLOCK == 0 {
@@ -166,6 +167,7 @@ pub fn measure_agent(
             };
             running.push(times.running);
             agent.push(times.agent);
+            attached.push(times.attached);
             first.push(times.first_byte);
             prompt.push(times.prompt);
             if let Some(counted) = counted {
@@ -177,6 +179,7 @@ pub fn measure_agent(
         for (what, samples, goal) in [
             ("running", &running, None),
             ("the agent's first byte", &agent, Some(AGENT_GOAL)),
+            ("disk and account in place", &attached, None),
             ("the terminal's first byte", &first, None),
             ("the shell's prompt", &prompt, None),
         ] {
@@ -213,6 +216,7 @@ pub fn used_disk(base: &Base, server: &mut ForkServer) -> anyhow::Result<PathBuf
 pub struct Times {
     pub running: u64,
     pub agent: u64,
+    pub attached: u64,
     pub first_byte: u64,
     pub prompt: u64,
 }
@@ -237,11 +241,12 @@ fn start_once(
 pub fn bring_to_prompt(machine: &mut Machine) -> anyhow::Result<Times> {
     let start = machine.asked_at;
     let (running, _) = machine.running()?;
-    let agent = machine.attached()?;
+    let (agent, attached) = machine.attached()?;
     let terminal = machine.open_terminal()?;
     Ok(Times {
         running: running - start,
         agent: agent - start,
+        attached: attached - start,
         first_byte: terminal.first_byte - start,
         prompt: terminal.prompt - start,
     })

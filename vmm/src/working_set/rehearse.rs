@@ -76,9 +76,11 @@ fn somebody(disk_size: u64) -> anyhow::Result<Attach> {
 /// Returns the terminal's socket, so that nothing is hung up.
 fn log_in(machine: &Machine, mut agent: UnixStream) -> anyhow::Result<(UnixStream, UnixStream)> {
     let mut decoder = Decoder::default();
-    match answer(machine, &mut agent, &mut decoder)? {
-        AgentMessage::Attached => {}
-        other => bail!("the agent answered {other:?} to Attach"),
+    for expected in [AgentMessage::Awake, AgentMessage::Attached] {
+        let message = answer(machine, &mut agent, &mut decoder)?;
+        if message != expected {
+            bail!("the agent said {message:?} instead of {expected:?} to Attach");
+        }
     }
     let (ours, theirs) = stream_pair(true).context("make a socket pair")?;
     machine.devices.console.attach(0, theirs, None)?;

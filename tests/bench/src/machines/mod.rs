@@ -66,19 +66,21 @@ impl Machine {
         }
     }
 
-    /// Waits for the answer to `Attach`: when its first byte came.
-    pub fn attached(&mut self) -> anyhow::Result<u64> {
+    /// Waits for the answers to `Attach`: when the first byte came, and when the account was attached.
+    pub fn attached(&mut self) -> anyhow::Result<(u64, u64)> {
         let mut first = None;
         loop {
             let at = self.hear("answer from the agent")?;
             let first = *first.get_or_insert(at);
-            match self.decoder.message().context("the agent's message")? {
-                None => continue,
-                Some(AgentMessage::Attached) => return Ok(first),
-                Some(AgentMessage::AttachFailed { reason }) => {
-                    bail!("the agent could not attach the account: {reason}")
+            while let Some(message) = self.decoder.message().context("the agent's message")? {
+                match message {
+                    AgentMessage::Awake => {}
+                    AgentMessage::Attached => return Ok((first, at)),
+                    AgentMessage::AttachFailed { reason } => {
+                        bail!("the agent could not attach the account: {reason}")
+                    }
+                    other => bail!("the agent said {other:?} instead of Attached"),
                 }
-                Some(other) => bail!("the agent said {other:?} instead of Attached"),
             }
         }
     }

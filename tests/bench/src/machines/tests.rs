@@ -51,7 +51,8 @@ impl Far {
 fn a_start_is_timed_step_by_step() {
     let (mut machine, mut far) = machine();
     let guest = thread::spawn(move || {
-        far.tell(MachineEvent::Running { at: 0, stages: vec![] });
+        far.tell(MachineEvent::Running { at: clock::now(), stages: vec![] });
+        far.say(&AgentMessage::Awake);
         far.say(&AgentMessage::Attached);
         let attach = receive::<MachineRequest>(&far.control).unwrap();
         assert_eq!(attach.message, MachineRequest::AttachTerminal { terminal: 0, redraw: None });
@@ -66,9 +67,10 @@ fn a_start_is_timed_step_by_step() {
     });
     let (running, stages) = machine.running().unwrap();
     assert!(stages.is_empty());
-    let attached = machine.attached().unwrap();
+    let (awake, attached) = machine.attached().unwrap();
     let terminal = machine.open_terminal().unwrap();
-    assert!(machine.asked_at <= running && running <= attached && attached < terminal.first_byte);
+    assert!(machine.asked_at <= running && running <= awake && awake <= attached);
+    assert!(attached < terminal.first_byte);
     assert!(terminal.prompt - terminal.first_byte >= 20_000_000);
     machine.power_off().unwrap();
     guest.join().unwrap();
