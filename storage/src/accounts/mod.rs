@@ -25,3 +25,5 @@ pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
 pub use password::{MAX_PASSWORD, PasswordError, hash_password, verify_password};
 pub use sessions::{NewSession, SessionRecord};
+#[cfg(test)]
+mod sharing_tests;
