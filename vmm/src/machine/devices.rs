@@ -164,7 +164,10 @@ impl Devices {
     pub fn save(&self) -> Result<DeviceStates, MachineError> {
         const LIMIT: Duration = Duration::from_secs(10);
         if !self.block.drain(LIMIT) {
-            return Err(MachineError::Drain(LIMIT));
+            return Err(match self.block.held_writes() {
+                0 => MachineError::Drain(LIMIT),
+                writes => MachineError::NoRoom { writes, limit: LIMIT },
+            });
         }
         Ok(DeviceStates {
             console: self.console.save()?,

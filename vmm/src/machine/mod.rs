@@ -53,6 +53,10 @@ pub enum MachineError {
     State(#[from] StateError),
     #[error("the disk's requests did not finish within {0:?}")]
     Drain(std::time::Duration),
+    #[error(
+        "the host's disk is full: {writes} of the guest's writes found no room within {limit:?}"
+    )]
+    NoRoom { writes: usize, limit: std::time::Duration },
     #[error("the machine's state does not decode: {0}")]
     Decode(#[source] postcard::Error),
     #[error("the machine's state has {0} bytes too many")]

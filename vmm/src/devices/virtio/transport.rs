@@ -48,6 +48,10 @@ pub trait VirtioDevice: Send + Sized + 'static {
     /// The driver notified a queue.
     fn notify(&mut self, queue: usize, context: &mut Context<'_>) -> Result<(), Fault>;
 
+    /// A reset is about to wait until the device is no longer [`busy`](Self::busy): what could keep it
+    /// so for long is to be given up.
+    fn give_up(&mut self) {}
+
     /// Forgets everything the driver said. The queues are reset by the transport.
     fn reset(&mut self);
 
@@ -195,6 +199,7 @@ impl<D: VirtioDevice> Transport<D> {
         }
         if offset == register::STATUS && data == [0; 4] {
             // A reset is complete only when no thread touches the guest's buffers any more (§2.4).
+            core.device.give_up();
             while core.device.busy() {
                 core = self.wait_idle(core, Duration::from_secs(1));
             }

@@ -6,8 +6,10 @@
 //! Requests are checked on the vCPU's thread, worked on by one thread that starts with the first of
 //! them, one after the other and without the device's lock. In order, because then *flush* needs no
 //! bookkeeping: everything before it was written when its turn comes, and it is complete only after
-//! fdatasync (invariant 4).
+//! fdatasync (invariant 4). Only a write that finds no room on the host's disk steps aside until there
+//! is some ([`held`]); it is not complete, so no flush covers it.
 
+mod held;
 mod request;
 mod worker;
 
@@ -191,7 +193,17 @@ impl VirtioDevice for Block {
         self.take_requests(context)
     }
 
-    fn reset(&mut self) {}
+    fn give_up(&mut self) {
+        if let Some(worker) = &self.worker {
+            worker.set_impatient(true);
+        }
+    }
+
+    fn reset(&mut self) {
+        if let Some(worker) = &self.worker {
+            worker.set_impatient(false);
+        }
+    }
 
     fn save(&self) -> Result<BlockState, StateError> {
         Ok(BlockState { capacity: self.capacity })
@@ -247,6 +259,11 @@ impl Transport<Block> {
 
     pub fn stats(&self) -> BlockStats {
         self.look(|block| block.stats)
+    }
+
+    /// Writes that wait for room on the host's disk.
+    pub fn held_writes(&self) -> usize {
+        self.look(|block| block.worker.as_ref().map_or(0, Worker::held))
     }
 }
 

@@ -5,14 +5,19 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
+    time::Instant,
 };
 
 use vm_memory::Bytes;
 
 use super::{
     Block, BlockStats,
+    held::{Held, is_no_room},
     request::{ID_BYTES, Range, Request, Status, Work},
 };
 use crate::{
@@ -42,12 +47,16 @@ pub struct Worker(Arc<Shared>);
 struct Shared {
     inbox: Mutex<Inbox>,
     wake: Condvar,
+    /// Writes that wait for room, to be looked at from outside.
+    held: AtomicUsize,
 }
 
 #[derive(Default)]
 struct Inbox {
     requests: VecDeque<Request>,
     disk: Option<Arc<File>>,
+    /// No write waits for room: it fails instead, at once.
+    impatient: bool,
     closed: bool,
 }
 
@@ -77,6 +86,16 @@ impl Worker {
     pub fn set_disk(&self, disk: Arc<File>) {
         self.0.inbox().disk = Some(disk);
     }
+
+    pub fn set_impatient(&self, impatient: bool) {
+        self.0.inbox().impatient = impatient;
+        self.0.wake.notify_one();
+    }
+
+    /// Writes that wait for room.
+    pub fn held(&self) -> usize {
+        self.0.held.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Worker {
@@ -87,61 +106,184 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
-    let mut failures = 0u64;
-    loop {
-        let mut inbox = shared.inbox();
-        let (request, disk) = loop {
-            if inbox.closed {
-                return;
-            }
-            if let Some(request) = inbox.requests.pop_front() {
-                break (request, inbox.disk.clone());
-            }
-            inbox = shared.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
-        };
-        drop(inbox);
-        let done = execute(&request, disk.as_deref(), memory, &mut failures);
+    let mut disk_work = DiskWork { memory, held: Held::new(), failures: 0, shortages: 0 };
+    let mut retried = false;
+    while let Some((turn, disk)) = next(shared, &mut disk_work.held, retried) {
+        retried = matches!(turn, Turn::Retry(_));
+        let done = disk_work.take_turn(turn, disk.as_deref());
+        shared.held.store(disk_work.held.len(), Ordering::Relaxed);
+        if done.is_empty() {
+            continue;
+        }
         let Some(device) = device.upgrade() else { return };
-        if let Err(fault) = device.with(|block, context| block.finish(&[done], context)) {
+        if let Err(fault) = device.with(|block, context| block.finish(&done, context)) {
             device.leave_fault(fault);
         }
     }
 }
 
-/// Does one request, whatever comes of it.
-fn execute(
-    request: &Request,
-    disk: Option<&File>,
-    memory: &GuestMemory,
-    failures: &mut u64,
-) -> Done {
-    let mut stats = BlockStats::default();
-    let result = match disk {
-        // Without a disk the capacity is 0, so only what touches no data comes this far.
-        None => attempt_without_disk(request, memory),
-        Some(disk) => attempt(&request.work, disk, memory, &mut stats),
-    };
-    let (status, written) = match result {
-        Ok(written) => (Status::Ok, written),
-        Err(Failure::Status(status)) => (status, 0),
-        Err(Failure::Io(error)) => {
-            *failures += 1;
-            // The first ones, then ever fewer: a guest with a full disk would fill the log.
-            if failures.is_power_of_two() {
-                tracing::warn!(%error, failures, "disk request failed");
-            }
-            (Status::IoError, 0)
+/// What the thread does next.
+enum Turn {
+    New {
+        request: Request,
+        may_wait: bool,
+    },
+    Retry(Request),
+    /// Answers what waits for room with an error.
+    GiveUp(Vec<Request>),
+}
+
+/// Waits for something to do. Held requests and new ones take turns. None: the thread's end.
+fn next(shared: &Shared, held: &mut Held, retried: bool) -> Option<(Turn, Option<Arc<File>>)> {
+    let mut inbox = shared.inbox();
+    loop {
+        if inbox.closed {
+            return None;
         }
-    };
-    stats.errors = u64::from(status == Status::IoError);
-    // The address was checked when the request was read, and memory does not go away.
-    let _ = memory.write_obj(status as u8, request.status);
-    Done { head: request.head, written: written.saturating_add(1), stats }
+        let now = Instant::now();
+        let may_wait = !inbox.impatient;
+        if !may_wait && !held.is_empty() {
+            return Some((Turn::GiveUp(held.drain()), None));
+        }
+        let new = |inbox: &mut Inbox| {
+            inbox.requests.pop_front().map(|request| Turn::New { request, may_wait })
+        };
+        let turn = if retried {
+            new(&mut inbox).or_else(|| held.take(now).map(Turn::Retry))
+        } else {
+            held.take(now).map(Turn::Retry).or_else(|| new(&mut inbox))
+        };
+        if let Some(turn) = turn {
+            return Some((turn, inbox.disk.clone()));
+        }
+        inbox = match held.due_in(now) {
+            None => shared.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner),
+            Some(time) => {
+                let woken = shared.wake.wait_timeout(inbox, time);
+                woken.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+    }
+}
+
+struct DiskWork<'a> {
+    memory: &'a GuestMemory,
+    held: Held,
+    /// Requests that failed, and times that the room ran out, for the log.
+    failures: u64,
+    shortages: u64,
+}
+
+impl DiskWork<'_> {
+    /// The requests that are over after it.
+    fn take_turn(&mut self, turn: Turn, disk: Option<&File>) -> Vec<Done> {
+        match turn {
+            Turn::GiveUp(requests) => {
+                requests.iter().map(|request| self.answer(request, Status::IoError)).collect()
+            }
+            // In vain: it would be slow and find nothing.
+            Turn::New { request, may_wait } if may_wait && self.is_in_vain(&request, disk) => {
+                self.held.push(request, Instant::now());
+                vec![]
+            }
+            Turn::New { request, may_wait } => match self.execute(&request, disk) {
+                Ok(done) => vec![done],
+                Err(error) if may_wait => {
+                    self.hold(request, &error);
+                    vec![]
+                }
+                Err(error) => vec![self.failed(&request, &error)],
+            },
+            Turn::Retry(request) => match self.execute(&request, disk) {
+                Ok(done) => {
+                    self.held.fitted(Instant::now());
+                    if self.held.is_empty() {
+                        tracing::debug!("no write waits for room any more");
+                    }
+                    vec![done]
+                }
+                Err(_) => {
+                    self.held.again(request, Instant::now());
+                    vec![]
+                }
+            },
+        }
+    }
+
+    fn hold(&mut self, request: Request, error: &io::Error) {
+        if self.held.is_empty() {
+            self.shortages += 1;
+            // As with failures: the guest decides how often.
+            if self.shortages.is_power_of_two() {
+                let times = self.shortages;
+                tracing::warn!(%error, times, "the host has no room for the disk; writes wait");
+            }
+        }
+        self.held.push(request, Instant::now());
+    }
+
+    /// It needs room of the host's disk, and others wait for that already. What only overwrites goes on:
+    /// without the guest's journal nothing in it would.
+    fn is_in_vain(&self, request: &Request, disk: Option<&File>) -> bool {
+        let Some(disk) = disk.filter(|_| !self.held.is_empty()) else { return false };
+        match &request.work {
+            Work::Write { offset, from } => has_hole(disk, *offset, total(from)),
+            Work::WriteZeroes(ranges) => ranges
+                .iter()
+                .any(|range| !range.unmap && has_hole(disk, range.offset, range.length)),
+            _ => false,
+        }
+    }
+
+    /// Does one request, whatever comes of it. An error means that it met the end of the host's room
+    /// and can be tried again.
+    fn execute(&mut self, request: &Request, disk: Option<&File>) -> Result<Done, io::Error> {
+        let mut stats = BlockStats::default();
+        let result = match disk {
+            // Without a disk the capacity is 0, so only what touches no data comes this far.
+            None => attempt_without_disk(request, self.memory),
+            Some(disk) => attempt(&request.work, disk, self.memory, &mut stats),
+        };
+        match result {
+            Ok(written) => {
+                let done = self.answer(request, Status::Ok);
+                Ok(Done { written: written.saturating_add(1), stats, ..done })
+            }
+            Err(Failure::Status(status)) => Ok(self.answer(request, status)),
+            Err(Failure::NoRoom(error)) => Err(error),
+            Err(Failure::Io(error)) => Ok(self.failed(request, &error)),
+        }
+    }
+
+    fn failed(&mut self, request: &Request, error: &io::Error) -> Done {
+        self.failures += 1;
+        // The first ones, then ever fewer: a guest with a broken disk would fill the log.
+        if self.failures.is_power_of_two() {
+            tracing::warn!(%error, failures = self.failures, "disk request failed");
+        }
+        self.answer(request, Status::IoError)
+    }
+
+    fn answer(&self, request: &Request, status: Status) -> Done {
+        // The address was checked when the request was read, and memory does not go away.
+        let _ = self.memory.write_obj(status as u8, request.status);
+        let errors = u64::from(status == Status::IoError);
+        Done { head: request.head, written: 1, stats: BlockStats { errors, ..Default::default() } }
+    }
 }
 
 enum Failure {
     Status(Status),
+    /// May go better later; nothing is lost by doing all of it again.
+    NoRoom(io::Error),
     Io(io::Error),
+}
+
+impl Failure {
+    /// Of what takes room on the host.
+    fn of_writing(error: io::Error) -> Self {
+        if is_no_room(&error) { Self::NoRoom(error) } else { Self::Io(error) }
+    }
 }
 
 impl From<io::Error> for Failure {
@@ -174,23 +316,32 @@ fn attempt(
         }
         Work::Write { offset, from } => {
             let write = |segments: &[Segment], at| vio::write_at(disk, memory, segments, at);
-            stats.written_bytes = transfer(from, *offset, write)?;
+            stats.written_bytes = transfer(from, *offset, write).map_err(Failure::of_writing)?;
             Ok(0)
         }
         Work::Flush => {
+            // Not to be tried again, not even for want of room: a second fdatasync forgets what the
+            // first could not write (fsync(2)).
             disk.sync_data()?;
             stats.flushes = 1;
             Ok(0)
         }
         Work::Discard(ranges) => {
-            // A file system that can't give space back has kept the data, which is allowed.
+            // A file system that can't give space back has kept the data, which is allowed. One that
+            // is full may need room to note a hole.
             for range in ranges {
-                ignore_unsupported(punch(disk, range))?;
+                match punch(disk, range) {
+                    Err(error) if !is_unsupported(&error) && !is_no_room(&error) => {
+                        return Err(error.into());
+                    }
+                    _ => {}
+                }
             }
             Ok(0)
         }
         Work::WriteZeroes(ranges) => {
-            ranges.iter().try_for_each(|range| write_zeroes(disk, range))?;
+            let mut zeroed = ranges.iter().map(|range| write_zeroes(disk, range));
+            zeroed.try_for_each(|result| result.map_err(Failure::of_writing))?;
             Ok(0)
         }
         Work::Identify { into } => Ok(identify(memory, into)),
@@ -219,6 +370,12 @@ fn transfer(
         done += count as u64;
     }
     Ok(done)
+}
+
+/// Where the file system can't tell, there is none: trying tells.
+fn has_hole(disk: &File, offset: u64, length: u64) -> bool {
+    rustix::fs::seek(disk, rustix::fs::SeekFrom::Hole(offset))
+        .is_ok_and(|hole| hole < offset.saturating_add(length))
 }
 
 fn punch(disk: &File, range: &Range) -> io::Result<()> {
@@ -258,13 +415,6 @@ fn write_zeroes_by_hand(disk: &File, range: &Range) -> io::Result<()> {
 
 fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EOPNOTSUPP)
-}
-
-fn ignore_unsupported(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if is_unsupported(&error) => Ok(()),
-        result => result,
-    }
 }
 
 /// Writes the serial, padded with zeroes (§5.2.6).
