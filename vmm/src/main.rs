@@ -218,6 +218,15 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
             mismatches.join("; ")
         );
     }
+    // What the agent in the base does not understand would end its machine.
+    let (theirs, ours) = (content.agent_protocol, hermitage_guest_proto::VERSION);
+    if theirs != ours {
+        bail!(
+            "{}: the agent in this base speaks version {theirs} of its protocol, this program {ours}; \
+             make a new one with: hermitage image build, then hermitage base build",
+            args.base.display()
+        );
+    }
     let template = load(&base, kvm).with_context(|| format!("base {}", args.base.display()))?;
     if !args.no_sandbox {
         make_root(&args.sandbox_root)?;

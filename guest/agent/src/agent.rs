@@ -18,6 +18,7 @@ use crate::attach;
 use crate::boot::Booted;
 use crate::control::Control;
 use crate::environment::{OnTerminal, environment};
+use crate::room::DiskRoom;
 use crate::session::{self, Session};
 use crate::spawn::{self, Run, Standard};
 use crate::streams::{PATIENCE, Streams};
@@ -48,6 +49,7 @@ pub struct Agent {
     sessions: Vec<Session>,
     /// The account's name; None before `Attach`.
     account: Option<String>,
+    room: DiskRoom,
 }
 
 /// What a polled descriptor is.
@@ -94,6 +96,7 @@ impl Agent {
             waiting: Vec::new(),
             sessions: Vec::new(),
             account: None,
+            room: DiskRoom::new(),
         })
     }
 
@@ -238,8 +241,12 @@ impl Agent {
                 let reason = "this agent can't freeze yet".to_owned();
                 self.control.send(&AgentMessage::FreezeFailed { reason })?;
             }
-            HostMessage::Resume(_) => {}
+            // What the host said of its disk was before the save: it says it again.
+            HostMessage::Resume(_) => self.room.set(false),
             HostMessage::Ping(number) => self.control.send(&AgentMessage::Pong(number))?,
+            // Without a disk there is nothing to fill.
+            HostMessage::DiskRoom { scarce } if self.account.is_some() => self.room.set(scarce),
+            HostMessage::DiskRoom { .. } => {}
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ mod modes;
 mod mounts;
 mod ports;
 mod poweroff;
+mod room;
 mod session;
 mod signals;
 mod spawn;

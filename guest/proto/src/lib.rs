@@ -72,6 +72,9 @@ pub enum HostMessage {
     /// First message after a save: in the resumed machine, or in the same one when the save was called
     /// off. Entropy, clock, disk and processes, in this order. Answered by `Resumed`.
     Resume(Resume),
+    /// The host's disk is nearly full, or no longer: while it is scarce no program gets new blocks of
+    /// the account disk (ENOSPC).
+    DiskRoom { scarce: bool },
 }
 
 /// What a machine that was saved has to be told before its processes go on.
