@@ -167,7 +167,9 @@ fn qemu(
 fn drive(qemu: &mut Command, name: &str, file: &Path, options: &str) {
     qemu.arg("-drive")
         .arg(format!("if=none,id={name},format=raw,file={},{options}", escaped(file)));
-    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name}"));
+    // The default for a full disk of this host is to stop the machine until somebody tells it to go on:
+    // that would be a hang. An error shows in its log.
+    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name},werror=report,rerror=report"));
 }
 
 /// A path in a QEMU option: commas are doubled.
