@@ -92,6 +92,9 @@ pub struct Machines {
     pub stale_timeout: u64,
     /// No machine is started with less than this free where the state directory is.
     pub min_free_mib: u64,
+    /// With less than this free there, guests get no new space on their disks. Default: half of
+    /// `min_free_mib`; 0: never.
+    pub guest_floor_mib: Option<u64>,
 }
 
 impl Default for Machines {
@@ -102,6 +105,7 @@ impl Default for Machines {
             stop_timeout: 20,
             stale_timeout: 30,
             min_free_mib: 512,
+            guest_floor_mib: None,
         }
     }
 }
@@ -192,6 +196,10 @@ impl Machines {
     }
     pub fn stale_timeout(&self) -> Duration {
         Duration::from_secs(self.stale_timeout)
+    }
+    /// In bytes.
+    pub fn guest_floor(&self) -> u64 {
+        self.guest_floor_mib.unwrap_or(self.min_free_mib / 2).saturating_mul(1 << 20)
     }
 }
 

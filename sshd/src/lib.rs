@@ -10,6 +10,7 @@ mod auth;
 pub mod config;
 mod lifecycle;
 mod machine;
+mod room;
 pub mod server;
 mod session;
 mod store;

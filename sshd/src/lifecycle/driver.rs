@@ -43,6 +43,8 @@ pub struct Context {
     pub state_dir: StateDir,
     pub store: Store,
     pub forks: ForkServers,
+    /// Whether room for disks is scarce.
+    pub scarce: watch::Receiver<bool>,
 }
 
 pub(super) enum Request {

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use super::driver::Context;
 use crate::{
     machine::{ForkError, LaunchError, Machine, Spec, launch},
+    room,
     store::StoreError,
 };
 
@@ -104,7 +105,12 @@ pub(super) async fn start(context: Arc<Context>, account: Uuid) -> Result<Starte
         },
         disk_size,
     };
-    let spec = Spec { attach, disk: disk.into(), timeout: machines.start_timeout() };
+    let spec = Spec {
+        attach,
+        disk: disk.into(),
+        timeout: machines.start_timeout(),
+        scarce: context.scarce.clone(),
+    };
     let begun = Instant::now();
     let machine = launch(&context.forks, spec).await?;
     tracing::info!(
@@ -136,9 +142,9 @@ pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<File, S
 }
 
 fn check_room(path: &Path, floor: u64) -> Result<(), StartError> {
-    let stat = nix::sys::statvfs::statvfs(path)
-        .map_err(|errno| StartError::Room { path: path.into(), source: errno.into() })?;
-    let free = stat.blocks_available().saturating_mul(stat.fragment_size()) >> 20;
+    let free = room::free(path)
+        .map_err(|errno| StartError::Room { path: path.into(), source: errno.into() })?
+        >> 20;
     if free < floor {
         return Err(StartError::NoRoom { path: path.into(), free, floor });
     }

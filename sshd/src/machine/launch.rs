@@ -44,6 +44,8 @@ pub struct Spec {
     /// The account's disk, open for writing and locked.
     pub disk: OwnedFd,
     pub timeout: Duration,
+    /// Whether room for disks is scarce; the guest is kept told.
+    pub scarce: watch::Receiver<bool>,
 }
 
 /// Forks a machine and waits until it has its account.
@@ -58,7 +60,7 @@ pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, Lau
     let agent = UnixStream::from_std(agent)?;
 
     let forked = forks.fork(label.clone(), [control_far, agent_far, spec.disk]).await?;
-    let machine = supervise(label, forked, MessageSocket::new(control)?, agent);
+    let machine = supervise(label, forked, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
     let outcome = tokio::select! {
@@ -82,6 +84,7 @@ fn supervise(
     forked: Forked,
     control: MessageSocket,
     agent: UnixStream,
+    scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
     let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);
     let machine = Arc::new(Machine {
@@ -100,12 +103,34 @@ fn supervise(
     });
     let (reader, writer) = agent.into_split();
     let writing = tokio::spawn(agent::write(writer, agent_messages));
+    let telling = tokio::spawn(tell_room(machine.clone(), scarce));
     let supervised = machine.clone();
     tokio::spawn(async move {
         run(&supervised, Reader::new(reader), forked.exited).await;
         writing.abort();
+        telling.abort();
     });
     machine
+}
+
+/// Keeps the guest told whether there is room for its disk, for as long as the service looks. `Attach`
+/// is on its way already, so the disk is mounted when this arrives.
+async fn tell_room(machine: Arc<Machine>, mut scarce: watch::Receiver<bool>) {
+    let mut told = false;
+    loop {
+        let is = *scarce.borrow_and_update();
+        if is != told {
+            if !machine.tell(HostMessage::DiskRoom { scarce: is }).await {
+                // It does not read, or is about to be gone, which ends this task.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+            told = is;
+        }
+        if scarce.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Serves the machine's events until it is gone.

@@ -24,6 +24,7 @@ use hermitage_storage::StateDir;
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
+    sync::watch,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,7 @@ use crate::{
     config::Config,
     lifecycle::{self, Registry, StopCause},
     machine::ForkServers,
+    room::{self, Floor},
     store::Store,
 };
 use connections::Connections;
@@ -89,6 +91,7 @@ pub struct Service {
     server: Arc<Server>,
     listeners: Vec<TcpListener>,
     admin: AdminSocket,
+    scarce: watch::Sender<bool>,
     _lock: File,
 }
 
@@ -127,11 +130,13 @@ impl Service {
         };
         let told = current_base.clone();
         let forks = ForkServers::new(vmm, state_dir.bases_dir(), current_base);
+        let (scarce, watched) = watch::channel(false);
         let registry = Registry::new(lifecycle::Context {
             config: config.clone(),
             state_dir,
             store: store.clone(),
             forks,
+            scarce: watched,
         });
         let ssh = &config.ssh;
         let server = Arc::new(Server {
@@ -152,7 +157,7 @@ impl Service {
         let admin = AdminSocket::bind(&server.config.run_dir)?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, _lock: lock })
+        Ok(Self { server, listeners, admin, scarce, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -162,7 +167,7 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, _lock } = self;
+        let Self { server, listeners, admin, scarce, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
@@ -171,6 +176,8 @@ impl Service {
             tasks.spawn(listener::accept(server.clone(), listener));
         }
         tasks.spawn(admin::serve(server.clone(), admin));
+        let floor = Floor::new(server.config.machines.guest_floor());
+        tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {
             () = stop.cancelled() => {}
             // They run for ever.

@@ -330,6 +330,17 @@ fn with_the_disk_full_no_machine_is_started() {
 }
 
 #[test]
+fn a_guest_is_told_that_the_hosts_disk_is_nearly_full() {
+    let machines = "guest_floor_mib = 999999999999";
+    let service = Service::with(Options { machines, ..Options::default() });
+    service.account("alice");
+    assert!(service.ssh("alice", "true").status.success());
+    wait_for("the guest to be told", || {
+        service.log().contains("guest told: DiskRoom { scarce: true }").then_some(())
+    });
+}
+
+#[test]
 fn start_up_says_what_is_missing() {
     let refused = |service: &Service| {
         let output = finish(service.serve_command().stderr(Stdio::piped()));

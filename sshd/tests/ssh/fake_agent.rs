@@ -70,7 +70,7 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::Hangup { session } => guest.signal(session, Signal::SIGHUP),
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
-                HostMessage::SetClock(_) | HostMessage::Ping(_) => {}
+                HostMessage::SetClock(_) | HostMessage::Ping(_) | HostMessage::DiskRoom { .. } => {}
                 HostMessage::Freeze | HostMessage::Resume(_) => {}
             }
         }

@@ -49,7 +49,15 @@ fn space(context: &Context) -> Finding {
     let floor = context.config.machines.min_free_mib << 20;
     let found = format!("{} free", size::show(free));
     let limit = size::show(floor);
-    if free < floor {
+    let guest_floor = context.config.machines.guest_floor();
+    if free < guest_floor {
+        let advice = format!(
+            "below {} (machines.guest_floor_mib) guests get no new space on their disks, and no machine \
+             starts: free some at once, or enlarge the file system",
+            size::show(guest_floor)
+        );
+        Finding::failure(CHECK, found, advice)
+    } else if free < floor {
         let advice = format!(
             "below {limit} (machines.min_free_mib) logins are refused: free some (hermitage account \
              remove NAME --purge, hermitage base remove ID, image remove ID) or enlarge the file system"

@@ -129,6 +129,10 @@ impl Running {
         read_all(&self.stdout)
     }
 
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("can't wait for a child")?.is_some())
+    }
+
     pub fn kill(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
