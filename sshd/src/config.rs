@@ -92,9 +92,8 @@ pub struct Machines {
     pub stale_timeout: u64,
     /// No machine is started with less than this free where the state directory is.
     pub min_free_mib: u64,
-    /// With less than this free there, guests get no new space on their disks. Default: half of
-    /// `min_free_mib`; 0: never.
-    pub guest_floor_mib: Option<u64>,
+    /// With less than this free there, guests get no new space on their disks. 0: never.
+    pub guest_floor_mib: u64,
 }
 
 impl Default for Machines {
@@ -105,7 +104,7 @@ impl Default for Machines {
             stop_timeout: 20,
             stale_timeout: 30,
             min_free_mib: 512,
-            guest_floor_mib: None,
+            guest_floor_mib: 256,
         }
     }
 }
@@ -199,7 +198,7 @@ impl Machines {
     }
     /// In bytes.
     pub fn guest_floor(&self) -> u64 {
-        self.guest_floor_mib.unwrap_or(self.min_free_mib / 2).saturating_mul(1 << 20)
+        self.guest_floor_mib.saturating_mul(1 << 20)
     }
 }
 
