@@ -33,7 +33,6 @@ use crate::{
     kvm::IdleVm,
     machine::{Machine, control},
     memory::GuestMemory,
-    working_set,
 };
 
 /// A base, ready to be forked.
@@ -214,9 +213,7 @@ impl Server<'_> {
         if let Err(e) = send(&control, &running, &[]) {
             tracing::warn!(error = %e, "tell serve that the machine runs");
         }
-        // While the guest runs: what it has written by now is there already, and costs nothing here.
-        working_set::populate(&template.memory, &template.state.working_set.written);
-        let end = control::serve(&machine, control);
+        let end = control::serve(&machine, control, &template.state.working_set.written);
         tracing::debug!(%end, "machine ended");
         // The guest's acknowledged writes are in the file by now (a write is acknowledged after
         // pwritev); the lock goes with the process.

@@ -1,6 +1,7 @@
 //! The machine's side of its control socket (`hermitage-vmm-proto`), and the loop of its main thread.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd as _, OwnedFd},
     sync::atomic::{AtomicBool, Ordering},
@@ -15,7 +16,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::{Machine, devices::end_of, owner, vcpus::lock};
 use crate::{
     devices::virtio::VsockOutcome,
+    memory::PAGE_SIZE,
     poller::{Event, Interest, Key},
+    working_set::{self, Run},
 };
 
 /// How long a machine whose `serve` is gone may take to power itself off.
@@ -26,9 +29,11 @@ const SEND_LIMIT: Duration = Duration::from_secs(10);
 
 const CONTROL: Key = Key { owner: owner::CONTROL, token: 0 };
 
-/// Serves host and guest until the machine ends.
-pub fn serve(machine: &Machine, control: OwnedFd) -> End {
-    let mut server = Server { machine, control: Some(control), orphaned: None };
+/// Serves host and guest until the machine ends. What is in `written` is populated in between, while there
+/// is nothing else to do.
+pub fn serve(machine: &Machine, control: OwnedFd, written: &[Run]) -> End {
+    let mut server =
+        Server { machine, control: Some(control), orphaned: None, populate: pieces(written) };
     let end = server.run().unwrap_or_else(|e| End::HostError(e.to_string()));
     server.tell(&MachineEvent::Ended(end.clone()));
     end
@@ -45,6 +50,18 @@ pub fn pump(machine: &Machine, stop: &AtomicBool) {
             dispatch(machine, event);
         }
     }
+}
+
+/// Cuts runs into pieces that a keystroke can wait for.
+fn pieces(written: &[Run]) -> VecDeque<Run> {
+    const PIECE: u64 = 64 * PAGE_SIZE as u64;
+    let cut = |run: &Run| {
+        let (start, end) = (run.start, run.start + run.length);
+        (start..end)
+            .step_by(PIECE as usize)
+            .map(move |at| Run { start: at, length: PIECE.min(end - at) })
+    };
+    written.iter().flat_map(cut).collect()
 }
 
 /// Gives an event to the device it is for.
@@ -70,6 +87,8 @@ struct Server<'a> {
     control: Option<OwnedFd>,
     /// Since when there is no `serve`.
     orphaned: Option<Instant>,
+    /// What is left to do.
+    populate: VecDeque<Run>,
 }
 
 impl Server<'_> {
@@ -91,7 +110,13 @@ impl Server<'_> {
                     None => return Ok(End::Stopped),
                 },
             };
+            let timeout = if self.populate.is_empty() { timeout } else { Some(Duration::ZERO) };
             poller.wait(&mut events, timeout)?;
+            if events.is_empty()
+                && let Some(piece) = self.populate.pop_front()
+            {
+                working_set::populate(&self.machine.memory, &[piece]);
+            }
             for event in &events {
                 if event.key.owner != owner::CONTROL {
                     dispatch(self.machine, event);
