@@ -75,6 +75,15 @@ impl StateDir {
         self.images_dir().join(id.as_str())
     }
 
+    /// Disk templates of the sizes that accounts have, made from the image's.
+    pub fn disk_templates_dir(&self) -> PathBuf {
+        self.root.join("disk-templates")
+    }
+
+    pub fn disk_template(&self, image: &ImageId, size: u64) -> PathBuf {
+        self.disk_templates_dir().join(format!("{image}-{size}.img"))
+    }
+
     pub fn bases_dir(&self) -> PathBuf {
         self.root.join("bases")
     }

@@ -2,6 +2,7 @@
 
 use super::Global;
 use super::output::Output;
+use super::template;
 use anyhow::Context as _;
 use hermitage::config::Config;
 use hermitage_storage::StateDir;
@@ -44,19 +45,23 @@ impl Context {
         )
     }
 
-    /// The template of new disks: of the image that the current base was made from. `None` while there
-    /// is no base.
-    pub fn disk_template(&self) -> anyhow::Result<Option<PathBuf>> {
+    /// The template of new disks of `size` bytes: of the image that the current base was made from. `None`
+    /// while there is no base.
+    fn disk_template(&self, size: u64) -> anyhow::Result<Option<PathBuf>> {
         let Some(id) = self.state.current_base()? else { return Ok(None) };
         let manifest = Base::manifest(&self.state.base(&id))?;
         let image = ImageId::parse(&manifest.content.image)
             .with_context(|| format!("base {id} names the image \"{}\"", manifest.content.image))?;
-        Ok(Some(self.state.image(&image).join(image::DISK_TEMPLATE)))
+        let small = self.state.image(&image).join(image::DISK_TEMPLATE);
+        Ok(Some(template::of_size(&self.state, &image, small, size)))
     }
 
     /// Makes the account's disk unless it has one. False: there is no base yet, so none can be made.
     pub fn provision(&self, account: &Account) -> anyhow::Result<bool> {
-        let Some(template) = self.disk_template()? else { return Ok(false) };
+        if self.state.disk(account.id).exists() {
+            return Ok(true);
+        }
+        let Some(template) = self.disk_template(account.disk_bytes)? else { return Ok(false) };
         disk::provision(&self.state, account.id, &template, account.disk_bytes)?;
         Ok(true)
     }

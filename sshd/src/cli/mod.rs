@@ -17,6 +17,7 @@ mod output;
 mod password;
 mod size;
 mod status;
+mod template;
 mod time;
 mod tool;
 
