@@ -1,5 +1,7 @@
 //! The loop: control messages, streams, terminals, ended processes.
 
+mod standstill;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -237,12 +239,8 @@ impl Agent {
             HostMessage::PowerOff { grace_ms } => {
                 self.power_off(Duration::from_millis(grace_ms.into()));
             }
-            HostMessage::Freeze => {
-                let reason = "this agent can't freeze yet".to_owned();
-                self.control.send(&AgentMessage::FreezeFailed { reason })?;
-            }
-            // What the host said of its disk was before the save: it says it again.
-            HostMessage::Resume(_) => self.room.set(false),
+            HostMessage::Freeze => self.freeze()?,
+            HostMessage::Resume(resume) => self.resume(&resume)?,
             HostMessage::Ping(number) => self.control.send(&AgentMessage::Pong(number))?,
             // Without a disk there is nothing to fill.
             HostMessage::DiskRoom { scarce } if self.account.is_some() => self.room.set(scarce),

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use hermitage_guest_proto::{Attach, WallClock};
+use hermitage_guest_proto::{Attach, Resume, WallClock};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd;
@@ -94,6 +94,13 @@ fn seed(entropy: &[u8]) -> Result<()> {
     let random = File::open("/dev/urandom").context("opening /dev/urandom")?;
     sys::add_entropy(&random, entropy).context("RNDADDENTROPY")?;
     sys::reseed(&random).context("RNDRESEEDCRNG")
+}
+
+/// Applies what a machine must be told after a save, before its processes go on. Invariant 7: the random
+/// generator first.
+pub fn refresh(resume: &Resume) -> Result<()> {
+    seed(&resume.entropy)?;
+    set_clock(resume.clock)
 }
 
 pub fn set_clock(clock: WallClock) -> Result<()> {

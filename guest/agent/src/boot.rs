@@ -37,6 +37,8 @@ pub struct Booted {
     pub ports: Vec<OwnedFd>,
     pub control: OwnedFd,
     pub streams: OwnedFd,
+    /// The cgroups' root, whatever is mounted over it later.
+    pub cgroups: OwnedFd,
 }
 
 pub fn boot() -> Result<Booted> {
@@ -73,13 +75,20 @@ pub fn boot() -> Result<Booted> {
     )
     .context("opening the initial root")?;
 
+    let cgroups = nix::fcntl::open(
+        mounts::CGROUPS,
+        nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )
+    .context("opening the cgroups' root")?;
+
     if let Err(error) = warm::warm() {
         log::warn(format_args!("warming up: {error:#}"));
     }
     log::info(format_args!("booted, waiting for the host on vsock port {CONTROL_PORT}"));
     // From here on the console is for what is wrong: errors and worse.
     sys::set_console_log_level(4).context("setting the console's log level")?;
-    Ok(Booted { initial_root, ports, control, streams })
+    Ok(Booted { initial_root, ports, control, streams, cgroups })
 }
 
 /// Loads the initrd's modules in the order its `order` file lists, then frees their memory.

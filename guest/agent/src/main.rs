@@ -16,6 +16,7 @@ mod boot;
 mod buffer;
 mod control;
 mod environment;
+mod freeze;
 mod log;
 mod modes;
 mod mounts;

@@ -11,6 +11,7 @@ use nix::mount::{MsFlags, mount};
 pub const LOWER: &str = "/lower";
 /// The account disk.
 pub const DISK: &str = "/disk";
+pub const CGROUPS: &str = "/sys/fs/cgroup";
 /// The overlay, before it becomes the root.
 pub const NEW_ROOT: &str = "/new";
 
@@ -38,7 +39,7 @@ const VIRTUAL: [Virtual; 7] = [
         options: "gid=5,mode=0620,ptmxmode=0666",
     },
     Virtual { kind: "tmpfs", target: "/dev/shm", flags: MEMORY, options: "mode=1777" },
-    Virtual { kind: "cgroup2", target: "/sys/fs/cgroup", flags: PLAIN, options: "" },
+    Virtual { kind: "cgroup2", target: CGROUPS, flags: PLAIN, options: "" },
 ];
 
 /// Mounts that move along into the new root; what is mounted inside of them comes with them.

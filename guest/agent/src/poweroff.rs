@@ -41,6 +41,11 @@ fn signal_all(signal: Signal) {
     let _ = kill(Pid::from_raw(-1), signal);
 }
 
+/// Ends every process at once, whether it is stopped or not. They are reaped later.
+pub fn kill_all() {
+    signal_all(Signal::SIGKILL);
+}
+
 /// Reaps until there is no process left.
 fn all_gone_within(limit: Duration) -> bool {
     let deadline = Instant::now() + limit;

@@ -1,0 +1,188 @@
+//! Before a save and after it: nothing of the user's runs, and the disk is as a clean unmount would
+//! leave it.
+//!
+//! Processes are stopped by the cgroup freezer (linux, Documentation/admin-guide/cgroup-v2.rst,
+//! `cgroup.freeze`), which they and their parents don't notice, other than by SIGSTOP. They go on only
+//! after the generator has fresh entropy and the clock is right (invariant 7): a resumed machine's first
+//! instruction may be anybody's, so stopping this program alone would not do. The disk is frozen after
+//! them (FIFREEZE), so that a machine that is not resumed leaves a disk without a journal to replay.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::dir::{Dir, Type};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Pid, getsid};
+
+use crate::{log, sys};
+
+/// Where processes are moved to that are in the root cgroup, which can't be frozen.
+const HOME: &str = "hermitage";
+
+/// How long processes may take to stop: they do at once, unless they wait for something in the kernel
+/// that can't be interrupted.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Rounds of moving processes; each meets what those of the round before have started.
+const ROUNDS: usize = 50;
+
+/// Everything stands still as long as this lives.
+pub struct Frozen {
+    cgroups: OwnedFd,
+    /// Cgroups that were stopped by us, by name.
+    stopped: Vec<String>,
+    /// The account disk, if it was frozen by us.
+    disk: Option<File>,
+}
+
+impl Frozen {
+    /// Stops every process but this one, syncs and freezes the disk. `disk` is its root directory,
+    /// `cgroups` that of the cgroup hierarchy.
+    pub fn new(cgroups: OwnedFd, disk: File) -> Result<Self> {
+        // From here on an error undoes what was done.
+        let mut frozen = Self { cgroups, stopped: Vec::new(), disk: None };
+        frozen.stop_processes().context("stopping processes")?;
+        sys::sync_file_system(&disk).context("syncing the disk")?;
+        match sys::freeze_file_system(&disk) {
+            Ok(()) => frozen.disk = Some(disk),
+            // Somebody's fsfreeze(8): it is frozen, and not ours to thaw.
+            Err(Errno::EBUSY) => {}
+            Err(error) => return Err(error).context("freezing the disk's file system"),
+        }
+        Ok(frozen)
+    }
+
+    /// Processes that are frozen die when they are killed, without running again.
+    pub fn thaw_disk(&mut self) {
+        if let Some(disk) = self.disk.take()
+            && let Err(error) = sys::thaw_file_system(&disk)
+        {
+            log::error(format_args!("thawing the disk: {error}"));
+        }
+    }
+
+    fn stop_processes(&mut self) -> Result<()> {
+        match mkdirat(&self.cgroups, HOME, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error).context("making a cgroup"),
+        }
+        let deadline = Instant::now() + STOP_LIMIT;
+        for _ in 0..ROUNDS {
+            let moved = self.move_processes()?;
+            self.stop_cgroups()?;
+            self.wait_until_stopped(deadline)?;
+            // All of them are stopped: none has started another since.
+            if moved == 0 {
+                return Ok(());
+            }
+        }
+        bail!("new ones come too fast")
+    }
+
+    /// Moves the root cgroup's processes out of it. Returns how many there were.
+    fn move_processes(&self) -> Result<usize> {
+        let list = self.read("cgroup.procs")?;
+        let mut home = self.open(&format!("{HOME}/cgroup.procs"), OFlag::O_WRONLY)?;
+        let mut moved = 0;
+        for pid in list.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw) {
+            // Threads of the kernel, and this program, belong to no session.
+            if pid.as_raw() <= 1 || getsid(Some(pid)).map_or(0, Pid::as_raw) == 0 {
+                continue;
+            }
+            match home.write_all(pid.to_string().as_bytes()) {
+                Ok(()) => moved += 1,
+                Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+                Err(error) => return Err(error).with_context(|| format!("moving process {pid}")),
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Stops all cgroups below the root that run. What is below them is stopped with them.
+    fn stop_cgroups(&mut self) -> Result<()> {
+        for name in self.children()? {
+            let file = format!("{name}/cgroup.freeze");
+            if self.stopped.contains(&name) || self.read(&file)?.trim() == "1" {
+                continue;
+            }
+            self.stopped.push(name);
+            self.write(&file, "1")?;
+        }
+        Ok(())
+    }
+
+    fn children(&self) -> Result<Vec<String>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut dir =
+            Dir::openat(&self.cgroups, ".", flags, Mode::empty()).context("the cgroups' root")?;
+        let mut names = Vec::new();
+        for entry in dir.iter() {
+            let entry = entry.context("listing cgroups")?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if entry.file_type() == Some(Type::Directory) && !name.starts_with('.') {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn wait_until_stopped(&self, deadline: Instant) -> Result<()> {
+        let mut pause = Duration::from_micros(100);
+        for name in &self.stopped {
+            while !self.read(&format!("{name}/cgroup.events"))?.lines().any(|l| l == "frozen 1") {
+                if Instant::now() > deadline {
+                    let seconds = STOP_LIMIT.as_secs();
+                    bail!("those of the cgroup {name} have not stopped within {seconds} s");
+                }
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+        }
+        Ok(())
+    }
+
+    fn open(&self, path: &str, access: OFlag) -> Result<File> {
+        openat(&self.cgroups, path, access | OFlag::O_CLOEXEC, Mode::empty())
+            .map(File::from)
+            .with_context(|| format!("opening {path} of the cgroups"))
+    }
+
+    fn read(&self, path: &str) -> Result<String> {
+        let mut text = String::new();
+        self.open(path, OFlag::O_RDONLY)?
+            .read_to_string(&mut text)
+            .with_context(|| format!("reading {path} of the cgroups"))?;
+        Ok(text)
+    }
+
+    fn write(&self, path: &str, text: &str) -> Result<()> {
+        self.open(path, OFlag::O_WRONLY)?
+            .write_all(text.as_bytes())
+            .with_context(|| format!("writing {text} to {path} of the cgroups"))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.thaw_disk();
+        for name in &self.stopped {
+            if let Err(error) = self.write(&format!("{name}/cgroup.freeze"), "0") {
+                log::error(format_args!("going on: {error:#}"));
+            }
+        }
+    }
+}
+
+/// The account disk's root directory, whatever is mounted over it by now.
+pub fn disk_root(initial_root: impl AsFd) -> Result<File> {
+    let path = crate::mounts::DISK.trim_start_matches('/');
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    openat(initial_root, path, flags, Mode::empty())
+        .map(File::from)
+        .context("opening the disk's root")
+}
