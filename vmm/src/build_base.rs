@@ -119,7 +119,7 @@ fn wait_and_save(
     wait_until_quiet(machine)?;
     stop.store(true, Ordering::SeqCst);
     machine.wake();
-    let state = machine.pause_and_save(kvm)?;
+    let state = machine.pause_and_save(kvm, &mut |_| ())?;
     Ok((state, kernel))
 }
 

@@ -3,6 +3,8 @@
 //!
 //! It has one thread, so that fork(2) is safe: the child goes on with everything the parent had.
 
+mod resumed;
+
 use std::{
     collections::HashMap,
     fs::File,
@@ -11,8 +13,9 @@ use std::{
 };
 
 use anyhow::Context as _;
+use hermitage_storage::base::BaseId;
 use hermitage_vmm_proto::{
-    ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, SocketError, Stage,
+    End, ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, SocketError,
     VERSION, receive, send,
 };
 use kvm_ioctls::Kvm;
@@ -33,11 +36,13 @@ use crate::{
     kvm::IdleVm,
     machine::{Machine, control},
     memory::GuestMemory,
+    snapshot::Origin,
+    stages::Stages,
 };
 
 /// A base, ready to be forked.
 pub struct Template {
-    id: String,
+    id: BaseId,
     kvm: Kvm,
     memory: GuestMemory,
     state: BaseState,
@@ -48,7 +53,7 @@ pub struct Template {
 
 impl Template {
     pub fn new(
-        id: String,
+        id: BaseId,
         kvm: Kvm,
         memory: GuestMemory,
         state: BaseState,
@@ -82,7 +87,7 @@ pub fn serve(template: &Template, socket: OwnedFd) -> anyhow::Result<()> {
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("signalfd")?;
     let mut server = Server { template, socket, signals, machines: HashMap::new() };
-    server.tell(&ForkEvent::Ready { version: VERSION, base: template.id.clone() })?;
+    server.tell(&ForkEvent::Ready { version: VERSION, base: template.id.to_string() })?;
     server.run()
 }
 
@@ -127,17 +132,20 @@ impl Server<'_> {
         match packet {
             Packet { message: ForkRequest::Fork { machine, label }, descriptors } => {
                 let answer = match <[OwnedFd; 3]>::try_from(descriptors) {
-                    Ok(descriptors) => self.fork(machine, &label, descriptors, received),
+                    Ok(descriptors) => self.fork(machine, &label, descriptors, None, received),
                     Err(got) => Err(format!("a fork needs 3 descriptors, {} came", got.len())),
                 };
-                self.tell(&match answer {
-                    Ok(pid) => ForkEvent::Forked { machine, pid: pid.as_raw() },
-                    Err(reason) => ForkEvent::ForkFailed { machine, reason },
-                })?;
+                self.answer(machine, answer)?;
             }
-            Packet { message: ForkRequest::Resume { machine, .. }, .. } => {
-                let reason = "this program can't resume a machine yet".into();
-                self.tell(&ForkEvent::ForkFailed { machine, reason })?;
+            Packet { message: ForkRequest::Resume { machine, label }, descriptors } => {
+                let answer = match <[OwnedFd; 4]>::try_from(descriptors) {
+                    Ok([control, agent, disk, snapshot]) => {
+                        let descriptors = [control, agent, disk];
+                        self.fork(machine, &label, descriptors, Some(snapshot), received)
+                    }
+                    Err(got) => Err(format!("a resume needs 4 descriptors, {} came", got.len())),
+                };
+                self.answer(machine, answer)?;
             }
             Packet { message: ForkRequest::Kill { machine }, .. } => {
                 // Only children that are not reaped yet are in the table: the pid is still theirs.
@@ -149,11 +157,19 @@ impl Server<'_> {
         Ok(true)
     }
 
+    fn answer(&self, machine: MachineId, answer: Result<Pid, String>) -> anyhow::Result<()> {
+        self.tell(&match answer {
+            Ok(pid) => ForkEvent::Forked { machine, pid: pid.as_raw() },
+            Err(reason) => ForkEvent::ForkFailed { machine, reason },
+        })
+    }
+
     fn fork(
         &mut self,
         machine: MachineId,
         label: &str,
-        [control, agent, disk]: [OwnedFd; 3],
+        descriptors: [OwnedFd; 3],
+        snapshot: Option<OwnedFd>,
         received: Instant,
     ) -> Result<Pid, String> {
         // SAFETY: this process has a single thread, so the child's memory is whole: no lock is held by
@@ -164,7 +180,7 @@ impl Server<'_> {
                 Ok(child)
             }
             Ok(ForkResult::Child) => {
-                let code = self.become_machine(label, control, agent, disk, received);
+                let code = self.become_machine(label, descriptors, snapshot, received);
                 // Nothing of the server is unwound in the child, nor its exit handlers run.
                 // SAFETY: _exit has no preconditions.
                 unsafe { libc::_exit(code) }
@@ -177,9 +193,8 @@ impl Server<'_> {
     fn become_machine(
         &mut self,
         label: &str,
-        control: OwnedFd,
-        agent: OwnedFd,
-        disk: OwnedFd,
+        [control, agent, disk]: [OwnedFd; 3],
+        snapshot: Option<OwnedFd>,
         received: Instant,
     ) -> i32 {
         let mut stages = Stages::since(received);
@@ -191,29 +206,40 @@ impl Server<'_> {
             let _ = prctl::set_name(&name);
         }
         let template = self.template;
-        let restored = Machine::restore(
-            &template.kvm,
-            template.memory.clone(),
-            &template.state.machine,
-            File::from(disk),
-            agent,
-            &mut |stage| stages.done(stage),
-        );
-        let machine = match restored {
-            Ok(machine) => machine,
-            Err(e) => {
-                let end = hermitage_vmm_proto::End::HostError(format!("fork: {e}"));
+        let resumed = snapshot.is_some();
+        let made = match snapshot {
+            None => Machine::restore(
+                &template.kvm,
+                template.memory.clone(),
+                &template.state.machine,
+                File::from(disk),
+                agent,
+                &mut |stage| stages.done(stage),
+            )
+            .inspect(|machine| stages.done_at("start vCPUs", machine.entered()))
+            .map(|machine| (machine, Vec::new()))
+            .map_err(|e| End::HostError(format!("fork: {e}"))),
+            Some(snapshot) => {
+                let parts = resumed::Parts { agent, disk, snapshot };
+                resumed::make(template, parts, &control, &mut stages)
+            }
+        };
+        let (machine, resumed_with) = match made {
+            Ok(made) => made,
+            Err(end) => {
                 let _ = send(&control, &MachineEvent::Ended(end), &[]);
                 return 1;
             }
         };
-        stages.done_at("start vCPUs", machine.entered());
         let running =
             MachineEvent::Running { at: monotonic(machine.entered()), stages: stages.list };
         if let Err(e) = send(&control, &running, &[]) {
             tracing::warn!(error = %e, "tell serve that the machine runs");
         }
-        let end = control::serve(&machine, control, &template.state.working_set.written);
+        // A resumed machine has other things to write.
+        let written = if resumed { &[][..] } else { &template.state.working_set.written };
+        let origin = Origin { kvm: &template.kvm, base: &template.id, resumed_with };
+        let end = control::serve(&machine, &origin, control, written);
         tracing::debug!(%end, "machine ended");
         // The guest's acknowledged writes are in the file by now (a write is acknowledged after
         // pwritev); the lock goes with the process.
@@ -265,28 +291,6 @@ pub fn replace(fd: BorrowedFd<'_>, with: BorrowedFd<'_>) {
     use std::os::fd::AsRawFd as _;
     // SAFETY: dup3 on two open descriptors; the number stays open, as its owner expects.
     let _ = unsafe { libc::dup3(with.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
-}
-
-/// How long each step took.
-struct Stages {
-    last: Instant,
-    list: Vec<Stage>,
-}
-
-impl Stages {
-    fn since(start: Instant) -> Self {
-        Self { last: start, list: Vec::with_capacity(8) }
-    }
-
-    fn done(&mut self, name: &str) {
-        self.done_at(name, Instant::now());
-    }
-
-    fn done_at(&mut self, name: &str, at: Instant) {
-        let nanoseconds = u64::try_from((at - self.last).as_nanos()).unwrap_or(u64::MAX);
-        self.list.push(Stage { name: name.to_owned(), nanoseconds });
-        self.last = at;
-    }
 }
 
 /// An instant of the past as nanoseconds of CLOCK_MONOTONIC.

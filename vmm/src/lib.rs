@@ -11,8 +11,10 @@ pub mod memory;
 pub mod poller;
 pub mod probe;
 pub mod sandbox;
+pub mod snapshot;
+pub mod stages;
 pub mod working_set;
 
 /// Version of what is written to `state.bin` ([`base_state::BaseState`]). Any change of
 /// what is saved or of its order is a new version.
-pub const SNAPSHOT_VERSION: u32 = 2;
+pub const SNAPSHOT_VERSION: u32 = 3;

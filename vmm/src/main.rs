@@ -248,7 +248,7 @@ fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
     let huge = working_set::hot::share(&memory, &layout, &state.working_set)
         .context("copy the hot parts of memory")?;
     tracing::info!(huge, of = state.working_set.hot.len(), "hot parts of memory in huge pages");
-    Template::new(base.id().as_str().to_owned(), kvm, memory, state)
+    Template::new(base.id().clone(), kvm, memory, state)
 }
 
 fn make_root(root: &Path) -> anyhow::Result<()> {

@@ -1,5 +1,7 @@
 //! The machine's side of its control socket (`hermitage-vmm-proto`), and the loop of its main thread.
 
+mod saving;
+
 use std::{
     collections::VecDeque,
     io,
@@ -14,10 +16,13 @@ use hermitage_vmm_proto::{
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Machine, devices::end_of, owner, vcpus::lock};
+use saving::Saving;
+
 use crate::{
     devices::virtio::VsockOutcome,
     memory::PAGE_SIZE,
     poller::{Event, Interest, Key},
+    snapshot::Origin,
     working_set::{self, Run},
 };
 
@@ -31,9 +36,15 @@ const CONTROL: Key = Key { owner: owner::CONTROL, token: 0 };
 
 /// Serves host and guest until the machine ends. What is in `written` is populated in between, while there
 /// is nothing else to do.
-pub fn serve(machine: &Machine, control: OwnedFd, written: &[Run]) -> End {
-    let mut server =
-        Server { machine, control: Some(control), orphaned: None, populate: pieces(written) };
+pub fn serve(machine: &Machine, origin: &Origin<'_>, control: OwnedFd, written: &[Run]) -> End {
+    let mut server = Server {
+        machine,
+        origin,
+        control: Some(control),
+        orphaned: None,
+        populate: pieces(written),
+        saving: Saving::No,
+    };
     let end = server.run().unwrap_or_else(|e| End::HostError(e.to_string()));
     server.tell(&MachineEvent::Ended(end.clone()));
     end
@@ -84,11 +95,13 @@ fn dispatch(machine: &Machine, event: &Event) {
 
 struct Server<'a> {
     machine: &'a Machine,
+    origin: &'a Origin<'a>,
     control: Option<OwnedFd>,
     /// Since when there is no `serve`.
     orphaned: Option<Instant>,
     /// What is left to do.
     populate: VecDeque<Run>,
+    saving: Saving,
 }
 
 impl Server<'_> {
@@ -110,6 +123,10 @@ impl Server<'_> {
                     None => return Ok(End::Stopped),
                 },
             };
+            let timeout = match self.saving {
+                Saving::Wanted(_) => Some(saving::PAUSE),
+                _ => timeout,
+            };
             let timeout = if self.populate.is_empty() { timeout } else { Some(Duration::ZERO) };
             poller.wait(&mut events, timeout)?;
             if events.is_empty()
@@ -124,6 +141,7 @@ impl Server<'_> {
                     return Ok(end);
                 }
             }
+            self.save_again();
             self.report_streams();
         }
     }
@@ -151,6 +169,10 @@ impl Server<'_> {
     }
 
     fn request(&mut self, packet: Packet<MachineRequest>) -> Option<End> {
+        if let MachineRequest::Save { account, disk_tag } = packet.message {
+            self.save(packet.descriptors, account, disk_tag);
+            return None;
+        }
         let mut descriptors = packet.descriptors.into_iter();
         let devices = &self.machine.devices;
         match packet.message {
@@ -194,11 +216,9 @@ impl Server<'_> {
                 self.tell(&MachineEvent::Stats(stats));
             }
             MachineRequest::Stop => return Some(End::Stopped),
-            MachineRequest::Save { .. } => {
-                let reason = "this program can't save a machine yet".into();
-                self.tell(&MachineEvent::SaveFailed { reason });
-            }
-            MachineRequest::Continue | MachineRequest::Go => {}
+            MachineRequest::Continue => self.go_on(),
+            // Saved above; it runs already.
+            MachineRequest::Save { .. } | MachineRequest::Go => {}
         }
         None
     }
@@ -209,6 +229,12 @@ impl Server<'_> {
         if let Some(control) = self.control.take() {
             let _ = self.machine.poller.remove(&control);
         }
+        if let Saving::Saved = self.saving {
+            // There may be a published snapshot that matches the disk as it is now: not a byte may be
+            // written to that any more. It was synced and frozen; nothing of it is lost.
+            self.machine.end(End::Stopped);
+        }
+        self.saving = Saving::No;
         self.orphaned = Some(Instant::now());
     }
 

@@ -26,7 +26,8 @@ use crate::{
         },
         serial::{BASE_PORT, SerialConsole, SerialConsoleState},
         virtio::{
-            Block, Console, Fault, Interrupt, Transport, TransportState, VirtioDevice, Vsock,
+            Block, Console, Fault, Interrupt, StateError, Transport, TransportState, VirtioDevice,
+            Vsock,
         },
     },
     memory::{
@@ -85,7 +86,6 @@ pub struct RestoreDevices<'a> {
     pub poller: &'a Arc<Poller>,
     pub end: Arc<EndCell>,
     pub disk: File,
-    pub agent: OwnedFd,
 }
 
 impl Devices {
@@ -120,9 +120,10 @@ impl Devices {
         }
     }
 
-    /// After the interrupt controllers' state is in place: what is pending is raised again.
+    /// After the interrupt controllers' state is in place. Nothing reaches guest or disk before
+    /// [`resume`](Self::resume).
     pub fn restore(with: RestoreDevices<'_>) -> Result<Self, MachineError> {
-        let RestoreDevices { state, memory, vm, poller, end, disk, agent } = with;
+        let RestoreDevices { state, memory, vm, poller, end, disk } = with;
         let line = |n| line_of(vm, FIRST_GSI + n);
         let devices = Self {
             console: Transport::restore(
@@ -152,12 +153,22 @@ impl Devices {
             pci_address: AtomicU32::new(0),
             end,
         };
+        let (saved, found) = (state.block.device.bytes(), disk.metadata().map_or(0, |m| m.len()));
+        if found < saved {
+            let reason = format!("the disk had {saved} bytes, now it has {found}");
+            return Err(StateError::Invalid { device: "block", reason }.into());
+        }
         devices.block.attach(disk)?;
-        devices.vsock.adopt(CONTROL_PORT, agent)?;
-        devices.console.resume()?;
-        devices.vsock.resume()?;
-        devices.block.resume()?;
         Ok(devices)
+    }
+
+    /// Last thing before the vCPUs run: what was under way goes on, also to the disk.
+    pub fn resume(&self, agent: OwnedFd) -> Result<(), MachineError> {
+        self.vsock.adopt(CONTROL_PORT, agent)?;
+        self.console.resume()?;
+        self.vsock.resume()?;
+        self.block.resume()?;
+        Ok(())
     }
 
     /// The vCPUs are paused. Waits for requests under way.

@@ -176,6 +176,17 @@ impl Machine {
         agent: OwnedFd,
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<Self, MachineError> {
+        Self::hold(kvm, memory, state, disk, stage)?.run(agent)
+    }
+
+    /// The same without running it: nothing has reached guest or disk.
+    pub fn hold(
+        kvm: &Kvm,
+        memory: GuestMemory,
+        state: &MachineState,
+        disk: File,
+        stage: &mut dyn FnMut(&'static str),
+    ) -> Result<Held, MachineError> {
         let vm = Arc::new(kvm::create_bare_vm(kvm)?);
         stage("create VM");
         kvm::map_memory(&vm, &memory)?;
@@ -200,10 +211,9 @@ impl Machine {
             poller: &poller,
             end: end.clone(),
             disk,
-            agent,
         })?);
         stage("restore devices");
-        Self::start(memory, devices, poller, end, fds, vm)
+        Ok(Held { memory, devices, poller, end, fds, vm })
     }
 
     fn start(
@@ -225,19 +235,36 @@ impl Machine {
     }
 
     /// Pauses the vCPUs, then the devices, and takes everybody's state. The machine stays paused.
-    pub fn pause_and_save(&self, kvm: &Kvm) -> Result<MachineState, MachineError> {
+    pub fn pause_and_save(
+        &self,
+        kvm: &Kvm,
+        stage: &mut dyn FnMut(&'static str),
+    ) -> Result<MachineState, MachineError> {
         self.vcpus.pause()?;
+        stage("pause vCPUs");
         if let Some(end) = self.ended() {
             return Err(MachineError::Ended(end));
         }
         let devices = self.devices.save()?;
+        stage("drain devices");
         let vm = kvm::save_vm(&self.vm)?;
         let mut vcpus = Vec::with_capacity(self.vcpus.fds.len());
         for vcpu in &self.vcpus.fds {
             vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu))?);
         }
         kvm::align_tscs(&mut vcpus);
+        stage("take KVM state");
         Ok(MachineState { vm, vcpus, devices })
+    }
+
+    /// Lets a paused machine run on.
+    pub fn go_on(&self) {
+        for vcpu in &self.vcpus.fds {
+            if let Err(error) = kvm::mark_stopped(&lock(vcpu)) {
+                tracing::warn!(%error, "tell the guest that it was paused");
+            }
+        }
+        self.vcpus.resume();
     }
 
     /// When the last vCPU first entered the guest.
@@ -263,6 +290,29 @@ impl Machine {
     /// Makes the thread that waits for events look around.
     pub fn wake(&self) {
         self.end.wake();
+    }
+}
+
+/// A machine that is whole and has not run.
+pub struct Held {
+    memory: GuestMemory,
+    devices: Arc<Devices>,
+    poller: Arc<Poller>,
+    end: Arc<EndCell>,
+    fds: Vec<VcpuFd>,
+    vm: Arc<VmFd>,
+}
+
+impl Held {
+    /// Tells the guest that its clock has stood still, so that it does not take a CPU for stuck.
+    pub fn mark_stopped(&self) -> Result<(), MachineError> {
+        Ok(self.fds.iter().try_for_each(kvm::mark_stopped)?)
+    }
+
+    /// Starts it, with the host's end of its agent's control connection.
+    pub fn run(self, agent: OwnedFd) -> Result<Machine, MachineError> {
+        self.devices.resume(agent)?;
+        Machine::start(self.memory, self.devices, self.poller, self.end, self.fds, self.vm)
     }
 }
 

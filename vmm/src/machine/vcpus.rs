@@ -107,6 +107,8 @@ impl Vcpus {
 
     /// Lets paused vCPUs go on.
     pub fn resume(&self) {
+        // Under the lock, or a thread that has just looked at the flag would sleep through this.
+        let _paused = lock(&self.gate.paused);
         self.gate.pause.store(false, Ordering::SeqCst);
         self.gate.changed.notify_all();
     }

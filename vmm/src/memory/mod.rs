@@ -162,6 +162,40 @@ pub fn save_ram(memory: &GuestMemory, layout: &Layout, file: &File) -> Result<u6
     Ok(written)
 }
 
+/// A region of RAM: where it is in this process, in the guest and in the base's memory file.
+pub struct RamRegion {
+    pub host: u64,
+    pub guest: u64,
+    pub length: u64,
+    pub file_offset: u64,
+    /// The memory file; none for a machine that was booted.
+    pub base: Option<Arc<File>>,
+}
+
+impl RamRegion {
+    /// The part of the memory file.
+    pub fn file(&self) -> std::ops::Range<u64> {
+        self.file_offset..self.file_offset + self.length
+    }
+}
+
+/// RAM, without the root image, in the order of the memory file.
+pub fn ram_regions(memory: &GuestMemory) -> impl Iterator<Item = RamRegion> {
+    let regions = memory.num_regions().saturating_sub(1);
+    let mut next = 0;
+    memory.iter().take(regions).map(move |region| {
+        let file_offset = next;
+        next += region.len();
+        RamRegion {
+            host: region.as_ptr() as usize as u64,
+            guest: region.start_addr().0,
+            length: region.len(),
+            file_offset,
+            base: region.file_offset().map(|part| part.arc().clone()),
+        }
+    })
+}
+
 /// Host address at which each region lies, for KVM: (guest address, length, host address).
 pub fn host_ranges(memory: &GuestMemory) -> Vec<(u64, u64, u64)> {
     memory

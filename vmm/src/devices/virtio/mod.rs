@@ -69,6 +69,11 @@ pub enum StateError {
 }
 
 impl StateError {
+    /// Whether it may be better in a moment.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+
     fn busy(device: &'static str, reason: impl Into<String>) -> Self {
         Self::Busy { device, reason: reason.into() }
     }

@@ -76,6 +76,13 @@ pub struct BlockState {
     capacity: u64,
 }
 
+impl BlockState {
+    /// Of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.capacity.saturating_mul(SECTOR)
+    }
+}
+
 impl Block {
     /// A device without a disk.
     pub fn new() -> Self {
@@ -248,6 +255,12 @@ impl Transport<Block> {
             block.put(file, capacity, context);
             Ok(capacity * SECTOR)
         })
+    }
+
+    /// Puts everything the guest has written on the medium, whether it asked for that or not.
+    pub fn sync(&self) -> io::Result<()> {
+        let disk = self.look(|block| block.disk.clone());
+        disk.map_or(Ok(()), |disk| disk.sync_data())
     }
 
     pub fn add_stats(&self, stats: &mut Stats) {

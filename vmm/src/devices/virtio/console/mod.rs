@@ -234,12 +234,7 @@ impl VirtioDevice for Console {
     }
 
     fn save(&self) -> Result<ConsoleState, StateError> {
-        if let Some(port) = self.ports.iter().position(Port::is_attached) {
-            return Err(StateError::busy(Self::NAME, format!("terminal {port} is attached")));
-        }
-        if !self.farewells.is_empty() {
-            return Err(StateError::busy(Self::NAME, "output is still being delivered"));
-        }
+        // Who is attached is not part of it: a saved terminal is one that was left.
         let delivered = std::array::from_fn(|port| self.ports[port].delivered);
         let screens =
             std::array::from_fn(|port| self.ports[port].screen.as_ref().map(|s| s.save()));

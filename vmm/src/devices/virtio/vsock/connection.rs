@@ -115,6 +115,17 @@ impl Connection {
             && self.host_closed == 0
     }
 
+    /// Open in both directions.
+    pub fn is_whole(&self) -> bool {
+        self.state == State::Established && self.guest_closed == 0 && self.host_closed == 0
+    }
+
+    /// Whether the socket has bytes that were not read yet.
+    pub fn has_input(&self) -> bool {
+        let Some(source) = &self.source else { return false };
+        rustix::io::ioctl_fionread(source.fd()).is_ok_and(|bytes| bytes > 0)
+    }
+
     /// The host's side is over; what is left is the guest's to end.
     pub fn is_lingering(&self) -> bool {
         self.host_closed == shutdown::BOTH && self.held.is_empty()

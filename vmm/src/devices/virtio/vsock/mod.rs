@@ -6,6 +6,7 @@
 //! The agent's control connection outlives a snapshot: its two ports and the credit counters are all
 //! there is to it, so in a fork a new socket is put behind the same connection, and the guest is not
 //! asked anything ([`Transport::adopt`]). What was written to that socket before is delivered at once.
+//! All other connections end with a snapshot: the guest is told of a reset when it goes on.
 
 mod connection;
 mod credit;
@@ -19,6 +20,7 @@ use std::{
     sync::Arc,
 };
 
+use hermitage_guest_proto::CONTROL_PORT;
 use hermitage_vmm_proto::Stats;
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +99,10 @@ pub struct VsockStats {
 pub struct VsockState {
     next_port: u32,
     connections: Vec<ConnectionState>,
+    /// Host's and guest's port of connections that a state can't hold: they are broken off.
+    broken: Vec<(u32, u32)>,
+    /// The same, and the kind of socket, of packets that belonged to no connection.
+    resets: Vec<(u32, u32, u16)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -290,27 +296,30 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> Result<VsockState, StateError> {
-        if let Some(open) = self.connections.values().find(|c| !c.is_settled()) {
-            let Connection { guest_port, state, .. } = open;
-            let reason = format!("a stream to port {guest_port} is under way ({state:?})");
-            return Err(StateError::busy(Self::NAME, reason));
+        let (mut connections, mut broken) = (Vec::new(), Vec::new());
+        for connection in self.connections.values() {
+            let &Connection { host_port, guest_port, credit, state, .. } = connection;
+            if connection.is_settled() && !connection.has_input() {
+                connections.push(ConnectionState { host_port, guest_port, credit });
+            } else if connection.is_whole() && guest_port == CONTROL_PORT {
+                let reason = format!("a stream to port {guest_port} is under way ({state:?})");
+                return Err(StateError::busy(Self::NAME, reason));
+            } else {
+                broken.push((host_port, guest_port));
+            }
         }
-        if !self.resets.is_empty() {
-            return Err(StateError::busy(Self::NAME, "packets wait for the guest"));
-        }
-        let state = |c: &Connection| ConnectionState {
-            host_port: c.host_port,
-            guest_port: c.guest_port,
-            credit: c.credit,
-        };
-        let connections = self.connections.values().map(state).collect();
-        Ok(VsockState { next_port: self.next_port, connections })
+        let resets = self.resets.iter().map(|h| (h.src_port, h.dst_port, h.kind)).collect();
+        Ok(VsockState { next_port: self.next_port, connections, broken, resets })
     }
 
     fn load(&mut self, state: VsockState) -> Result<(), StateError> {
         let invalid = |reason: String| Err(StateError::invalid(Self::NAME, reason));
-        if state.connections.len() > MAX_CONNECTIONS {
-            return invalid(format!("{} connections", state.connections.len()));
+        let count = state.connections.len().saturating_add(state.broken.len());
+        if count > MAX_CONNECTIONS {
+            return invalid(format!("{count} connections"));
+        }
+        if state.resets.len() > MAX_RESETS {
+            return invalid(format!("{} resets", state.resets.len()));
         }
         let is_port = |port| (FIRST_PORT..u32::MAX).contains(&port);
         if !is_port(state.next_port) {
@@ -324,6 +333,23 @@ impl VirtioDevice for Vsock {
                 return invalid(format!("a connection from {host_port} to {guest_port}"));
             }
         }
+        for (host_port, guest_port) in state.broken {
+            let mut connection = Connection::restored(host_port, guest_port, Credit::default());
+            connection.break_off();
+            if !is_port(host_port) || self.connections.insert(host_port, connection).is_some() {
+                return invalid(format!("a broken connection from {host_port} to {guest_port}"));
+            }
+        }
+        let reset = |(src_port, dst_port, kind)| Header {
+            src_cid: HOST_CID,
+            dst_cid: GUEST_CID,
+            src_port,
+            dst_port,
+            kind,
+            op: op::RST,
+            ..Header::default()
+        };
+        self.resets = state.resets.into_iter().map(reset).collect();
         Ok(())
     }
 

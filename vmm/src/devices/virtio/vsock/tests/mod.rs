@@ -494,9 +494,37 @@ fn a_connection_with_bytes_under_way_is_not_saved() {
         guest.run();
     }
     assert!(guest.driver.device.save().is_ok());
-    peer.shutdown(Shutdown::Write).unwrap();
+}
+
+#[test]
+fn every_other_connection_is_reset_when_the_guest_goes_on() {
+    let mut guest = Guest::start();
+    let (_control, port) = guest.connect(0, 1024);
+    let (_idle, idle_port) = guest.connect(1, 1025);
+    let (half, half_port) = guest.connect(2, 1025);
+    half.shutdown(Shutdown::Write).unwrap();
+    let (_full, full_port) = guest.connect(3, 1025);
     guest.run();
-    assert!(matches!(guest.driver.device.save(), Err(StateError::Busy { .. })));
+    let bytes = vec![0; SOCKET];
+    let mut written = 0;
+    for _ in 0..20 {
+        written += guest.write(full_port, &bytes[written..]);
+        guest.run();
+    }
+    guest.driver.acknowledge();
+    let mut fork = guest.fork();
+    let (ours, theirs) = stream_pair(true).unwrap();
+    fork.driver.device.adopt(1024, theirs).unwrap();
+    fork.driver.device.resume().unwrap();
+    fork.run();
+    for ended in [idle_port, half_port, full_port] {
+        assert!(fork.sockets[&ended].reset, "the stream at {ended}");
+    }
+    assert!(!fork.sockets[&port].reset);
+    assert_eq!(fork.open(), 1);
+    assert_eq!(fork.write(port, b"here"), 4);
+    fork.run();
+    assert_eq!(read_all(&mut UnixStream::from(ours)), b"here");
 }
 
 #[test]
