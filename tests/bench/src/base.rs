@@ -64,6 +64,11 @@ impl Base {
         })
     }
 
+    /// A folder for files of the measurement; gone with this.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
     /// A copy of a disk, locked, without a name: it is gone with its last descriptor.
     pub fn disk(&self, template: &Path) -> Result<OwnedFd, DiskError> {
         let path = self.scratch.path().join("disk.img");

@@ -15,6 +15,7 @@ pub mod login;
 pub mod machines;
 pub mod prompt;
 pub mod report;
+pub mod resume;
 pub mod stats;
 pub mod wait;
 

@@ -11,6 +11,7 @@ use bench::{
     machines::server::ForkServer,
     progress,
     report::{Report, Section},
+    resume::{self, Extent},
 };
 use clap::{Parser, ValueEnum};
 
@@ -30,6 +31,15 @@ struct Options {
     /// Machines to have alive at once for their memory.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     machines: u32,
+    /// Measure nothing; prove that a machine is saved and resumed exactly, so many times in a row.
+    #[arg(long, value_name = "ROUNDS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    prove_resume: Option<u64>,
+    /// With --prove-resume: MiB that the program in the machine holds.
+    #[arg(long, value_name = "MIB", default_value_t = 64, requires = "prove_resume")]
+    program_mib: u64,
+    /// With --prove-resume: bytes of a snapshot to damage, one after another.
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "prove_resume")]
+    flips: u64,
     /// Print JSON on standard output.
     #[arg(long)]
     json: bool,
@@ -97,6 +107,11 @@ fn run(options: &Options) -> anyhow::Result<()> {
     // up an emulated host, and a host that serves always has some.
     let kvm = kvm_ioctls::Kvm::new().context("open /dev/kvm")?;
     let _idle = kvm.create_vm().context("create a VM to hold")?;
+    if let Some(rounds) = options.prove_resume {
+        let base = Base::current(&options.state_dir, options.disks.as_deref())?;
+        let extent = Extent { rounds, memory: options.program_mib, flips: options.flips };
+        return resume::prove(&base, &bench.libexec.join("hermitage-vmm"), extent);
+    }
     bench.machines();
     bench.login();
     let Bench { report, failed, .. } = bench;

@@ -257,10 +257,15 @@ impl Machine {
         Ok(MachineState { vm, vcpus, devices })
     }
 
-    /// Lets a paused machine run on.
+    /// Lets a paused machine run on. One that runs is left alone.
     pub fn go_on(&self) {
+        if !self.vcpus.is_paused() {
+            return;
+        }
         for vcpu in &self.vcpus.fds {
-            if let Err(error) = kvm::mark_stopped(&lock(vcpu)) {
+            // One that did not pause in time has its lock, and needs no telling.
+            let Ok(vcpu) = vcpu.try_lock() else { continue };
+            if let Err(error) = kvm::mark_stopped(&vcpu) {
                 tracing::warn!(%error, "tell the guest that it was paused");
             }
         }

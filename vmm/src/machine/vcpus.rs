@@ -105,6 +105,11 @@ impl Vcpus {
         Ok(())
     }
 
+    /// Whether they are to stand still.
+    pub fn is_paused(&self) -> bool {
+        self.gate.pause.load(Ordering::SeqCst)
+    }
+
     /// Lets paused vCPUs go on.
     pub fn resume(&self) {
         // Under the lock, or a thread that has just looked at the flag would sleep through this.

@@ -168,8 +168,13 @@ impl Probe {
     const BYTES: usize = Self::PAGES * PAGE_SIZE;
 
     fn new() -> io::Result<Self> {
-        let mut pattern = [0; 8];
-        getrandom::fill(&mut pattern).map_err(io::Error::other)?;
+        let mut pattern = [0u8; 8];
+        // The system call itself: the crate wants to open /dev/urandom first, which is not there.
+        // SAFETY: the kernel writes at most as many bytes as there are.
+        let filled = unsafe { libc::getrandom(pattern.as_mut_ptr().cast(), pattern.len(), 0) };
+        if filled != pattern.len() as isize {
+            return Err(io::Error::last_os_error());
+        }
         let length = NonZeroUsize::new(Self::BYTES).unwrap_or(NonZeroUsize::MIN);
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.

@@ -1,5 +1,6 @@
 //! Machines forked for measuring: asked for, spoken to and ended the way `hermitage serve` does it.
 
+pub mod save;
 pub mod server;
 
 use std::{

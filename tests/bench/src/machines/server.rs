@@ -1,7 +1,7 @@
 //! A fork server of our own: what `hermitage serve` does with it, and nothing else around.
 
 use std::{
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -83,6 +83,18 @@ impl ForkServer {
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), parts.disk.as_fd()];
         let asked_at = clock::now();
         send(self.socket()?, &request, &descriptors).context("ask for a fork")?;
+        Ok(Machine::new(self.last, asked_at, control, agent))
+    }
+
+    /// Asks for a machine made of a snapshot.
+    pub fn resume(&mut self, disk: BorrowedFd, snapshot: BorrowedFd) -> anyhow::Result<Machine> {
+        self.last += 1;
+        let (control, their_control) = message_pair(false).context("make a socket pair")?;
+        let (agent, their_agent) = stream_pair(true).context("make a socket pair")?;
+        let request = ForkRequest::Resume { machine: self.last, label: format!("b{}", self.last) };
+        let descriptors = [their_control.as_fd(), their_agent.as_fd(), disk, snapshot];
+        let asked_at = clock::now();
+        send(self.socket()?, &request, &descriptors).context("ask for a resume")?;
         Ok(Machine::new(self.last, asked_at, control, agent))
     }
 

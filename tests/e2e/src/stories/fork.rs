@@ -5,6 +5,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{
     harness::{Story, account::Account, same},
     runner::{Test, skip, test},
+    stories::resume,
 };
 
 pub const TESTS: [Test; 3] = [
@@ -165,7 +166,10 @@ fn big_base(story: &Story) -> Result<()> {
 blocks = [hashlib.sha256(bytes([n])).digest() * 32768 for n in range(200)]
 assert all(b == hashlib.sha256(bytes([n])).digest() * 32768 for n, b in enumerate(blocks))
 print(\"whole\")'";
-    same("200 MiB written and read", alice.output(check)?.as_str(), "whole")
+    same("200 MiB written and read", alice.output(check)?.as_str(), "whole")?;
+    alice.stop_machine()?;
+    bob.stop_machine()?;
+    resume::prove(story, 2, 16, 8, "3584 MiB, 2 vCPUs")
 }
 
 /// Both processors run user programs, and each one's timer ticks.

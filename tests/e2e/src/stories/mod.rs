@@ -8,6 +8,7 @@ mod login;
 mod malformed;
 mod operator;
 mod pressure;
+mod resume;
 mod session;
 mod space;
 mod terminals;
@@ -24,6 +25,7 @@ pub fn all() -> Vec<Test> {
     all.extend(pressure::TESTS);
     all.extend(crash::TESTS);
     all.extend(fork::TESTS);
+    all.extend(resume::TESTS);
     all.extend(malformed::TESTS);
     all.extend(space::TESTS);
     all.extend(terminals::TESTS);
