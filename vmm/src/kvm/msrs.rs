@@ -18,18 +18,21 @@ const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 /// Every register KVM lets us read on this vCPU.
 pub fn read_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let list = kvm.get_msr_index_list().named("KVM_GET_MSR_INDEX_LIST")?;
-    let mut found = Vec::new();
-    for &index in list.as_slice() {
-        if KVM_WALL_CLOCK.contains(&index) {
-            continue;
-        }
-        let entry = kvm_msr_entry { index, ..Default::default() };
-        let mut one = Msrs::from_entries(&[entry])
+    let wanted: Vec<_> = list
+        .as_slice()
+        .iter()
+        .filter(|index| !KVM_WALL_CLOCK.contains(index))
+        .map(|&index| kvm_msr_entry { index, ..Default::default() })
+        .collect();
+    let mut found = Vec::with_capacity(wanted.len());
+    let mut rest = &wanted[..];
+    while !rest.is_empty() {
+        let mut batch = Msrs::from_entries(rest)
             .map_err(|_| KvmError::Malformed("a list of model-specific registers"))?;
-        // KVM lists some that this vCPU's CPUID doesn't have: those read as none.
-        if vcpu.get_msrs(&mut one).named("KVM_GET_MSRS")? == 1 {
-            found.extend_from_slice(one.as_slice());
-        }
+        // KVM lists some that this vCPU's CPUID doesn't have: reading stops before the first of those.
+        let read = vcpu.get_msrs(&mut batch).named("KVM_GET_MSRS")?.min(rest.len());
+        found.extend_from_slice(&batch.as_slice()[..read]);
+        rest = rest.get(read + 1..).unwrap_or_default();
     }
     Ok(found)
 }

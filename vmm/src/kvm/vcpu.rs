@@ -27,7 +27,9 @@ pub struct VcpuState {
 
 /// Takes a paused vCPU's state. Its pending input or output must have been completed (KVM API 5,
 /// `immediate_exit`).
-pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState, KvmError> {
+///
+/// `fresh` is [`fresh_msrs`] of the same machine.
+pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd, fresh: &[kvm_msr_entry]) -> Result<VcpuState, KvmError> {
     // mp_state first: reading it delivers a pending INIT or SIPI, which changes the rest.
     let mp_state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
     let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
@@ -39,7 +41,7 @@ pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<VcpuState, KvmError> {
         xcrs: vcpu.get_xcrs().named("KVM_GET_XCRS")?,
         debug_regs: vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
         lapic: vcpu.get_lapic().named("KVM_GET_LAPIC")?,
-        msrs: msrs::worth_keeping(msrs::read_all(kvm, vcpu)?, &fresh_msrs(kvm, &cpuid)?),
+        msrs: msrs::worth_keeping(msrs::read_all(kvm, vcpu)?, fresh),
         events: vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
         cpuid,
     })
@@ -56,11 +58,12 @@ pub fn align_tscs(vcpus: &mut [VcpuState]) {
     }
 }
 
-/// The registers of a vCPU with this CPUID that has never run.
-fn fresh_msrs(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<kvm_msr_entry>, KvmError> {
+/// The registers that a vCPU would have if it had never run.
+pub fn fresh_msrs(kvm: &Kvm, like: &VcpuFd) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    let cpuid = like.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
     let vm = create_bare_vm(kvm)?;
     let vcpu = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-    vcpu.set_cpuid2(cpuid).named("KVM_SET_CPUID2")?;
+    vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
     msrs::read_all(kvm, &vcpu)
 }
 

@@ -249,8 +249,12 @@ impl Machine {
         stage("drain devices");
         let vm = kvm::save_vm(&self.vm)?;
         let mut vcpus = Vec::with_capacity(self.vcpus.fds.len());
+        let fresh = match self.vcpus.fds.first() {
+            Some(first) => kvm::fresh_msrs(kvm, &lock(first))?,
+            None => Vec::new(),
+        };
         for vcpu in &self.vcpus.fds {
-            vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu))?);
+            vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu), &fresh)?);
         }
         kvm::align_tscs(&mut vcpus);
         stage("take KVM state");

@@ -119,7 +119,7 @@ impl Machine {
     /// Attaches to terminal 0, as after every login.
     pub fn attach_terminal(&mut self) -> anyhow::Result<()> {
         let (ours, theirs) = stream_pair(true).context("make a socket pair")?;
-        let attach = MachineRequest::AttachTerminal { terminal: 0 };
+        let attach = MachineRequest::AttachTerminal { terminal: 0, redraw: None };
         send(&self.control, &attach, &[theirs.as_fd()]).context("attach a terminal")?;
         self.terminal = Some(UnixStream::from(ours));
         Ok(())

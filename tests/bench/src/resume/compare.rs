@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use hermitage_storage::snapshot::{Content, PAGE, Run, Snapshot};
+use hermitage_vmm::memory::layout::Layout;
 
 /// Read and compared at once.
 const CHUNK: u64 = 1 << 20;
@@ -20,21 +21,31 @@ pub struct Mapping {
     offset: u64,
 }
 
-/// From the fork server's own mappings: a resumed machine's are in pieces.
-pub fn mappings(server: u32) -> anyhow::Result<Vec<Mapping>> {
+/// From the fork server's own mappings: a resumed machine's are in more pieces. The first one of the
+/// memory file tells where each range begins, as the ranges are whole.
+pub fn mappings(server: u32, layout: &Layout) -> anyhow::Result<Vec<Mapping>> {
     let path = format!("/proc/{server}/maps");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let mut found = Vec::new();
+    let hex = |text: &str| u64::from_str_radix(text, 16).context("a number in the mappings");
+    let mut pieces = Vec::new();
     for line in text.lines().filter(|line| line.ends_with("/memory.img")) {
         let mut words = line.split_ascii_whitespace();
         let (range, offset) = (words.next().unwrap_or(""), words.nth(1).unwrap_or(""));
-        let hex = |text: &str| u64::from_str_radix(text, 16).with_context(|| line.to_owned());
-        let (start, end) = range.split_once('-').with_context(|| line.to_owned())?;
-        let (start, end) = (hex(start)?, hex(end)?);
-        found.push(Mapping { address: start, bytes: end - start, offset: hex(offset)? });
+        let (start, _) = range.split_once('-').unwrap_or_default();
+        pieces.push((hex(start)?, hex(offset)?));
     }
-    ensure!(!found.is_empty(), "{path} shows no mapping of memory.img");
-    Ok(found)
+    layout
+        .ram()
+        .map(|range| {
+            let file = range.file_offset..range.file_offset + range.length;
+            let &(start, offset) = pieces
+                .iter()
+                .find(|(_, offset)| file.contains(offset))
+                .with_context(|| format!("{path} shows no mapping of memory.img at {file:x?}"))?;
+            let address = start - (offset - range.file_offset);
+            Ok(Mapping { address, bytes: range.length, offset: range.file_offset })
+        })
+        .collect()
 }
 
 /// Compares all of RAM. Returns its pages.

@@ -92,7 +92,7 @@ impl Proof<'_> {
         let mut told = false;
         loop {
             let mut server = ForkServer::start(self.vmm, &self.base.dir)?;
-            self.mappings = compare::mappings(server.pid())?;
+            self.mappings = compare::mappings(server.pid(), &self.base.layout)?;
             self.figures = Figures::default();
             match part(self, &mut server) {
                 Err(error) if !told && error.downcast_ref::<Died>().is_some() => {
