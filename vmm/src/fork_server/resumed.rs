@@ -67,6 +67,18 @@ pub fn make(
 fn wait_for_go(control: &OwnedFd) -> Result<(), End> {
     let deadline = Instant::now() + GO_LIMIT;
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let seconds = GO_LIMIT.as_secs();
+            return Err(End::HostError(format!("the word to go did not come within {seconds} s")));
+        }
+        // First: the socket may be one that blocks.
+        let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) | Err(Errno::EINTR) => continue,
+            Ok(_) => {}
+            Err(e) => return Err(End::HostError(format!("poll: {e}"))),
+        }
         match receive::<MachineRequest>(control) {
             Ok(packet) => match packet.message {
                 MachineRequest::Go => return Ok(()),
@@ -76,16 +88,6 @@ fn wait_for_go(control: &OwnedFd) -> Result<(), End> {
             Err(SocketError::WouldBlock) => {}
             Err(SocketError::Closed) => return Err(End::Stopped),
             Err(e) => return Err(End::HostError(format!("control socket: {e}"))),
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let seconds = GO_LIMIT.as_secs();
-            return Err(End::HostError(format!("the word to go did not come within {seconds} s")));
-        }
-        let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(End::HostError(format!("poll: {e}"))),
         }
     }
 }

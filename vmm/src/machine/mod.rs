@@ -247,12 +247,13 @@ impl Machine {
         }
         let devices = self.devices.save()?;
         stage("drain devices");
-        let vm = kvm::save_vm(&self.vm)?;
-        let mut vcpus = Vec::with_capacity(self.vcpus.fds.len());
+        // Before the clocks are read: those of VM and vCPUs should be of the same moment.
         let fresh = match self.vcpus.fds.first() {
             Some(first) => kvm::fresh_msrs(kvm, &lock(first))?,
             None => Vec::new(),
         };
+        let vm = kvm::save_vm(&self.vm)?;
+        let mut vcpus = Vec::with_capacity(self.vcpus.fds.len());
         for vcpu in &self.vcpus.fds {
             vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu), &fresh)?);
         }
