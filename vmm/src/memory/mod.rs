@@ -94,6 +94,11 @@ fn region(
         return Err(failed());
     }
     let builder = MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
+    // A save compares with the file.
+    let builder = match part {
+        Some(part) => builder.with_file_offset(part),
+        None => builder,
+    };
     // SAFETY: the mapping made above, of this length, protection and flags; it is never taken away.
     let builder = unsafe { builder.with_raw_mmap_pointer(mapped.cast()) };
     let mapping: MmapRegion<()> = builder.build().map_err(|e| MemoryError::Map {
@@ -237,6 +242,19 @@ mod tests {
         let mut bytes = [0; 5];
         sibling.read_slice(&mut bytes, GuestAddress(0x5000)).unwrap();
         assert_eq!(&bytes, b"hello");
+    }
+
+    #[test]
+    fn regions_of_ram_know_their_part_of_the_file() {
+        let layout = Layout::new(4 << 30, layout::ROOT_ALIGNMENT).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(layout.ram_bytes()).unwrap();
+        let fork = map(&layout, Backing::Base(&file), &root()).unwrap();
+        let parts: Vec<_> = ram_regions(&fork).map(|r| (r.guest, r.file(), r.base)).collect();
+        assert!(parts.iter().all(|(_, _, base)| base.is_some()));
+        assert_eq!((parts[0].0, parts[0].1.clone()), (0, 0..3 << 30));
+        assert_eq!((parts[1].0, parts[1].1.clone()), (4 << 30, 3 << 30..4 << 30));
+        assert_eq!(parts.len(), 2, "the root image is not RAM");
     }
 
     #[test]
