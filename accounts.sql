@@ -57,3 +57,10 @@ CREATE TABLE machines (
     base          TEXT,
     detail        TEXT                                      -- why, for people
 ) STRICT;
+
+-- section 2
+-- What happens to a machine when nobody is logged in: its memory is saved, it stays, or it is dropped.
+ALTER TABLE accounts ADD COLUMN policy TEXT NOT NULL DEFAULT 'save'
+    CHECK (policy IN ('save', 'keep', 'discard'));
+-- The terminals that wait for their user, the one left last first: "3 0 5".
+ALTER TABLE machines ADD COLUMN terminals TEXT;

@@ -11,6 +11,7 @@ pub mod base;
 pub mod disk;
 pub mod image;
 pub mod publish;
+pub mod saved;
 pub mod snapshot;
 pub mod sparse;
 mod state_dir;

@@ -20,6 +20,8 @@ pub struct StateDir {
 impl StateDir {
     pub const DISK: &'static str = "disk.img";
     const SNAPSHOT: &'static str = "resume.snap";
+    const NEW_SNAPSHOT: &'static str = "resume.snap.new";
+    const UNUSABLE_SNAPSHOT: &'static str = "unusable.snap";
     const CURRENT_BASE: &'static str = "current-base";
     const SERVICE_LOCK: &'static str = "serve.lock";
 
@@ -107,6 +109,16 @@ impl StateDir {
     /// What the account's machine is resumed from, if it was saved.
     pub fn snapshot(&self, account: Uuid) -> PathBuf {
         self.account_dir(account).join(Self::SNAPSHOT)
+    }
+
+    /// A snapshot that is being written.
+    pub fn new_snapshot(&self, account: Uuid) -> PathBuf {
+        self.account_dir(account).join(Self::NEW_SNAPSHOT)
+    }
+
+    /// The last snapshot that could not be resumed, for the operator.
+    pub fn unusable_snapshot(&self, account: Uuid) -> PathBuf {
+        self.account_dir(account).join(Self::UNUSABLE_SNAPSHOT)
     }
 
     pub fn removed_accounts_dir(&self) -> PathBuf {

@@ -2,6 +2,7 @@
 
 use super::database::{Accounts, AccountsError, now};
 use super::{AccountName, PublicKey};
+use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use uuid::Uuid;
 
@@ -11,6 +12,46 @@ pub const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 pub const DEFAULT_MAX_SESSIONS: u32 = 32;
 /// User id in the guest. It is the only person there, so all have the same.
 pub const GUEST_UID: u32 = 1000;
+
+/// What happens to an account's machine when nobody is logged in and its linger is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Its memory is saved; the next login goes on where she left.
+    #[default]
+    Save,
+    /// It stays running.
+    Keep,
+    /// It is powered off: only the disk is kept.
+    Discard,
+}
+
+const POLICIES: &[(Policy, &str)] =
+    &[(Policy::Save, "save"), (Policy::Keep, "keep"), (Policy::Discard, "discard")];
+
+impl Policy {
+    pub fn parse(name: &str) -> Option<Self> {
+        POLICIES.iter().find(|(_, known)| *known == name).map(|(policy, _)| *policy)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        POLICIES.iter().find(|(policy, _)| *policy == self).map_or("", |(_, name)| name)
+    }
+}
+
+impl ToSql for Policy {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(self.as_str().into())
+    }
+}
+
+impl FromSql for Policy {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        let name = value.as_str()?;
+        Self::parse(name).ok_or_else(|| {
+            FromSqlError::Other(format!("policy \"{name}\" is not known here").into())
+        })
+    }
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
@@ -28,6 +69,7 @@ pub struct Account {
     pub max_sessions: u32,
     /// `None`: as the service's configuration says.
     pub linger_s: Option<u32>,
+    pub policy: Policy,
 }
 
 impl Account {
@@ -45,6 +87,7 @@ pub struct NewAccount {
     pub disk_bytes: u64,
     pub max_sessions: u32,
     pub linger_s: Option<u32>,
+    pub policy: Policy,
 }
 
 impl NewAccount {
@@ -57,6 +100,7 @@ impl NewAccount {
             disk_bytes: DEFAULT_DISK_BYTES,
             max_sessions: DEFAULT_MAX_SESSIONS,
             linger_s: None,
+            policy: Policy::default(),
         }
     }
 }
@@ -78,7 +122,7 @@ pub enum Change {
 }
 
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
-                       disk_bytes, max_sessions, linger_s";
+                       disk_bytes, max_sessions, linger_s, policy";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -100,7 +144,7 @@ impl Accounts {
         let machine_id = *Uuid::new_v4().as_bytes();
         tx.execute(
             "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
-             max_sessions, linger_s) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+             max_sessions, linger_s, policy) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
             params![
                 id.to_string(),
                 new.name.as_str(),
@@ -112,6 +156,7 @@ impl Accounts {
                 disk,
                 new.max_sessions,
                 new.linger_s,
+                new.policy,
             ],
         )?;
         for key in &new.keys {
@@ -166,6 +211,14 @@ impl Accounts {
             params![id.to_string(), hash],
         )?;
         known(id, changed)
+    }
+
+    pub fn set_policy(&self, id: Uuid, policy: Policy) -> Result<Change, AccountsError> {
+        let changed = self.db.execute(
+            "UPDATE accounts SET policy = ?2 WHERE id = ?1 AND policy IS NOT ?2",
+            params![id.to_string(), policy],
+        )?;
+        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
     }
 
     pub fn set_disabled(&self, id: Uuid, disabled: bool) -> Result<Change, AccountsError> {
@@ -277,6 +330,7 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         disk_bytes: row.get::<_, i64>(9)?.unsigned_abs(),
         max_sessions: row.get(10)?,
         linger_s: row.get(11)?,
+        policy: row.get(12)?,
     })
 }
 

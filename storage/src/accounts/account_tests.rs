@@ -154,6 +154,7 @@ fn intent_is_replaced_and_ends_with_the_account() {
         pid: None,
         base: Some("b1".into()),
         detail: None,
+        terminals: Some("3 0".into()),
         since: 0,
     };
     accounts.record_intent(&intent).unwrap();

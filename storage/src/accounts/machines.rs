@@ -6,7 +6,7 @@
 use super::account::id_column;
 use super::database::{Accounts, AccountsError, now};
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
-use rusqlite::{Row, params};
+use rusqlite::{OptionalExtension, Row, params};
 use std::fmt;
 use uuid::Uuid;
 
@@ -17,6 +17,9 @@ pub enum MachineState {
     Starting,
     Running,
     Lingering,
+    Saving,
+    Saved,
+    Resuming,
     Stopping,
     Failed,
 }
@@ -26,6 +29,9 @@ const STATES: &[(MachineState, &str)] = &[
     (MachineState::Starting, "starting"),
     (MachineState::Running, "running"),
     (MachineState::Lingering, "lingering"),
+    (MachineState::Saving, "saving"),
+    (MachineState::Saved, "saved"),
+    (MachineState::Resuming, "resuming"),
     (MachineState::Stopping, "stopping"),
     (MachineState::Failed, "failed"),
 ];
@@ -68,6 +74,8 @@ pub struct Intent {
     pub base: Option<String>,
     /// Why, for people.
     pub detail: Option<String>,
+    /// The terminals that wait for their user, the one left last first.
+    pub terminals: Option<String>,
     /// When it was recorded; ignored by [`Accounts::record_intent`].
     pub since: i64,
 }
@@ -76,24 +84,35 @@ impl Accounts {
     /// Durable when it returns.
     pub fn record_intent(&self, intent: &Intent) -> Result<(), AccountsError> {
         self.db.execute(
-            "INSERT INTO machines (account, state, since, pid, base, detail) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (account) DO UPDATE SET \
-             state = ?2, since = ?3, pid = ?4, base = ?5, detail = ?6",
+            "INSERT INTO machines (account, state, since, pid, base, detail, terminals) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (account) DO UPDATE SET \
+             state = ?2, since = ?3, pid = ?4, base = ?5, detail = ?6, terminals = ?7",
             params![
                 intent.account.to_string(),
                 intent.state,
                 now(),
                 intent.pid,
                 intent.base,
-                intent.detail
+                intent.detail,
+                intent.terminals
             ],
         )?;
         Ok(())
     }
 
+    /// What was recorded of an account, if anything.
+    pub fn intent(&self, account: Uuid) -> Result<Option<Intent>, AccountsError> {
+        let mut statement = self.db.prepare_cached(
+            "SELECT account, state, pid, base, detail, terminals, since FROM machines \
+             WHERE account = ?1",
+        )?;
+        Ok(statement.query_row([account.to_string()], intent).optional()?)
+    }
+
     pub fn intents(&self) -> Result<Vec<Intent>, AccountsError> {
         let mut statement = self.db.prepare_cached(
-            "SELECT account, state, pid, base, detail, since FROM machines ORDER BY since, account",
+            "SELECT account, state, pid, base, detail, terminals, since FROM machines \
+             ORDER BY since, account",
         )?;
         let rows = statement.query_map([], intent)?;
         Ok(rows.collect::<Result<_, _>>()?)
@@ -107,6 +126,7 @@ fn intent(row: &Row) -> Result<Intent, rusqlite::Error> {
         pid: row.get(2)?,
         base: row.get(3)?,
         detail: row.get(4)?,
-        since: row.get(5)?,
+        terminals: row.get(5)?,
+        since: row.get(6)?,
     })
 }

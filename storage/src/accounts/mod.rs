@@ -17,7 +17,8 @@ mod password;
 mod sessions;
 
 pub use account::{
-    Account, Change, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount, StoredKey,
+    Account, Change, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount, Policy,
+    StoredKey,
 };
 pub use database::{Accounts, AccountsError, BUSY};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
