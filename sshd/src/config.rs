@@ -88,6 +88,8 @@ pub struct Machines {
     pub start_timeout: u64,
     /// Seconds a guest has to power off in order; then it is killed.
     pub stop_timeout: u64,
+    /// Seconds that saving all machines may take when the service stops.
+    pub save_timeout: u64,
     /// Seconds to wait for the disk of a machine that a killed service left behind.
     pub stale_timeout: u64,
     /// No machine is started with less than this free where the state directory is.
@@ -102,6 +104,7 @@ impl Default for Machines {
             linger: 60,
             start_timeout: 30,
             stop_timeout: 20,
+            save_timeout: 80,
             stale_timeout: 30,
             min_free_mib: 512,
             guest_floor_mib: 256,
@@ -155,6 +158,7 @@ impl Config {
             ("ssh.password_checks", self.ssh.password_checks as u64),
             ("machines.start_timeout", self.machines.start_timeout),
             ("machines.stop_timeout", self.machines.stop_timeout),
+            ("machines.save_timeout", self.machines.save_timeout),
         ];
         for (field, value) in positive {
             if value == 0 {
@@ -192,6 +196,9 @@ impl Machines {
     }
     pub fn stop_timeout(&self) -> Duration {
         Duration::from_secs(self.stop_timeout)
+    }
+    pub fn save_timeout(&self) -> Duration {
+        Duration::from_secs(self.save_timeout)
     }
     pub fn stale_timeout(&self) -> Duration {
         Duration::from_secs(self.stale_timeout)

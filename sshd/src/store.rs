@@ -57,12 +57,20 @@ impl Store {
         on(&self.writing, move |accounts| accounts.record_intent(&intent)).await
     }
 
+    /// What is on record of an account's machine.
+    pub async fn intent(&self, account: Uuid) -> Result<Option<Intent>, StoreError> {
+        on(&self.reading, move |accounts| accounts.intent(account)).await
+    }
+
     /// What a former service left on record as not stopped.
     pub async fn unfinished(&self) -> Result<Vec<Intent>, StoreError> {
         on(&self.writing, |accounts| {
             let mut intents = accounts.intents()?;
             intents.retain(|intent| {
-                !matches!(intent.state, MachineState::Stopped | MachineState::Failed)
+                !matches!(
+                    intent.state,
+                    MachineState::Stopped | MachineState::Saved | MachineState::Failed
+                )
             });
             Ok(intents)
         })

@@ -108,6 +108,14 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             let reply = account_changed(server, &account).await;
             answer(&mut stream, &reply).await
         }
+        Request::StartAccount { account } => {
+            let reply = start_account(server, &account).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::ResetAccount { account } => {
+            let reply = reset_account(server, &account).await;
+            answer(&mut stream, &reply).await
+        }
         Request::StopAccount { account } => {
             let reply = stop_account(server, &account).await;
             answer(&mut stream, &reply).await
@@ -182,6 +190,28 @@ async fn stop_account(server: &Server, name: &str) -> Reply {
     match server.store.by_name(name).await {
         Ok(Some(account)) => {
             server.registry.stop(account.id, StopCause::Admin).await;
+            Reply::Done
+        }
+        Ok(None) => refused(format!("there is no account \"{name}\"")),
+        Err(error) => refused(error.to_string()),
+    }
+}
+
+async fn start_account(server: &Server, name: &str) -> Reply {
+    match server.store.by_name(name).await {
+        Ok(Some(account)) => match server.registry.start(&account).await {
+            Ok(()) => Reply::Done,
+            Err(error) => refused(format!("{name}'s machine does not start: {error}")),
+        },
+        Ok(None) => refused(format!("there is no account \"{name}\"")),
+        Err(error) => refused(error.to_string()),
+    }
+}
+
+async fn reset_account(server: &Server, name: &str) -> Reply {
+    match server.store.by_name(name).await {
+        Ok(Some(account)) => {
+            server.registry.reset(&account).await;
             Reply::Done
         }
         Ok(None) => refused(format!("there is no account \"{name}\"")),

@@ -27,8 +27,13 @@ pub enum Request {
     /// The account's row or keys were changed. If it is disabled, removed or unknown by now, its
     /// sessions are ended and its machine is stopped. Answered by `Done` when that has been started.
     AccountChanged { account: String },
-    /// End the account's sessions and stop its machine in order. Answered by `Done` when the machine
-    /// is gone (at once if it was not running), or by `Error`.
+    /// Start the account's machine, or resume it. Answered by `Done` when it runs, or by `Error`.
+    StartAccount { account: String },
+    /// Drop what there is of its machine's memory, running or saved. Answered by `Done` when that is
+    /// gone, or by `Error`.
+    ResetAccount { account: String },
+    /// End the account's sessions and stop its machine in order, saved if that is its policy. Answered
+    /// by `Done` when the machine is gone (at once if it was not running), or by `Error`.
     StopAccount { account: String },
     /// Answered by `Status`.
     Status,
@@ -69,7 +74,8 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccountStatus {
     pub account: String,
-    /// The lifecycle's state in lower case: `starting`, `running`, `lingering`, `stopping`, `failed`.
+    /// The lifecycle's state in lower case: `starting`, `running`, `lingering`, `saving`, `saved`,
+    /// `resuming`, `stopping`, `failed`.
     pub state: String,
     /// When that state was entered, in seconds since 1970-01-01 UTC.
     pub since: i64,

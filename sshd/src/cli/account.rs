@@ -1,12 +1,12 @@
 //! `hermitage account …`: making accounts, closing them, taking them away.
 
 use super::context::Context;
-use super::{NotFound, account_show, admin, key, password, size};
+use super::{NotFound, account_machine, account_show, admin, key, password, size};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use hermitage::admin::protocol::Request;
 use hermitage_storage::accounts::{
-    AccountName, Accounts, Change, DEFAULT_MAX_SESSIONS, NewAccount,
+    AccountName, Accounts, Change, DEFAULT_MAX_SESSIONS, NewAccount, Policy,
 };
 use hermitage_storage::disk::{self, DiskError};
 use serde_json::json;
@@ -47,6 +47,25 @@ Examples:
     Disable { name: String },
     /// Open an account that was closed
     Enable { name: String },
+    /// Start the account's machine, or resume what was saved of it
+    Start { name: String },
+    /// End the account's sessions and put its machine to rest: saved, if that is its policy
+    Stop { name: String },
+    /// Drop the memory of the account's machine; the next login starts from the disk
+    Reset { name: String },
+    /// Drop the memory and every file: the account gets a new disk
+    FactoryReset {
+        name: String,
+        /// Yes, delete the files
+        #[arg(long)]
+        yes: bool,
+    },
+    /// What happens to the machine when nobody is logged in: save, keep or discard
+    Policy {
+        name: String,
+        #[arg(value_parser = account_machine::parse_policy)]
+        policy: Policy,
+    },
     /// Take an account away. Its disk is kept until --purge
     #[command(after_help = "\
 The name is free at once. The disk stays in STATE_DIR/removed until the same command is given with
@@ -81,6 +100,9 @@ pub struct Add {
     /// How long its machine stays after the last session [default: as configured]
     #[arg(long, value_name = "SECONDS")]
     linger: Option<u32>,
+    /// What happens to its machine when nobody is logged in: save, keep or discard
+    #[arg(long, value_name = "POLICY", default_value = "save", value_parser = account_machine::parse_policy)]
+    policy: Policy,
 }
 
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
@@ -91,6 +113,11 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Passwd { name, none } => passwd(context, &name, none),
         Command::Disable { name } => set_disabled(context, &name, true),
         Command::Enable { name } => set_disabled(context, &name, false),
+        Command::Start { name } => account_machine::start(context, &name),
+        Command::Stop { name } => account_machine::stop(context, &name),
+        Command::Reset { name } => account_machine::reset(context, &name),
+        Command::FactoryReset { name, yes } => account_machine::factory_reset(context, &name, yes),
+        Command::Policy { name, policy } => account_machine::policy(context, &name, policy),
         Command::Remove { name, purge } => remove(context, &name, purge),
         Command::Key(command) => key::run(context, command),
     }
@@ -117,6 +144,7 @@ fn add(context: &Context, add: &Add) -> anyhow::Result<()> {
     new.disk_bytes = add.disk;
     new.max_sessions = add.max_sessions;
     new.linger_s = add.linger;
+    new.policy = add.policy;
 
     let account = accounts.create(&new)?;
     let provisioned = match context.provision(&account) {

@@ -4,7 +4,7 @@ use super::context::Context;
 use super::output::{count, table};
 use super::{size, status, time};
 use hermitage::admin::protocol::{AccountStatus, Status};
-use hermitage_storage::accounts::{Account, Accounts, SessionRecord, StoredKey};
+use hermitage_storage::accounts::{Account, Accounts, Intent, SessionRecord, StoredKey};
 use hermitage_storage::disk;
 use serde_json::{Value, json};
 
@@ -20,6 +20,10 @@ struct View {
     disk_allocated: Option<u64>,
     /// `None`: stopped, or the service is.
     machine: Option<AccountStatus>,
+    /// What was recorded of its machine.
+    recorded: Option<Intent>,
+    /// Bytes that are saved of its memory.
+    saved_bytes: Option<u64>,
 }
 
 impl View {
@@ -42,6 +46,10 @@ impl View {
             keys: accounts.keys(account.id)?,
             sessions: accounts.sessions(account.id, SESSIONS_SHOWN)?,
             disk_allocated: disk::allocated(&place).ok(),
+            recorded: accounts.intent(account.id)?,
+            saved_bytes: std::fs::metadata(context.state.snapshot(account.id))
+                .ok()
+                .map(|metadata| metadata.len()),
             machine,
             account,
         })
@@ -56,7 +64,11 @@ impl View {
     }
 
     fn machine_state(&self) -> &str {
-        self.machine.as_ref().map_or("stopped", |machine| &machine.state)
+        match (&self.machine, self.saved_bytes) {
+            (Some(machine), _) => &machine.state,
+            (None, Some(_)) => "saved",
+            (None, None) => "stopped",
+        }
     }
 
     fn disk(&self) -> String {
@@ -84,6 +96,9 @@ impl View {
                 "max_sessions": account.max_sessions,
                 "linger_seconds": account.linger_s,
             },
+            "policy": account.policy.as_str(),
+            "saved_bytes": self.saved_bytes,
+            "machine_state": self.machine_state(),
             "disk_allocated_bytes": self.disk_allocated,
             "machine": self.machine.as_ref().map(|machine| json!({
                 "state": machine.state,
@@ -109,9 +124,23 @@ impl View {
             ("disk", self.disk()),
             ("sessions", format!("at most {}", account.max_sessions)),
             ("linger", linger),
+            ("policy", account.policy.as_str().to_owned()),
         ];
+        if let Some(bytes) = self.saved_bytes {
+            facts.push(("saved", size::show(bytes)));
+        }
         match &self.machine {
-            None => facts.push(("machine", "stopped".to_owned())),
+            None => {
+                let state = self.machine_state();
+                match &self.recorded {
+                    Some(record) => {
+                        let since = time::short(record.since);
+                        facts.push(("machine", format!("{state} since {since}")));
+                        facts.extend(record.detail.clone().map(|why| ("because", why)));
+                    }
+                    None => facts.push(("machine", state.to_owned())),
+                }
+            }
             Some(machine) => {
                 let since = time::short(machine.since);
                 facts.push(("machine", format!("{} since {since}", machine.state)));

@@ -11,8 +11,13 @@ use std::time::Duration;
 /// power off, and then some.
 fn patience(context: &Context, request: &Request) -> Duration {
     match request {
-        Request::StopAccount { .. } => {
-            context.config.machines.stop_timeout() + Duration::from_secs(30)
+        Request::StopAccount { .. } | Request::ResetAccount { .. } => {
+            let machines = &context.config.machines;
+            machines.stop_timeout() + machines.save_timeout() + Duration::from_secs(30)
+        }
+        Request::StartAccount { .. } => {
+            let machines = &context.config.machines;
+            machines.start_timeout() + machines.stale_timeout() + Duration::from_secs(30)
         }
         _ => Duration::from_secs(30),
     }

@@ -240,6 +240,17 @@ fn remove(context: &Context, id: &str) -> anyhow::Result<()> {
     if context.state.current_base()?.as_ref() == Some(&id) {
         bail!("base {id} is the current one; choose another first: hermitage base use ID");
     }
+    let sleepers = super::snapshot::on_base(context, &id)?;
+    if let Some(first) = sleepers.first() {
+        let others = match sleepers.len() {
+            1 => String::new(),
+            n => format!(" and {} more", n - 1),
+        };
+        bail!(
+            "what is saved of {first}'s machine{others} needs base {id}; it goes with \
+             hermitage snapshot drop {first}, or when that machine next starts from its disk"
+        );
+    }
     base::remove(&context.state, &id).with_context(|| format!("deleting base {id}"))?;
     let object = json!({ "id": id.as_str(), "removed": true });
     context.out.show(&object, || format!("base {id} is deleted"))

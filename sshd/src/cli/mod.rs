@@ -5,6 +5,7 @@
 //! repeated: what is already so is said and is no error.
 
 mod account;
+mod account_machine;
 mod account_show;
 mod admin;
 mod base;
@@ -16,6 +17,7 @@ mod key;
 mod output;
 mod password;
 mod size;
+mod snapshot;
 mod status;
 mod template;
 mod time;
@@ -84,6 +86,9 @@ enum Command {
     /// Base snapshots: what machines are forked from
     #[command(subcommand)]
     Base(base::Command),
+    /// Snapshots: what is saved of the memory of accounts' machines
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Guest images: the kernel and root file system that bases are booted from
     #[command(subcommand)]
     Image(image::Command),
@@ -141,6 +146,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status => status::run(&context),
         Command::Account(command) => account::run(&context, command),
         Command::Base(command) => base::run(&context, command),
+        Command::Snapshot(command) => snapshot::run(&context, command),
         Command::Image(command) => image::run(&context, command),
         Command::Console { account } => console::run(&context, &account),
     }

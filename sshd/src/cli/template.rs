@@ -111,7 +111,10 @@ mod tests {
     fn small_template(dir: &Path) -> PathBuf {
         let path = dir.join("small.img");
         File::create(&path).unwrap().set_len(SMALL).unwrap();
-        let made = Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-b", "4096"]).arg(&path).status();
+        let made = Command::new("mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
+            .arg(&path)
+            .status();
         assert!(made.unwrap().success());
         path
     }

@@ -9,18 +9,21 @@ use std::{
 
 use hermitage_storage::{
     StateDir,
-    accounts::{self, MachineState},
+    accounts::{self, MachineState, Policy},
+    saved,
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::Instant,
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Lease, LoginError, MachineCell, Status, start,
-    state::{Effect, Event, Intent, Lifecycle, State, StopCause, Timer},
+    Arrival, Lease, LoginError, MachineCell, Status, save, start,
+    state::{Effect, Event, Intent, Lifecycle, SaveOutcome, State, StopCause, Timer},
+    words,
 };
 use crate::{
     config::Config,
@@ -63,6 +66,12 @@ pub(super) struct Driver {
     waiting: Vec<oneshot::Sender<Result<Lease, LoginError>>>,
     stopping: Vec<oneshot::Sender<()>>,
     starting: Option<JoinHandle<Result<start::Started, start::StartError>>>,
+    saving: Option<JoinHandle<save::SaveOver>>,
+    call_off: CancellationToken,
+    /// What this service or the one before knows of the last machine; None before it was looked up.
+    former: Option<start::Former>,
+    /// Bytes of the last save.
+    saved_bytes: u64,
     machine: Option<Attached>,
     timer: Option<Instant>,
     linger: Duration,
@@ -73,6 +82,7 @@ pub(super) struct Driver {
 struct Attached {
     machine: Arc<MachineCell>,
     dying: bool,
+    arrival: Arrival,
     end: watch::Sender<Option<String>>,
 }
 
@@ -92,16 +102,24 @@ impl Driver {
             machine: None,
         });
         let linger = context.config.machines.linger();
+        let lifecycle = match context.state_dir.snapshot(account).exists() {
+            true => Lifecycle::saved(),
+            false => Lifecycle::default(),
+        };
         let driver = Self {
             context,
             account,
-            lifecycle: Lifecycle::default(),
+            lifecycle,
             requests,
             leaves: watch::channel(0).0,
             left: 0,
             waiting: vec![],
             stopping: vec![],
             starting: None,
+            saving: None,
+            call_off: CancellationToken::new(),
+            former: None,
+            saved_bytes: 0,
             machine: None,
             timer: None,
             linger,
@@ -123,9 +141,13 @@ impl Driver {
                     }
                     event
                 }
-                outcome = started(&mut self.starting) => {
+                outcome = finished(&mut self.starting) => {
                     self.starting = None;
                     self.forked(outcome)
+                }
+                outcome = finished(&mut self.saving) => {
+                    self.saving = None;
+                    self.save_over(outcome)
                 }
                 _ = leaves.changed() => {
                     let count = *leaves.borrow_and_update();
@@ -176,9 +198,12 @@ impl Driver {
         match outcome {
             Ok(Ok(started)) => {
                 self.linger = started.linger;
+                self.lifecycle.policy = started.policy;
+                self.former = Some(start::Former::default());
                 self.machine = Some(Attached {
                     machine: Arc::new(MachineCell(started.machine)),
                     dying: false,
+                    arrival: Arrival::new(started.arrival),
                     end: watch::channel(None).0,
                 });
                 Event::Forked
@@ -194,7 +219,30 @@ impl Driver {
         }
     }
 
+    fn save_over(&mut self, outcome: Result<save::SaveOver, tokio::task::JoinError>) -> Event {
+        let over = match outcome {
+            Ok(over) => over,
+            Err(error) => {
+                tracing::error!(account = %self.account, %error, "saving a machine was cut off");
+                // Whether it is paused, and what is on the disk, is not known.
+                if let Some(machine) = self.machine() {
+                    tokio::spawn(async move { machine.kill().await });
+                }
+                return Event::SaveOver(SaveOutcome::Failed("it was cut off".into()));
+            }
+        };
+        if over.outcome == SaveOutcome::Done {
+            tracing::info!(account = %self.account, bytes = over.bytes, "machine saved");
+            self.former = Some(start::Former { left: over.left, lost: None });
+            self.saved_bytes = over.bytes;
+        }
+        Event::SaveOver(over.outcome)
+    }
+
     async fn step(&mut self, event: Event) {
+        if matches!(event, Event::TimerOver | Event::Stop(_)) {
+            self.look_up_policy().await;
+        }
         tracing::debug!(account = %self.account, ?event, state = ?self.lifecycle.state, "event");
         let (lifecycle, effects) = std::mem::take(&mut self.lifecycle).step(event);
         self.lifecycle = lifecycle;
@@ -210,8 +258,25 @@ impl Driver {
             Effect::Record(intent) => self.record(intent).await,
             Effect::Start => {
                 let (context, account) = (self.context.clone(), self.account);
-                self.starting = Some(tokio::spawn(start::start(context, account)));
+                let former = self.former.clone().unwrap_or_default();
+                self.starting = Some(tokio::spawn(start::start(context, account, former)));
             }
+            Effect::Save => {
+                if let Some(machine) = self.machine() {
+                    let (context, account) = (self.context.clone(), self.account);
+                    self.call_off = CancellationToken::new();
+                    let called_off = self.call_off.clone();
+                    let task = save::save(context, account, machine, called_off);
+                    self.saving = Some(tokio::spawn(task));
+                }
+            }
+            Effect::CallOff => self.call_off.cancel(),
+            Effect::Release => {
+                if let Some(machine) = self.machine() {
+                    tokio::spawn(async move { machine.release().await });
+                }
+            }
+            Effect::Drop => self.drop_memory().await,
             Effect::Admit => self.admit(),
             Effect::Refuse(reason) => {
                 for reply in self.waiting.drain(..) {
@@ -249,10 +314,52 @@ impl Driver {
         }
     }
 
+    async fn drop_memory(&mut self) {
+        self.former = Some(start::Former::default());
+        let (context, account) = (self.context.clone(), self.account);
+        let dropped =
+            tokio::task::spawn_blocking(move || saved::withdraw(&context.state_dir, account));
+        let outcome = dropped.await.map_err(std::io::Error::other).and_then(|outcome| outcome);
+        if let Err(error) = outcome {
+            // It is found again at the next start, which resumes it or says why not.
+            tracing::error!(account = %self.account, %error, "can't drop a saved machine");
+        }
+    }
+
+    /// It may have been changed since the machine started.
+    async fn look_up_policy(&mut self) {
+        match self.context.store.by_id(self.account).await {
+            Ok(Some(account)) => self.lifecycle.policy = account.policy,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(account = %self.account, %error, "can't look up the policy")
+            }
+        }
+    }
+
+    /// What a service before this one recorded of the account's machine.
+    async fn look_up_former(&mut self) {
+        if let Some(former) = &mut self.former {
+            if let Some(lost) = &self.lifecycle.lost {
+                former.lost = Some(lost.clone());
+            }
+            return;
+        }
+        let intent = match self.context.store.intent(self.account).await {
+            Ok(intent) => intent,
+            Err(error) => {
+                tracing::error!(account = %self.account, %error, "can't look up the last machine");
+                None
+            }
+        };
+        self.former = Some(intent.map(former_of).unwrap_or_default());
+    }
+
     fn admit(&mut self) {
         let Some(attached) = &self.machine else { return };
         for reply in self.waiting.drain(..) {
             let lease = Lease {
+                arrival: attached.arrival.clone(),
                 machine: attached.machine.0.clone(),
                 end: attached.end.subscribe(),
                 leaves: self.leaves.clone(),
@@ -263,7 +370,11 @@ impl Driver {
     }
 
     /// A database that can't be written does not keep anybody out: the disk's lock guards the disk.
-    async fn record(&self, intent: Intent) {
+    async fn record(&mut self, intent: Intent) {
+        if matches!(intent, Intent::Starting | Intent::Resuming) {
+            self.look_up_former().await;
+        }
+        let left = self.former.as_ref().map(|former| former.left.as_slice()).unwrap_or_default();
         let machine = self.machine();
         let record = accounts::Intent {
             account: self.account,
@@ -272,11 +383,16 @@ impl Driver {
                 (Intent::Stopped, _) => MachineState::Stopped,
                 (Intent::Starting, _) => MachineState::Starting,
                 (Intent::Running, _) => MachineState::Running,
+                (Intent::Saving, _) => MachineState::Saving,
+                (Intent::Saved, _) => MachineState::Saved,
+                (Intent::Resuming, _) => MachineState::Resuming,
                 (Intent::Stopping, _) => MachineState::Stopping,
             },
             pid: machine.as_ref().map(|machine| machine.pid),
             base: machine.map(|machine| machine.base.clone()),
             detail: Some(self.why()).filter(|why| !why.is_empty()),
+            terminals: (!left.is_empty())
+                .then(|| left.iter().map(u8::to_string).collect::<Vec<_>>().join(" ")),
             since: 0,
         };
         if let Err(error) = self.context.store.record(record).await {
@@ -303,6 +419,9 @@ impl Driver {
             State::Starting => MachineState::Starting,
             State::Running => MachineState::Running,
             State::Lingering => MachineState::Lingering,
+            State::Saving(_) => MachineState::Saving,
+            State::Saved => MachineState::Saved,
+            State::Resuming => MachineState::Resuming,
             State::Stopping(_) => MachineState::Stopping,
             State::Failed(_) => MachineState::Failed,
         };
@@ -322,8 +441,19 @@ impl Driver {
 
     fn why(&self) -> String {
         match &self.lifecycle.state {
-            State::Stopped => String::new(),
-            State::Starting => match self.lifecycle.waiting {
+            State::Stopped => self.lifecycle.lost.clone().unwrap_or_default(),
+            State::Saved => match self.saved_bytes {
+                0 => "its memory is saved; the next login goes on with it".into(),
+                bytes => format!(
+                    "its memory is saved ({}); the next login goes on with it",
+                    words::size(bytes)
+                ),
+            },
+            State::Saving(saving) if saving.called_off => {
+                "somebody has come back while it was being saved".into()
+            }
+            State::Saving(saving) => format!("{}; its memory is being saved", saving.cause),
+            State::Starting | State::Resuming => match self.lifecycle.waiting {
                 0 => "somebody has just authenticated".into(),
                 1 => "1 login waits".into(),
                 waiting => format!("{waiting} logins wait"),
@@ -333,7 +463,12 @@ impl Driver {
                 admitted => format!("{admitted} sessions"),
             },
             State::Lingering => {
-                format!("nobody is logged in; stops after {} s", self.linger.as_secs())
+                let linger = self.linger.as_secs();
+                match self.lifecycle.policy {
+                    Policy::Save => format!("nobody is logged in; is saved after {linger} s"),
+                    Policy::Keep => "nobody is logged in; its policy is to keep it running".into(),
+                    Policy::Discard => format!("nobody is logged in; stops after {linger} s"),
+                }
             }
             State::Stopping(stopping) if stopping.killed => {
                 format!("{}; the guest did not power off and is killed", stopping.cause)
@@ -344,10 +479,21 @@ impl Driver {
     }
 }
 
-async fn started(
-    starting: &mut Option<JoinHandle<Result<start::Started, start::StartError>>>,
-) -> Result<Result<start::Started, start::StartError>, tokio::task::JoinError> {
-    match starting {
+/// What the last record of a former service says to the next start.
+fn former_of(intent: accounts::Intent) -> start::Former {
+    let left = intent.terminals.as_deref().unwrap_or_default();
+    let left = left.split(' ').filter_map(|terminal| terminal.parse().ok()).collect();
+    let lost = match intent.state {
+        MachineState::Saved => None,
+        // Told as it was recorded, if there was something to tell.
+        MachineState::Stopped | MachineState::Failed => intent.detail,
+        _ => Some(super::INTERRUPTED.into()),
+    };
+    start::Former { left, lost }
+}
+
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match task {
         Some(task) => task.await,
         None => std::future::pending().await,
     }

@@ -4,8 +4,11 @@
 //! Sessions ask the [`Registry`] for a [`Lease`]; the machine stays at least as long as there are leases.
 
 mod driver;
+mod resume;
+mod save;
 mod start;
 mod state;
+mod words;
 
 use std::{
     collections::HashMap,
@@ -28,6 +31,9 @@ pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;
 
+/// What a machine that a former service left behind went through.
+const INTERRUPTED: &str = "the host or its service was interrupted while your machine ran";
+
 /// Logins and stops of one account that wait to be looked at.
 const MAILBOX: usize = 64;
 
@@ -45,12 +51,28 @@ pub enum LoginError {
 /// The right to use an account's machine. The machine does not go to rest while there is one.
 pub struct Lease {
     pub machine: Arc<Machine>,
+    arrival: Arrival,
     /// Set when the machine is taken away, with the reason.
     end: watch::Receiver<Option<String>>,
     leaves: watch::Sender<u64>,
 }
 
+/// How the machine came to be, in a few words: for the first shell that asks, once.
+#[derive(Clone, Default)]
+struct Arrival(Arc<Mutex<Option<String>>>);
+
+impl Arrival {
+    fn new(words: Option<String>) -> Self {
+        Self(Arc::new(Mutex::new(words)))
+    }
+}
+
 impl Lease {
+    /// How the machine came to be, if nobody was told yet.
+    pub fn arrival(&self) -> Option<String> {
+        self.arrival.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Waits until the machine is taken away and says why.
     pub async fn must_end(&self) -> String {
         let mut end = self.end.clone();
@@ -138,7 +160,25 @@ impl Registry {
         answer.await.unwrap_or(Err(LoginError::Stopping))
     }
 
-    /// Ends the account's sessions and machine; returns when the machine is gone.
+    /// Starts the account's machine, or resumes it; returns when it runs.
+    pub async fn start(&self, account: &Account) -> Result<(), LoginError> {
+        self.login(account).await.map(drop)
+    }
+
+    /// Drops what there is of the memory of the account's machine, running or saved.
+    pub async fn reset(&self, account: &Account) {
+        // Also of an account that this service has not seen yet.
+        self.handle(account);
+        self.stop(account.id, StopCause::Reset).await;
+    }
+
+    /// Sessions that the account has now.
+    pub fn sessions(&self, account: Uuid) -> u32 {
+        self.accounts().get(&account).map_or(0, |handle| handle.status.borrow().sessions)
+    }
+
+    /// Ends the account's sessions and machine, whose memory is saved if that is its policy; returns
+    /// when the machine is gone.
     pub async fn stop(&self, account: Uuid, cause: StopCause) {
         let Some(handle) = self.accounts().get(&account).cloned() else { return };
         let (reply, answer) = oneshot::channel();
@@ -265,10 +305,14 @@ async fn settle(context: &Context, left: Intent) {
         Err(_) => false,
     };
     if unchanged {
-        let detail = Some("left behind by a former service".to_owned());
-        let stopped = Intent { state: MachineState::Stopped, pid: None, detail, ..left };
-        if let Err(error) = context.store.record(stopped).await {
-            tracing::error!(%error, "can't note a machine as stopped");
+        let saved = context.state_dir.snapshot(left.account).exists();
+        let (state, detail) = match saved {
+            true => (MachineState::Saved, None),
+            false => (MachineState::Stopped, Some(INTERRUPTED.to_owned())),
+        };
+        let settled = Intent { state, pid: None, detail, ..left };
+        if let Err(error) = context.store.record(settled).await {
+            tracing::error!(%error, "can't note what became of a machine");
         }
     }
 }

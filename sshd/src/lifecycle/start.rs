@@ -1,23 +1,27 @@
-//! Starting an account's machine: room, disk, identity, fork.
+//! Starting an account's machine: room, disk, then what was saved of it, or identity and a fork.
 
 use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use hermitage_guest_proto::{Attach, WallClock};
+use hermitage_guest_proto::Attach;
 use hermitage_storage::{
-    accounts::Account,
+    accounts::{Account, Policy},
     disk::{self, DiskError},
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::driver::Context;
+use super::{
+    driver::Context,
+    resume::{self, Attempt},
+    words,
+};
 use crate::{
-    machine::{ForkError, LaunchError, Machine, Spec, launch},
+    machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
     room,
     store::StoreError,
 };
@@ -28,9 +32,21 @@ const DISK_RETRY: Duration = Duration::from_millis(100);
 /// Bytes of the host's random numbers that a guest's generator starts from.
 const ENTROPY: usize = 64;
 
+/// What is known of the account's last machine.
+#[derive(Clone, Default)]
+pub(super) struct Former {
+    /// The terminals that wait for their user, the one left last first.
+    pub left: Vec<u8>,
+    /// Why its memory is gone, if somebody might miss it.
+    pub lost: Option<String>,
+}
+
 pub(super) struct Started {
     pub machine: Arc<Machine>,
     pub linger: Duration,
+    pub policy: Policy,
+    /// How the machine came to be, for who logs in.
+    pub arrival: Option<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +67,8 @@ pub(super) enum StartError {
     Entropy(String),
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    #[error("can't mark the saved memory in {path} as unusable: {source}", path = .folder.display())]
+    SetAside { folder: PathBuf, source: std::io::Error },
     #[error("starting was cut off: {0}")]
     Interrupted(String),
 }
@@ -80,7 +98,11 @@ impl StartError {
     }
 }
 
-pub(super) async fn start(context: Arc<Context>, account: Uuid) -> Result<Started, StartError> {
+pub(super) async fn start(
+    context: Arc<Context>,
+    account: Uuid,
+    former: Former,
+) -> Result<Started, StartError> {
     let account =
         context.store.by_id(account).await?.filter(Account::is_open).ok_or(StartError::Closed)?;
     let machines = &context.config.machines;
@@ -88,41 +110,60 @@ pub(super) async fn start(context: Arc<Context>, account: Uuid) -> Result<Starte
 
     let path = context.state_dir.disk(account.id);
     let disk = open_disk(&path, machines.stale_timeout()).await?;
-    let disk_size = disk.metadata().map_err(|source| StartError::DiskSize { path, source })?.len();
+    let begun = Instant::now();
+    let Former { left, lost } = former;
+    let (machine, arrival) = match resume::resume(&context, &account, &disk, left).await? {
+        Attempt::Resumed(machine, age, bytes) => {
+            let words = words::resumed(age, bytes, begun.elapsed());
+            (machine, Some(words))
+        }
+        Attempt::Unusable(reason) => {
+            tracing::warn!(account = account.name, reason, "the saved machine can't be resumed");
+            (cold_start(&context, &account, disk).await?, Some(words::cold(&reason)))
+        }
+        Attempt::Nothing => {
+            (cold_start(&context, &account, disk).await?, lost.as_deref().map(words::cold))
+        }
+    };
+    tracing::info!(
+        account = account.name,
+        pid = machine.pid,
+        base = machine.base,
+        ms = begun.elapsed().as_millis() as u64,
+        how = arrival.as_deref().unwrap_or("cold start"),
+        "machine started"
+    );
+    let linger =
+        account.linger_s.map_or(machines.linger(), |seconds| Duration::from_secs(seconds.into()));
+    Ok(Started { machine, linger, policy: account.policy, arrival })
+}
 
+/// A machine of the current base and the disk alone.
+async fn cold_start(
+    context: &Context,
+    account: &Account,
+    disk: File,
+) -> Result<Arc<Machine>, StartError> {
+    let path = context.state_dir.disk(account.id);
+    let disk_size = disk.metadata().map_err(|source| StartError::DiskSize { path, source })?.len();
     let mut entropy = vec![0; ENTROPY];
     getrandom::fill(&mut entropy).map_err(|error| StartError::Entropy(error.to_string()))?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let attach = Attach {
         account: account.name.clone(),
         uid: account.uid,
         hostname: account.hostname.clone(),
         machine_id: account.machine_id,
         entropy,
-        clock: WallClock {
-            seconds: now.as_secs().try_into().unwrap_or(i64::MAX),
-            nanoseconds: now.subsec_nanos(),
-        },
+        clock: clock(),
         disk_size,
     };
     let spec = Spec {
         attach,
         disk: disk.into(),
-        timeout: machines.start_timeout(),
+        timeout: context.config.machines.start_timeout(),
         scarce: context.scarce.clone(),
     };
-    let begun = Instant::now();
-    let machine = launch(&context.forks, spec).await?;
-    tracing::info!(
-        account = account.name,
-        pid = machine.pid,
-        base = machine.base,
-        ms = begun.elapsed().as_millis() as u64,
-        "machine started"
-    );
-    let linger =
-        account.linger_s.map_or(machines.linger(), |seconds| Duration::from_secs(seconds.into()));
-    Ok(Started { machine, linger })
+    Ok(launch(&context.forks, spec).await?)
 }
 
 /// Opens and locks an account's disk. A machine that a former service left behind still has it until

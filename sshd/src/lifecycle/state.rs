@@ -4,29 +4,48 @@
 //! ```text
 //!            login                    forked            last session leaves
 //! Stopped ─────────► Starting ───────────────► Running ───────────────────► Lingering
-//!    ▲                  │ failed                  ▲                              │
-//!    │                  ▼                         └──────────── login ───────────┤
-//!    │               Failed(reason)                                              │
-//!    │                  │ login: Starting again                                  │
-//!    │                                        admin stop, disabled, shutdown     │ linger over
-//!    └───────────── ended ◄──────────────── Stopping ◄───────────────────────────┘
-//!                   (a login meanwhile: Starting again)
+//!    ▲                  │ failed                 ▲  ▲                        │  │  ▲
+//!    │                  ▼                        │  └──────── login ─────────┤  │  │ save failed,
+//!    │               Failed(reason)      resumed │                           │  │  │ first time
+//!    │                  │ login: Starting        │      linger over (save),  │  │  │
+//!    │                                       Resuming   stop                 ▼  │  │
+//!    │                                           ▲ login    ┌──────────── Saving ──┘
+//!    │ ended, reset                              │          │ saved    │   │ called off by a login:
+//!    │                                         Saved ◄── Stopping ◄────┘   └──► Running
+//!    │                                           │          ▲  save failed again
+//!    └───────────────────────────────────────────┴──────────┘  linger over (discard)
 //! ```
 //!
 //! A machine that ends by itself, from whichever state, leads through Stopping (until its process is
-//! gone and the disk is free) to Stopped, or to Failed while it was still starting. A login never fails because of the moment it comes at: during Starting and Stopping it
-//! waits. Saving, Saved and Resuming belong between Lingering and Stopped: where Lingering goes when
-//! the linger is over, and where a login from there comes back.
+//! gone and the disk is free) to Stopped, or to Failed while it was still starting. A login never fails
+//! because of the moment it comes at: during Starting, Resuming and Stopping it waits; a save that only
+//! the linger asked for is called off by it. Whether Resuming ends in the old memory or in a cold start
+//! is the start's business ([`super::start`]): the machine is the account's either way.
+
+use hermitage_storage::accounts::Policy;
 
 /// Where the account's machine is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
     Stopped,
     Starting,
+    /// Its memory is on the disk.
+    Saved,
+    /// A machine is being made of what was saved.
+    Resuming,
     Running,
     Lingering,
+    Saving(Saving),
     Stopping(Stopping),
     Failed(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saving {
+    pub cause: StopCause,
+    /// The sessions are gone and the save has begun.
+    pub under_way: bool,
+    pub called_off: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +55,29 @@ pub struct Stopping {
     pub starting: bool,
     /// The guest was given its time; now it is killed.
     pub killed: bool,
+    /// A save is still under way, which has to come to its own end.
+    pub saving: bool,
+    /// Its process is gone.
+    pub gone: bool,
+    /// Its memory is on the disk.
+    pub saved: bool,
+    /// What was saved of its memory is dropped.
+    pub dropped: bool,
+}
+
+impl Stopping {
+    fn for_cause(cause: StopCause) -> Self {
+        let dropped = cause == StopCause::Reset;
+        Self {
+            cause,
+            starting: false,
+            killed: false,
+            saving: false,
+            gone: false,
+            saved: false,
+            dropped,
+        }
+    }
 }
 
 /// Why a machine is stopped.
@@ -45,6 +87,8 @@ pub enum StopCause {
     Idle,
     /// An operator asked for it.
     Admin,
+    /// Its memory is to be dropped.
+    Reset,
     /// The account was disabled or removed.
     Closed,
     /// The service stops.
@@ -58,6 +102,7 @@ impl std::fmt::Display for StopCause {
         f.write_str(match self {
             StopCause::Idle => "nobody is logged in",
             StopCause::Admin => "an operator stopped this machine",
+            StopCause::Reset => "this machine is started anew from its disk",
             StopCause::Closed => "this account was disabled",
             StopCause::Shutdown => "the service is stopping",
             StopCause::Died(reason) => reason,
@@ -76,6 +121,8 @@ pub enum Event {
     /// The machine runs and has its account.
     Forked,
     StartFailed(String),
+    /// The save has come to its end.
+    SaveOver(SaveOutcome),
     /// The machine has ended, but its process still has the disk.
     Dying(String),
     /// The machine's process is gone.
@@ -86,11 +133,29 @@ pub enum Event {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SaveOutcome {
+    /// The snapshot is published; the machine is paused for good.
+    Done,
+    /// The machine runs on.
+    CalledOff,
+    /// The machine runs on, if it did not end.
+    Failed(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Write this to the database before going on.
     Record(Intent),
-    /// Fork a machine; `Forked` or `StartFailed` follows.
+    /// Make a machine, of what was saved if there is something; `Forked` or `StartFailed` follows.
     Start,
+    /// Save the machine; `SaveOver` follows.
+    Save,
+    /// The save is not wanted any more; `SaveOver` tells whether that came in time.
+    CallOff,
+    /// End the machine that was saved.
+    Release,
+    /// Drop what was saved of the machine's memory.
+    Drop,
     /// Let in everybody who waits.
     Admit,
     /// Turn away everybody who waits.
@@ -112,7 +177,7 @@ pub enum Timer {
     Linger,
     /// How long who has authenticated may take to come.
     Expected,
-    /// How long a guest may take to power off.
+    /// How long sessions may take to leave, or a guest to power off.
     Grace,
     /// How long a killed machine may take to be gone.
     Kill,
@@ -124,8 +189,14 @@ pub enum Intent {
     Stopped,
     Starting,
     Running,
+    Saving,
+    Saved,
+    Resuming,
     Stopping,
 }
+
+/// Saves that may fail before an idle machine is powered off instead.
+const SAVE_ATTEMPTS: u8 = 2;
 
 /// The state and who is involved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,66 +206,102 @@ pub struct Lifecycle {
     pub admitted: u32,
     /// Logins that wait for it.
     pub waiting: u32,
+    /// What happens to the machine when nobody is logged in; kept up to date by the driver.
+    pub policy: Policy,
+    /// Why the next machine will not have the memory of the last one, if somebody might miss it.
+    pub lost: Option<String>,
+    failed_saves: u8,
 }
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        Self { state: State::Stopped, admitted: 0, waiting: 0 }
+        Self {
+            state: State::Stopped,
+            admitted: 0,
+            waiting: 0,
+            policy: Policy::default(),
+            lost: None,
+            failed_saves: 0,
+        }
     }
 }
 
+type Step = (Lifecycle, Vec<Effect>);
+
 impl Lifecycle {
+    /// Of an account whose machine was saved before this service started.
+    pub fn saved() -> Self {
+        Self { state: State::Saved, ..Self::default() }
+    }
+
     /// What `event` leads to. An event that means nothing in a state changes nothing.
-    pub fn step(self, event: Event) -> (Self, Vec<Effect>) {
+    pub fn step(self, event: Event) -> Step {
         match event {
             Event::Expected => self.expected(),
             Event::Login => self.login(),
             Event::Leave => self.leave(),
             Event::Forked => self.forked(),
             Event::StartFailed(reason) => self.start_failed(reason),
+            Event::SaveOver(outcome) => self.save_over(outcome),
             Event::Dying(reason) => self.dying(reason),
             Event::Ended(reason) => self.ended(reason),
             Event::TimerOver => self.timer_over(),
+            Event::Stop(StopCause::Reset) => self.reset(),
             Event::Stop(cause) => self.stop(cause),
         }
     }
 
-    /// If nobody comes after all, the machine lingers and stops.
-    fn expected(self) -> (Self, Vec<Effect>) {
+    /// If nobody comes after all, the machine lingers and is put away again.
+    fn expected(self) -> Step {
         match self.state {
-            State::Stopped | State::Failed(_) => self.start(vec![]),
+            State::Stopped | State::Saved | State::Failed(_) => self.start(vec![]),
             _ => (self, vec![]),
         }
     }
 
-    fn login(mut self) -> (Self, Vec<Effect>) {
+    fn login(mut self) -> Step {
         self.waiting += 1;
         match self.state {
-            State::Stopped | State::Failed(_) => self.start(vec![]),
+            State::Stopped | State::Saved | State::Failed(_) => self.start(vec![]),
             State::Running => self.admit(vec![]),
             State::Lingering => {
                 self.state = State::Running;
                 self.admit(vec![Effect::CancelTimer])
             }
-            State::Starting | State::Stopping(_) => (self, vec![]),
+            // A save that somebody asked for is waited for; then the machine resumes.
+            State::Saving(ref mut saving)
+                if saving.cause == StopCause::Idle && !saving.called_off =>
+            {
+                saving.called_off = true;
+                (self, vec![Effect::CallOff])
+            }
+            State::Starting | State::Resuming | State::Saving(_) | State::Stopping(_) => {
+                (self, vec![])
+            }
         }
     }
 
-    fn leave(mut self) -> (Self, Vec<Effect>) {
+    fn leave(mut self) -> Step {
         self.admitted = self.admitted.saturating_sub(1);
         match self.state {
             State::Running if self.admitted == 0 => {
                 self.state = State::Lingering;
                 (self, vec![Effect::SetTimer(Timer::Linger)])
             }
+            State::Saving(ref mut saving) if self.admitted == 0 && !saving.under_way => {
+                saving.under_way = true;
+                (self, vec![Effect::CancelTimer, Effect::Save])
+            }
             _ => (self, vec![]),
         }
     }
 
-    fn forked(mut self) -> (Self, Vec<Effect>) {
+    fn forked(mut self) -> Step {
         match self.state {
-            State::Starting => {
+            State::Starting | State::Resuming => {
                 self.state = State::Running;
+                self.lost = None;
+                self.failed_saves = 0;
                 if self.admitted + self.waiting == 0 {
                     self.state = State::Lingering;
                     return (
@@ -207,17 +314,17 @@ impl Lifecycle {
                 effects.push(Effect::Record(Intent::Running));
                 (lifecycle, effects)
             }
-            State::Stopping(Stopping { ref cause, starting: true, .. }) => {
-                let cause = cause.clone();
-                self.power_off(cause)
+            State::Stopping(Stopping { ref cause, starting: true, dropped, .. }) => {
+                let cause = if dropped { StopCause::Reset } else { cause.clone() };
+                self.put_away(cause)
             }
             _ => (self, vec![]),
         }
     }
 
-    fn start_failed(mut self, reason: String) -> (Self, Vec<Effect>) {
+    fn start_failed(mut self, reason: String) -> Step {
         match self.state {
-            State::Starting => {
+            State::Starting | State::Resuming => {
                 self.waiting = 0;
                 self.state = State::Failed(reason.clone());
                 (self, vec![Effect::Record(Intent::Stopped), Effect::Refuse(reason), Effect::Gone])
@@ -227,29 +334,90 @@ impl Lifecycle {
         }
     }
 
-    fn dying(mut self, reason: String) -> (Self, Vec<Effect>) {
-        match self.state {
-            State::Running | State::Lingering => {
-                let cause = StopCause::Died(reason);
-                self.state = State::Stopping(Stopping { cause, starting: false, killed: false });
-                (self, vec![Effect::Record(Intent::Stopping), Effect::SetTimer(Timer::Kill)])
+    fn save_over(mut self, outcome: SaveOutcome) -> Step {
+        let cause = match self.state {
+            State::Saving(ref saving) => saving.cause.clone(),
+            // The machine ended meanwhile.
+            State::Stopping(ref mut stopping) if stopping.saving => {
+                stopping.saving = false;
+                stopping.saved |= outcome == SaveOutcome::Done;
+                return if stopping.gone { self.gone() } else { (self, vec![]) };
             }
-            _ => (self, vec![]),
+            _ => return (self, vec![]),
+        };
+        match outcome {
+            SaveOutcome::Done => {
+                let stopping = Stopping { saved: true, ..Stopping::for_cause(cause) };
+                self.state = State::Stopping(stopping);
+                (self, vec![Effect::Release, Effect::SetTimer(Timer::Kill)])
+            }
+            _ if cause == StopCause::Reset => self.power_off(cause),
+            SaveOutcome::CalledOff | SaveOutcome::Failed(_)
+                if cause == StopCause::Idle && self.waiting > 0 =>
+            {
+                self.state = State::Running;
+                let (lifecycle, mut effects) = self.admit(vec![]);
+                effects.push(Effect::Record(Intent::Running));
+                (lifecycle, effects)
+            }
+            SaveOutcome::CalledOff if cause == StopCause::Idle => self.linger(),
+            SaveOutcome::CalledOff => self.put_away(cause),
+            SaveOutcome::Failed(reason) => {
+                self.failed_saves += 1;
+                if cause == StopCause::Idle && self.failed_saves < SAVE_ATTEMPTS {
+                    return self.linger();
+                }
+                self.lost = Some(format!("your machine's memory could not be saved: {reason}"));
+                self.power_off(cause)
+            }
         }
     }
 
-    fn ended(self, reason: String) -> (Self, Vec<Effect>) {
+    fn dying(mut self, reason: String) -> Step {
+        let (saving, dropped) = match &self.state {
+            State::Running | State::Lingering => (false, false),
+            State::Saving(saving) => (saving.under_way, saving.cause == StopCause::Reset),
+            _ => return (self, vec![]),
+        };
+        self.lost = Some(reason.clone());
+        let died = Stopping::for_cause(StopCause::Died(reason));
+        let stopping = Stopping { saving, dropped, ..died };
+        self.state = State::Stopping(stopping);
+        (self, vec![Effect::Record(Intent::Stopping), Effect::SetTimer(Timer::Kill)])
+    }
+
+    fn ended(mut self, reason: String) -> Step {
         match self.state {
-            State::Starting => self.start_failed(reason),
-            State::Running | State::Lingering | State::Stopping(_) => self.gone(),
-            State::Stopped | State::Failed(_) => (self, vec![]),
+            State::Starting | State::Resuming => self.start_failed(reason),
+            State::Running | State::Lingering | State::Saving(_) => {
+                let (lifecycle, mut effects) = self.dying(reason.clone());
+                let (lifecycle, more) = lifecycle.ended(reason);
+                effects.extend(more);
+                (lifecycle, effects)
+            }
+            State::Stopping(ref mut stopping) if stopping.saving => {
+                stopping.gone = true;
+                (self, vec![Effect::CancelTimer])
+            }
+            State::Stopping(_) => self.gone(),
+            State::Stopped | State::Saved | State::Failed(_) => (self, vec![]),
         }
     }
 
-    fn timer_over(mut self) -> (Self, Vec<Effect>) {
+    fn timer_over(mut self) -> Step {
         match self.state {
-            State::Lingering => self.power_off(StopCause::Idle),
-            State::Stopping(ref mut stopping) if !stopping.starting => {
+            State::Lingering => match self.policy {
+                // Looked at again later: the policy may have changed by then.
+                Policy::Keep => (self, vec![Effect::SetTimer(Timer::Linger)]),
+                Policy::Save | Policy::Discard => self.put_away(StopCause::Idle),
+            },
+            // Sessions that do not leave are not waited for.
+            State::Saving(Saving { ref cause, under_way: false, .. }) => {
+                self.lost = Some("your sessions did not end in time to save its memory".into());
+                let cause = cause.clone();
+                self.power_off(cause)
+            }
+            State::Stopping(ref mut stopping) if !stopping.starting && !stopping.gone => {
                 stopping.killed = true;
                 (self, vec![Effect::Kill, Effect::SetTimer(Timer::Kill)])
             }
@@ -257,29 +425,89 @@ impl Lifecycle {
         }
     }
 
-    fn stop(mut self, cause: StopCause) -> (Self, Vec<Effect>) {
+    fn stop(mut self, cause: StopCause) -> Step {
         match self.state {
-            State::Stopped | State::Failed(_) => (self, vec![Effect::Gone]),
-            State::Starting => {
-                self.waiting = 0;
-                let refuse = Effect::Refuse(cause.to_string());
-                self.state = State::Stopping(Stopping { cause, starting: true, killed: false });
-                (self, vec![refuse])
-            }
-            State::Running | State::Lingering => self.power_off(cause),
-            State::Stopping(ref mut stopping) => {
+            State::Stopped | State::Saved | State::Failed(_) => (self, vec![Effect::Gone]),
+            State::Starting | State::Resuming => self.stop_start(cause),
+            State::Running | State::Lingering => self.put_away(cause),
+            State::Saving(Saving { cause: ref mut now, .. })
+            | State::Stopping(Stopping { cause: ref mut now, .. }) => {
                 // Logins that came since then wait for a new machine, which this forbids as well.
-                self.waiting = 0;
                 let refuse = Effect::Refuse(cause.to_string());
-                stopping.cause = cause;
+                if *now != StopCause::Reset {
+                    *now = cause;
+                }
+                self.waiting = 0;
                 (self, vec![refuse])
             }
         }
     }
 
-    fn power_off(mut self, cause: StopCause) -> (Self, Vec<Effect>) {
+    /// Drops the memory there is, running or saved.
+    fn reset(mut self) -> Step {
+        let refuse = Effect::Refuse(StopCause::Reset.to_string());
+        match self.state {
+            State::Stopped | State::Saved | State::Failed(_) => {
+                self.state = State::Stopped;
+                self.lost = None;
+                (self, vec![Effect::Drop, Effect::Record(Intent::Stopped), Effect::Gone])
+            }
+            State::Starting | State::Resuming => self.stop_start(StopCause::Reset),
+            State::Running | State::Lingering => self.power_off(StopCause::Reset),
+            State::Saving(ref mut saving) if saving.under_way => {
+                let call_off = (!saving.called_off).then_some(Effect::CallOff);
+                saving.cause = StopCause::Reset;
+                saving.called_off = true;
+                self.waiting = 0;
+                (self, call_off.into_iter().chain([refuse]).collect())
+            }
+            State::Saving(_) => {
+                self.waiting = 0;
+                let (lifecycle, mut effects) = self.power_off(StopCause::Reset);
+                effects.insert(0, refuse);
+                (lifecycle, effects)
+            }
+            State::Stopping(ref mut stopping) => {
+                stopping.dropped = true;
+                self.waiting = 0;
+                (self, vec![refuse])
+            }
+        }
+    }
+
+    fn stop_start(mut self, cause: StopCause) -> Step {
+        self.waiting = 0;
+        let refuse = Effect::Refuse(cause.to_string());
+        self.state = State::Stopping(Stopping { starting: true, ..Stopping::for_cause(cause) });
+        (self, vec![refuse])
+    }
+
+    fn linger(mut self) -> Step {
+        self.state = State::Lingering;
+        (self, vec![Effect::Record(Intent::Running), Effect::SetTimer(Timer::Linger)])
+    }
+
+    /// Ends a running machine as its policy says.
+    fn put_away(mut self, cause: StopCause) -> Step {
+        if cause == StopCause::Reset || self.policy == Policy::Discard {
+            return self.power_off(cause);
+        }
+        let under_way = self.admitted == 0;
+        let effects = match under_way {
+            true => vec![Effect::Record(Intent::Saving), Effect::CancelTimer, Effect::Save],
+            false => vec![
+                Effect::Record(Intent::Saving),
+                Effect::EndSessions(cause.to_string()),
+                Effect::SetTimer(Timer::Grace),
+            ],
+        };
+        self.state = State::Saving(Saving { cause, under_way, called_off: false });
+        (self, effects)
+    }
+
+    fn power_off(mut self, cause: StopCause) -> Step {
         let end = Effect::EndSessions(cause.to_string());
-        self.state = State::Stopping(Stopping { cause, starting: false, killed: false });
+        self.state = State::Stopping(Stopping::for_cause(cause));
         (
             self,
             vec![
@@ -291,22 +519,49 @@ impl Lifecycle {
         )
     }
 
-    fn gone(mut self) -> (Self, Vec<Effect>) {
-        self.state = State::Stopped;
-        let effects = vec![Effect::CancelTimer, Effect::Record(Intent::Stopped), Effect::Gone];
+    fn gone(mut self) -> Step {
+        let mut effects = vec![Effect::CancelTimer];
+        let (saved, dropped) = match self.state {
+            State::Stopping(ref stopping) => (stopping.saved, stopping.dropped),
+            _ => (false, false),
+        };
+        if dropped {
+            effects.push(Effect::Drop);
+        }
+        if saved || dropped {
+            self.lost = None;
+        }
+        (self.state, self.failed_saves) = match saved && !dropped {
+            true => (State::Saved, 0),
+            false => (State::Stopped, 0),
+        };
+        let intent = match self.state {
+            State::Saved => Intent::Saved,
+            _ => Intent::Stopped,
+        };
+        effects.extend([Effect::Record(intent), Effect::Gone]);
         if self.waiting > 0 {
             return self.start(effects);
         }
         (self, effects)
     }
 
-    fn start(mut self, mut effects: Vec<Effect>) -> (Self, Vec<Effect>) {
-        self.state = State::Starting;
-        effects.extend([Effect::Record(Intent::Starting), Effect::Start]);
+    fn start(mut self, mut effects: Vec<Effect>) -> Step {
+        let intent = match self.state {
+            State::Saved => {
+                self.state = State::Resuming;
+                Intent::Resuming
+            }
+            _ => {
+                self.state = State::Starting;
+                Intent::Starting
+            }
+        };
+        effects.extend([Effect::Record(intent), Effect::Start]);
         (self, effects)
     }
 
-    fn admit(mut self, mut effects: Vec<Effect>) -> (Self, Vec<Effect>) {
+    fn admit(mut self, mut effects: Vec<Effect>) -> Step {
         self.admitted += self.waiting;
         self.waiting = 0;
         effects.push(Effect::Admit);

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -71,6 +71,8 @@ pub struct ForkServers {
     next_machine: AtomicU64,
     /// Also serialises starting: two logins at once start one server.
     current: tokio::sync::Mutex<Option<Arc<ForkServer>>>,
+    /// Of bases that machines were saved on, as long as there are such machines.
+    others: tokio::sync::Mutex<HashMap<String, Weak<ForkServer>>>,
 }
 
 impl ForkServers {
@@ -86,6 +88,7 @@ impl ForkServers {
             current_base: Box::new(current_base),
             next_machine: AtomicU64::new(1),
             current: Default::default(),
+            others: Default::default(),
         }
     }
 
@@ -108,14 +111,45 @@ impl ForkServers {
         Ok(current.insert(server).clone())
     }
 
+    /// The fork server of a base that may no longer be the current one; it ends with its last machine.
+    pub async fn server_of(&self, base: &str) -> Result<Arc<ForkServer>, ForkError> {
+        if self.current_base()?.as_deref() == Some(base) {
+            return self.server().await;
+        }
+        let mut others = self.others.lock().await;
+        others.retain(|_, server| server.strong_count() > 0);
+        if let Some(server) = others.get(base).and_then(Weak::upgrade)
+            && !server.gone.is_cancelled()
+        {
+            return Ok(server);
+        }
+        let server = ForkServer::start(&self.vmm, &self.bases.join(base), base.to_owned()).await?;
+        others.insert(base.to_owned(), Arc::downgrade(&server));
+        Ok(server)
+    }
+
     /// Forks a machine, handing over `descriptors` (see [`ForkRequest::Fork`]).
     pub async fn fork(
         &self,
+        server: Arc<ForkServer>,
         label: String,
         descriptors: [OwnedFd; 3],
     ) -> Result<Forked, ForkError> {
         let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
-        self.server().await?.fork(machine, label, descriptors).await
+        let request = ForkRequest::Fork { machine, label };
+        server.make(machine, request, descriptors.into()).await
+    }
+
+    /// Makes a machine of a snapshot (see [`ForkRequest::Resume`]).
+    pub async fn resume(
+        &self,
+        server: Arc<ForkServer>,
+        label: String,
+        descriptors: [OwnedFd; 4],
+    ) -> Result<Forked, ForkError> {
+        let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
+        let request = ForkRequest::Resume { machine, label };
+        server.make(machine, request, descriptors.into()).await
     }
 }
 
@@ -203,11 +237,11 @@ impl ForkServer {
         Ok(server)
     }
 
-    async fn fork(
+    async fn make(
         self: Arc<Self>,
         machine: MachineId,
-        label: String,
-        descriptors: [OwnedFd; 3],
+        request: ForkRequest,
+        descriptors: Vec<OwnedFd>,
     ) -> Result<Forked, ForkError> {
         let base = self.base.clone();
         let (forked, was_forked) = oneshot::channel();
@@ -217,9 +251,9 @@ impl ForkServer {
             table.forking.insert(machine, forked);
             table.running.insert(machine, exit);
         }
-        let borrowed = descriptors.each_ref().map(|descriptor| descriptor.as_fd());
-        let sent =
-            self.socket.send(&ForkRequest::Fork { machine, label }, &borrowed).await.map_err(drop);
+        let borrowed: Vec<_> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
+        let sent = self.socket.send(&request, &borrowed).await.map_err(drop);
+        drop(borrowed);
         // From here on the machine alone holds the disk and its lock.
         drop(descriptors);
         let answer = match sent {

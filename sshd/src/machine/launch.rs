@@ -59,7 +59,8 @@ pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, Lau
     agent.write_all(&frame)?;
     let agent = UnixStream::from_std(agent)?;
 
-    let forked = forks.fork(label.clone(), [control_far, agent_far, spec.disk]).await?;
+    let server = forks.server().await?;
+    let forked = forks.fork(server, label.clone(), [control_far, agent_far, spec.disk]).await?;
     let machine = supervise(label, forked, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
@@ -78,6 +79,88 @@ pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, Lau
     Err(outcome)
 }
 
+/// A machine that was saved.
+pub struct Sleeper {
+    pub label: String,
+    pub base: String,
+    /// The account's disk, open for writing and locked.
+    pub disk: OwnedFd,
+    pub snapshot: OwnedFd,
+    /// The terminals that wait for their user, the one left last first.
+    pub left: Vec<u8>,
+    pub timeout: Duration,
+    pub scarce: watch::Receiver<bool>,
+}
+
+/// Why a saved machine did not come back. In any case nothing of it is left running.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    /// The snapshot as such; nothing was run of it.
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+}
+
+impl From<ForkError> for ResumeError {
+    fn from(error: ForkError) -> Self {
+        ResumeError::Launch(error.into())
+    }
+}
+
+impl From<std::io::Error> for ResumeError {
+    fn from(error: std::io::Error) -> Self {
+        ResumeError::Launch(error.into())
+    }
+}
+
+/// Makes a machine of its base and its snapshot. Once it is whole and before it runs, `consume` marks the
+/// snapshot as used up, durably.
+pub async fn resume(
+    forks: &ForkServers,
+    sleeper: Sleeper,
+    consume: impl Future<Output = std::io::Result<()>>,
+) -> Result<Arc<Machine>, ResumeError> {
+    let (control, control_far) = message_pair(false)?;
+    let (agent, agent_far) = stream_pair(true)?;
+    let agent = std::os::unix::net::UnixStream::from(agent);
+    agent.set_nonblocking(true)?;
+    let agent = UnixStream::from_std(agent)?;
+    let Sleeper { label, base, disk, snapshot, left, timeout: limit, scarce } = sleeper;
+    let server = forks.server_of(&base).await?;
+    let descriptors = [control_far, agent_far, disk, snapshot];
+    let forked = forks.resume(server, label.clone(), descriptors).await?;
+    let machine = supervise_with(label, forked, MessageSocket::new(control)?, agent, |machine| {
+        machine.expect_sessions(left);
+        machine.when_restored()
+    });
+    let (machine, restored) = machine;
+    let come_back = async {
+        tokio::select! {
+            restored = restored => match restored {
+                Ok(outcome) => outcome.map_err(ResumeError::Refused)?,
+                Err(_) => return Err(LaunchError::Ended("no answer".into()).into()),
+            },
+            reason = machine.ended() => return Err(LaunchError::Ended(reason).into()),
+        }
+        consume.await.map_err(|error| {
+            ResumeError::Refused(format!("it can't be marked as used: {error}"))
+        })?;
+        machine.run_restored().await.map_err(LaunchError::Ended)?;
+        machine.wake().await.map_err(|reason| LaunchError::Ended(reason).into())
+    };
+    let outcome =
+        timeout(limit, come_back).await.unwrap_or(Err(LaunchError::Timeout(limit).into()));
+    if let Err(error) = outcome {
+        machine.kill().await;
+        let _ = timeout(REAP_TIMEOUT, machine.gone()).await;
+        return Err(error);
+    }
+    // Its first message was another one.
+    keep_told(&machine, scarce);
+    Ok(machine)
+}
+
 /// Starts the tasks that go with a machine.
 fn supervise(
     label: String,
@@ -86,6 +169,19 @@ fn supervise(
     agent: UnixStream,
     scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
+    let machine = supervise_with(label, forked, control, agent, |_| ()).0;
+    keep_told(&machine, scarce);
+    machine
+}
+
+/// The same, with something to be done before the first event is looked at.
+fn supervise_with<T>(
+    label: String,
+    forked: Forked,
+    control: MessageSocket,
+    agent: UnixStream,
+    before: impl FnOnce(&Machine) -> T,
+) -> (Arc<Machine>, T) {
     let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);
     let machine = Arc::new(Machine {
         id: forked.id,
@@ -101,16 +197,26 @@ fn supervise(
         ended: watch::channel(None).0,
         gone: watch::channel(None).0,
     });
+    let first = before(&machine);
     let (reader, writer) = agent.into_split();
     let writing = tokio::spawn(agent::write(writer, agent_messages));
-    let telling = tokio::spawn(tell_room(machine.clone(), scarce));
     let supervised = machine.clone();
     tokio::spawn(async move {
         run(&supervised, Reader::new(reader), forked.exited).await;
         writing.abort();
-        telling.abort();
     });
-    machine
+    (machine, first)
+}
+
+/// Keeps the guest told about its disk's room until the machine ends.
+fn keep_told(machine: &Arc<Machine>, scarce: watch::Receiver<bool>) {
+    let machine = machine.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = tell_room(machine.clone(), scarce) => {}
+            _ = machine.ended() => {}
+        }
+    });
 }
 
 /// Keeps the guest told whether there is room for its disk, for as long as the service looks. `Attach`
@@ -143,7 +249,7 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
         tokio::select! {
             event = machine.control.receive::<MachineEvent>() => match event {
                 Ok(packet) => match packet.message {
-                    MachineEvent::Ended(end) => reason = Some(describe(&end)),
+                    MachineEvent::Ended(end) => reason = Some(last_words(machine, &end)),
                     event => machine.machine_event(event),
                 },
                 Err(_) => break,
@@ -174,7 +280,7 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
                     timeout(Duration::ZERO, machine.control.receive::<MachineEvent>()).await
                 {
                     match packet.message {
-                        MachineEvent::Ended(end) => reason = Some(describe(&end)),
+                        MachineEvent::Ended(end) => reason = Some(last_words(machine, &end)),
                         event => machine.machine_event(event),
                     }
                 }
@@ -219,7 +325,10 @@ async fn deadline(at: Option<Instant>) {
     }
 }
 
-fn describe(end: &End) -> String {
+fn last_words(machine: &Machine, end: &End) -> String {
+    if let End::SnapshotRefused(reason) = end {
+        machine.refused(reason);
+    }
     super::printable(&end.to_string())
 }
 

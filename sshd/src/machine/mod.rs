@@ -13,6 +13,7 @@ mod agent;
 mod fork_server;
 mod launch;
 mod open;
+mod sleep;
 mod socket;
 mod terminals;
 
@@ -32,8 +33,9 @@ use tokio::{
 };
 
 pub use fork_server::{ForkError, ForkServer, ForkServers};
-pub use launch::{LaunchError, Spec, launch};
+pub use launch::{LaunchError, ResumeError, Sleeper, Spec, launch, resume};
 pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
+pub use sleep::clock;
 use socket::MessageSocket;
 use terminals::TerminalState;
 
@@ -64,6 +66,7 @@ struct Table {
     last_session: SessionId,
     last_stream: u64,
     last_left: u64,
+    steps: sleep::Steps,
     sessions: HashMap<SessionId, Waiting>,
     connecting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     terminals: [TerminalState; TERMINALS as usize],
@@ -156,10 +159,9 @@ impl Machine {
                 }
             }
             MachineEvent::Stats(_) | MachineEvent::Ended(_) => {}
-            // Answers to what is not asked for yet.
-            MachineEvent::Restored { .. }
+            event @ (MachineEvent::Restored { .. }
             | MachineEvent::Saved { .. }
-            | MachineEvent::SaveFailed { .. } => {}
+            | MachineEvent::SaveFailed { .. }) => self.step_event(event),
         }
     }
 
@@ -198,10 +200,9 @@ impl Machine {
                 }
             }
             AgentMessage::Ready { .. } | AgentMessage::Pong(_) => {}
-            // Answers to what is not asked for yet.
-            AgentMessage::Frozen
-            | AgentMessage::FreezeFailed { .. }
-            | AgentMessage::Resumed { .. } => {}
+            AgentMessage::Frozen => self.frozen(Ok(())),
+            AgentMessage::FreezeFailed { reason } => self.frozen(Err(printable(&reason))),
+            AgentMessage::Resumed { sessions } => self.resumed(&sessions),
         }
     }
 }

@@ -136,7 +136,12 @@ impl Machine {
         }
     }
 
-    fn set_left(&self, index: u8, session: SessionId, mut exited: oneshot::Receiver<ExitStatus>) {
+    pub(super) fn set_left(
+        &self,
+        index: u8,
+        session: SessionId,
+        mut exited: oneshot::Receiver<ExitStatus>,
+    ) {
         let mut table = self.table();
         table.last_left += 1;
         let order = table.last_left;
@@ -162,6 +167,22 @@ impl Machine {
                 *state = TerminalState::Free;
             }
         }
+    }
+
+    /// Terminals that wait for their user, the one left last first.
+    pub fn left_terminals(&self) -> Vec<u8> {
+        let table = self.table();
+        let mut left: Vec<(u64, u8)> = table
+            .terminals
+            .iter()
+            .enumerate()
+            .filter_map(|(index, state)| match state {
+                TerminalState::Left(left) => Some((left.order, index as u8)),
+                _ => None,
+            })
+            .collect();
+        left.sort_unstable_by(|a, b| b.cmp(a));
+        left.into_iter().map(|(_, index)| index).collect()
     }
 
     /// Takes the terminal's socket away; what the program still writes is dropped.

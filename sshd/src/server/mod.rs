@@ -193,7 +193,7 @@ impl Service {
 
 impl Server {
     async fn shut_down(&self) {
-        let bound = self.config.machines.stop_timeout() + STOP_MARGIN;
+        let bound = self.config.machines.save_timeout() + STOP_MARGIN;
         let left = self.registry.shutdown(bound).await;
         if left > 0 {
             tracing::error!(left, "machines did not stop in time; they end with this process");

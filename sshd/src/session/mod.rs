@@ -164,6 +164,16 @@ async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
         Ok(wishes) => *wishes,
         Err(reason) => return Outcome::Lost(reason.clone()),
     };
+    if wishes.fresh_machine {
+        match registry.sessions(session.account.id) {
+            0 => registry.reset(&session.account).await,
+            1 => return Outcome::Lost("+fresh needs your other session to be closed first".into()),
+            count => {
+                let words = format!("+fresh needs your {count} other sessions to be closed first");
+                return Outcome::Lost(words);
+            }
+        }
+    }
     let mut again = true;
     loop {
         let lease = match registry.login(&session.account).await {
@@ -199,6 +209,11 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
                 Kind::Shell | Kind::Sftp => None,
             };
             let window = *client.window.borrow_and_update();
+            if command.is_none()
+                && let Some(words) = lease.arrival()
+            {
+                session.output.greet(&words).await;
+            }
             let terminal = terminal(lease, pty, env, command, window, wishes).await?;
             return Ok(relay::terminal(lease, terminal, client, &session.output).await);
         }

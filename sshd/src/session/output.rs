@@ -66,6 +66,11 @@ impl Output {
         let _ = self.channel.close().await;
     }
 
+    /// A line before anything else on a terminal.
+    pub(super) async fn greet(&self, words: &str) {
+        let _ = self.channel.make_writer().write_all(format!("{words}\r\n").as_bytes()).await;
+    }
+
     /// A line from the service itself: on standard error, or on the terminal where there is one.
     async fn say(&self, words: &str, terminal: bool) {
         if terminal {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use hermitage::admin::protocol::{Reply, Request};
+use hermitage_storage::accounts::Policy;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -76,7 +77,7 @@ fn a_login_at_the_moment_a_machine_dies_gets_the_next_one() {
 }
 
 #[test]
-fn a_machine_lingers_is_taken_up_again_and_stops() {
+fn a_machine_lingers_is_taken_up_again_and_rests() {
     let service = Service::with(Options { machines: "linger = 2", ..Options::default() });
     service.account("alice");
     assert!(service.ssh("alice", "true").status.success());
@@ -89,7 +90,7 @@ fn a_machine_lingers_is_taken_up_again_and_stops() {
     assert_eq!(machine_pid(&service, "alice"), first);
     std::thread::sleep(Duration::from_millis(1300));
     assert!(is_alive(first), "the linger began anew");
-    wait_for("the machine to stop", || service.account_status("alice").is_none().then_some(()));
+    wait_for("the machine to rest", || service.at_rest("alice").then_some(()));
     assert!(!is_alive(first));
     assert!(service.ssh("alice", "true").status.success());
     assert_ne!(machine_pid(&service, "alice"), first);
@@ -147,11 +148,11 @@ fn the_service_stops_its_machines_in_order() {
     assert!(!machines.iter().any(|pid| is_alive(*pid)));
     let ended = "machine ended machine=";
     let log = service.log();
-    let in_order = |line: &&str| line.contains(ended) && line.contains("was powered off");
+    let in_order = |line: &&str| line.contains(ended) && line.contains("was stopped");
     assert_eq!(log.lines().filter(in_order).count(), 2);
     assert!(!service.path("run/admin.sock").exists());
     let intents = service.accounts().intents().unwrap();
-    assert!(intents.iter().all(|intent| intent.state.as_str() == "stopped"), "{intents:?}");
+    assert!(intents.iter().all(|intent| intent.state.as_str() == "saved"), "{intents:?}");
 }
 
 #[test]
@@ -193,7 +194,8 @@ fn a_machine_of_a_killed_service_is_waited_for() {
 fn a_guest_that_does_not_power_off_is_killed() {
     let options = Options { machines: "linger = 0\nstop_timeout = 2", ..Options::default() };
     let service = Service::with(options);
-    service.account("stubborn");
+    let account = service.account("stubborn");
+    service.accounts().set_policy(account.id, Policy::Discard).unwrap();
     assert!(service.ssh("stubborn", "true").status.success());
     wait_for("the kill", || service.log().contains("killing the machine").then_some(()));
     wait_for("the end", || service.account_status("stubborn").is_none().then_some(()));
@@ -204,7 +206,8 @@ fn a_guest_that_does_not_power_off_is_killed() {
 fn a_login_while_the_machine_stops_gets_the_next_one() {
     let options = Options { machines: "linger = 0\nstop_timeout = 2", ..Options::default() };
     let service = Service::with(options);
-    service.account("stubborn");
+    let account = service.account("stubborn");
+    service.accounts().set_policy(account.id, Policy::Discard).unwrap();
     assert!(service.ssh("stubborn", "true").status.success());
     wait_for("the stop", || {
         service.account_status("stubborn").filter(|status| status.state == "stopping")
@@ -254,7 +257,7 @@ fn a_killed_fork_server_is_started_again() {
     wait_for("the loss", || service.log().contains("lost the fork server").then_some(()));
     service.account("bob");
     assert!(service.ssh("bob", "true").status.success());
-    wait_for("alice's machine to stop", || service.account_status("alice").is_none().then_some(()));
+    wait_for("alice's machine to stop", || service.at_rest("alice").then_some(()));
     assert!(service.ssh("alice", "true").status.success());
 }
 
@@ -291,7 +294,7 @@ fn an_operator_stops_a_machine_and_reads_its_console() {
 
     let stopped = service.admin(&Request::StopAccount { account: "alice".into() });
     assert_eq!(stopped, Reply::Done);
-    assert!(service.account_status("alice").is_none());
+    assert_eq!(service.account_status("alice").unwrap().state, "saved");
     let output = finish_child(session);
     assert!(stderr(&output).contains("an operator stopped"), "{}", stderr(&output));
     assert!(lines.next().is_none(), "the console ends with the machine");

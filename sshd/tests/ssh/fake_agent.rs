@@ -15,7 +15,8 @@ use std::{
 };
 
 use hermitage_guest_proto::{
-    AgentMessage, Decoder, Exec, ExitStatus, HostMessage, OpenTerminal, Program, Window, encode,
+    AgentMessage, Decoder, Exec, ExitStatus, HostMessage, LiveSession, OpenTerminal, Program,
+    Window, encode,
 };
 use hermitage_vmm_proto::End;
 use nix::{
@@ -71,7 +72,12 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) | HostMessage::DiskRoom { .. } => {}
-                HostMessage::Freeze | HostMessage::Resume(_) => {}
+                HostMessage::Freeze if machine_is("unfrozen") => {
+                    let reason = "its disk does not answer".into();
+                    guest.say(&AgentMessage::FreezeFailed { reason });
+                }
+                HostMessage::Freeze => guest.say(&AgentMessage::Frozen),
+                HostMessage::Resume(_) => guest.resume(),
             }
         }
         match from.read(&mut chunk) {
@@ -80,6 +86,10 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
             _ => guest.end(),
         }
     }
+}
+
+fn machine_is(hint: &str) -> bool {
+    std::env::var("HERMITAGE_LABEL").is_ok_and(|label| label.starts_with(hint))
 }
 
 fn attached(guest: &Guest, account: &str) {
@@ -142,7 +152,38 @@ impl Guest {
         stty.status().unwrap();
     }
 
+    /// After a save that was called off everything is there; in a resumed machine other shells stand in
+    /// for those that slept.
+    fn resume(self: &Arc<Self>) {
+        let slept = self.machine.sessions();
+        let sessions = slept
+            .iter()
+            .map(|&(session, terminal)| LiveSession { session, terminal: Some(terminal), pid: 1 })
+            .collect();
+        self.say(&AgentMessage::Resumed { sessions });
+        for (session, terminal) in slept {
+            if self.sessions.lock().unwrap().contains_key(&session) {
+                continue;
+            }
+            let open = OpenTerminal {
+                session,
+                terminal,
+                term: "dumb".into(),
+                window: Window { columns: 80, rows: 24, ..Window::default() },
+                modes: vec![],
+                env: vec![("RESUMED".into(), "yes".into())],
+                command: None,
+            };
+            let guest = self.clone();
+            std::thread::spawn(move || guest.run_terminal(open, true));
+        }
+    }
+
     fn open_terminal(&self, open: OpenTerminal) {
+        self.run_terminal(open, false);
+    }
+
+    fn run_terminal(&self, open: OpenTerminal, resumed: bool) {
         let size = Winsize {
             ws_row: open.window.rows,
             ws_col: open.window.columns,
@@ -171,10 +212,17 @@ impl Guest {
         drop(command);
         drop((sessions, starting));
         let mut master = File::from(pty.master);
-        self.machine.opened(open.terminal, master.try_clone().unwrap());
+        match resumed {
+            true => self.machine.took_up(open.terminal, master.try_clone().unwrap()),
+            false => {
+                self.machine.opened(open.terminal, open.session, master.try_clone().unwrap());
+            }
+        }
         let session = open.session;
         drop(pty.slave);
-        self.say(&AgentMessage::Started { session, pid: child.id() });
+        if !resumed {
+            self.say(&AgentMessage::Started { session, pid: child.id() });
+        }
         let machine = self.machine.clone();
         let showing = std::thread::spawn(move || {
             let mut chunk = [0; 4096];
@@ -217,6 +265,7 @@ impl Guest {
         let status = child.wait().unwrap();
         self.sessions.lock().unwrap().remove(&session);
         drain();
+        self.machine.exited(session);
         let status = match status.signal() {
             Some(signal) => {
                 let name = Signal::try_from(signal).unwrap().as_str();

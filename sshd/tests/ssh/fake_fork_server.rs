@@ -34,7 +34,9 @@ pub fn run() -> ! {
             Err(error) => panic!("{error}"),
         };
         match packet.message {
-            ForkRequest::Fork { machine, label } => {
+            ForkRequest::Fork { machine, ref label }
+            | ForkRequest::Resume { machine, ref label } => {
+                let resumed = matches!(packet.message, ForkRequest::Resume { .. });
                 let mappings = packet
                     .descriptors
                     .into_iter()
@@ -42,6 +44,10 @@ pub fn run() -> ! {
                     .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
                     .collect();
                 let mut command = processes::command("machine");
+                command.env("HERMITAGE_LABEL", label);
+                if resumed {
+                    command.env("HERMITAGE_RESUME", "yes");
+                }
                 command.fd_mappings(mappings).unwrap();
                 let mut child = command.spawn().unwrap();
                 drop(command);
@@ -59,10 +65,6 @@ pub fn run() -> ! {
                     };
                     let _ = send(&socket, &ForkEvent::Exited { machine, exit }, &[]);
                 });
-            }
-            ForkRequest::Resume { machine, .. } => {
-                let reason = "it is a fake".into();
-                send(&socket, &ForkEvent::ForkFailed { machine, reason }, &[]).unwrap();
             }
             ForkRequest::Kill { machine } => {
                 if let Some(pid) = pids.lock().unwrap().get(&machine) {

@@ -11,9 +11,14 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Condvar, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
+use hermitage_storage::{
+    base::BaseId,
+    disk::tag,
+    snapshot::{Description, Snapshot, Writer},
+};
 use hermitage_vmm_proto::{End, MachineEvent, MachineRequest, receive, send};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
@@ -26,7 +31,7 @@ pub struct Machine {
     streams: Mutex<HashMap<u64, UnixStream>>,
     stream_came: Condvar,
     /// The account's disk; its lock is this process's as long as it lives.
-    _disk: OwnedFd,
+    disk: File,
 }
 
 #[derive(Default)]
@@ -36,6 +41,16 @@ struct Terminal {
     shown: Vec<u8>,
     /// Where what is typed goes.
     typing: Option<File>,
+    /// Whose program runs on it.
+    session: Option<u64>,
+}
+
+/// What is left of a terminal in a snapshot.
+type Slept = (u64, u8, Vec<u8>);
+
+/// The account of this machine; it says how the machine misbehaves.
+fn label() -> String {
+    std::env::var("HERMITAGE_LABEL").unwrap()
 }
 
 pub fn run() -> ! {
@@ -55,8 +70,11 @@ pub fn run() -> ! {
         terminals: Mutex::default(),
         streams: Mutex::default(),
         stream_came: Condvar::new(),
-        _disk: disk,
+        disk: disk.into(),
     });
+    if std::env::var_os("HERMITAGE_RESUME").is_some() {
+        machine.restore();
+    }
     machine.event(&MachineEvent::Running { at: 0, stages: vec![] });
     let guest = machine.clone();
     std::thread::spawn(move || fake_agent::run(&guest, reading));
@@ -71,9 +89,12 @@ pub fn run() -> ! {
 
 impl Machine {
     fn request(self: &Arc<Self>, request: MachineRequest, descriptors: Vec<OwnedFd>) {
+        let attached = !matches!(request, MachineRequest::Save { .. });
         let socket = descriptors.into_iter().next().map(|descriptor| {
             let socket = UnixStream::from(descriptor);
-            socket.set_nonblocking(false).unwrap();
+            if attached {
+                socket.set_nonblocking(false).unwrap();
+            }
             socket
         });
         match request {
@@ -124,10 +145,82 @@ impl Machine {
                 });
             }
             MachineRequest::Stats | MachineRequest::Continue | MachineRequest::Go => {}
-            MachineRequest::Save { .. } => {
-                self.event(&MachineEvent::SaveFailed { reason: "it is a fake".into() });
+            MachineRequest::Save { account, disk_tag } => {
+                let file = File::from(OwnedFd::from(socket.unwrap()));
+                self.save(&file, account, disk_tag);
             }
             MachineRequest::Stop => self.end(End::Stopped),
+        }
+    }
+
+    fn save(&self, file: &File, account: [u8; 16], disk_tag: [u8; 16]) {
+        if label().starts_with("unsaveable") {
+            let reason = "no space left on device".into();
+            return self.event(&MachineEvent::SaveFailed { reason });
+        }
+        if label().starts_with("slowsave") {
+            std::thread::sleep(Duration::from_secs(2));
+        }
+        let terminals = self.terminals.lock().unwrap();
+        assert!(terminals.iter().all(|terminal| terminal.socket.is_none()), "saved while attached");
+        let slept: Vec<Slept> = terminals
+            .iter()
+            .enumerate()
+            .filter_map(|(n, t)| Some((t.session?, n as u8, t.shown.clone())))
+            .collect();
+        let description = Description {
+            base: BaseId::parse(&"0f".repeat(16)).unwrap(),
+            account: uuid::Uuid::from_bytes(account),
+            disk_tag,
+            created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+                as i64,
+            ram: 1 << 20,
+            vcpus: 1,
+            state_version: 1,
+        };
+        let state = serde_json::to_vec(&slept).unwrap();
+        let header = Writer::new(file).unwrap().finish(description, &state).unwrap();
+        let bytes = header.file_bytes();
+        self.event(&MachineEvent::Saved { bytes, pages: 0, stages: vec![] });
+    }
+
+    /// Takes up a snapshot and waits for the word to run.
+    fn restore(&self) {
+        // SAFETY: descriptor 6 was passed by the fake fork server; nothing else uses it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(6) });
+        let refuse = |reason: String| -> ! { self.end(End::SnapshotRefused(reason)) };
+        if label().starts_with("refused") {
+            refuse("its data was altered".into());
+        }
+        let snapshot = Snapshot::open(file).unwrap_or_else(|error| refuse(error.to_string()));
+        let slept: Vec<Slept> = serde_json::from_slice(&snapshot.state).unwrap();
+        for (session, terminal, shown) in slept {
+            let state = &mut self.terminals.lock().unwrap()[usize::from(terminal)];
+            *state = Terminal { session: Some(session), shown, ..Terminal::default() };
+        }
+        self.event(&MachineEvent::Restored { stages: vec![] });
+        let go = receive::<MachineRequest>(&self.control).map(|packet| packet.message);
+        assert_eq!(go.ok(), Some(MachineRequest::Go));
+        assert_eq!(tag(&self.disk).unwrap(), None, "run before it was consumed");
+    }
+
+    /// The sessions there are, by terminal.
+    pub fn sessions(&self) -> Vec<(u64, u8)> {
+        let terminals = self.terminals.lock().unwrap();
+        let numbered = terminals.iter().enumerate();
+        numbered.filter_map(|(n, terminal)| Some((terminal.session?, n as u8))).collect()
+    }
+
+    /// A program that was saved is there again.
+    pub fn took_up(&self, terminal: u8, typing: File) {
+        self.terminals.lock().unwrap()[usize::from(terminal)].typing = Some(typing);
+    }
+
+    pub fn exited(&self, session: u64) {
+        for terminal in self.terminals.lock().unwrap().iter_mut() {
+            if terminal.session == Some(session) {
+                (terminal.session, terminal.typing) = (None, None);
+            }
         }
     }
 
@@ -164,12 +257,12 @@ impl Machine {
     }
 
     /// A program has opened a terminal. It is attached over another socket, so perhaps a moment later.
-    pub fn opened(&self, terminal: u8, typing: File) {
+    pub fn opened(&self, terminal: u8, session: u64, typing: File) {
         loop {
             let mut terminals = self.terminals.lock().unwrap();
             let state = &mut terminals[usize::from(terminal)];
             if state.socket.is_some() {
-                state.typing = Some(typing);
+                (state.typing, state.session) = (Some(typing), Some(session));
                 return;
             }
             drop(terminals);

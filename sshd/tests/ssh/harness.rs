@@ -195,6 +195,11 @@ impl Service {
         }
     }
 
+    /// Whether the account's machine is put away, saved or not.
+    pub fn at_rest(&self, name: &str) -> bool {
+        self.account_status(name).is_none_or(|status| status.state == "saved")
+    }
+
     pub fn account_status(&self, name: &str) -> Option<AccountStatus> {
         self.status().accounts.into_iter().find(|status| status.account == name)
     }

@@ -268,7 +268,7 @@ fn nothing_remains_of_ended_sessions() {
         let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-tt", &at("alice"), "true"]);
         assert!(finish(&mut ssh).status.success());
         assert!(service.ssh("alice", "true").status.success());
-        wait_for("the machine to stop", || service.account_status("alice").is_none().then_some(()));
+        wait_for("the machine to rest", || service.at_rest("alice").then_some(()));
         wait_for("the connections to end", || (service.status().connections == 0).then_some(()));
     };
     session();

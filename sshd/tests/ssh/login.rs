@@ -60,9 +60,7 @@ fn a_disabled_account_is_refused_and_its_sessions_end() {
     });
     assert_eq!(session.status.code(), Some(255), "{}", stderr(&session));
     assert!(stderr(&session).contains("disabled"), "{}", stderr(&session));
-    crate::harness::wait_for("the machine to stop", || {
-        service.account_status("alice").is_none().then_some(())
-    });
+    crate::harness::wait_for("the machine to rest", || service.at_rest("alice").then_some(()));
     assert_eq!(service.ssh("alice", "true").status.code(), Some(255));
     let by_password = service.ssh_by_password("alice", crate::harness::PASSWORD);
     assert_eq!(by_password.status.code(), Some(255));

@@ -13,5 +13,6 @@ mod limits;
 mod login;
 mod processes;
 mod raw;
+mod sleep;
 mod streams;
 mod terminals;

@@ -8,7 +8,7 @@ use std::{
 use crate::harness::{Service, at, stderr, stdout, wait_for};
 
 /// An `ssh -tt` with a shell, typed to and read from over pipes.
-struct Shell {
+pub struct Shell {
     child: Child,
     typing: ChildStdin,
     showing: ChildStdout,
@@ -16,7 +16,7 @@ struct Shell {
 }
 
 impl Shell {
-    fn open(service: &Service, user: &str) -> Self {
+    pub fn open(service: &Service, user: &str) -> Self {
         let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-tt"]);
         ssh.arg(at(user)).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = ssh.spawn().unwrap();
@@ -25,13 +25,13 @@ impl Shell {
     }
 
     /// Types a line, whose output must be `wanted`.
-    fn run(&mut self, line: &str, wanted: &str) {
+    pub fn run(&mut self, line: &str, wanted: &str) {
         self.typing.write_all(format!("{line}\n").as_bytes()).unwrap();
         self.expect(wanted);
     }
 
     /// Reads until this was shown; returns what came before it.
-    fn expect(&mut self, wanted: &str) -> String {
+    pub fn expect(&mut self, wanted: &str) -> String {
         loop {
             if let Some(at) = self.shown.find(wanted) {
                 let rest = self.shown.split_off(at + wanted.len());
@@ -44,15 +44,20 @@ impl Shell {
         }
     }
 
+    /// What was shown and not yet expected.
+    pub fn shown(&self) -> &str {
+        &self.shown
+    }
+
     /// The link is gone from one moment to the next.
-    fn cut(mut self, service: &Service) {
+    pub fn cut(mut self, service: &Service) {
         let before = service.log().matches(LEFT).count();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         wait_for("the loss", || (service.log().matches(LEFT).count() > before).then_some(()));
     }
 
-    fn exit(mut self) -> i32 {
+    pub fn exit(mut self) -> i32 {
         self.typing.write_all(b"exit 7\n").unwrap();
         std::io::copy(&mut self.showing, &mut std::io::sink()).unwrap();
         self.child.wait().unwrap().code().unwrap()

@@ -38,6 +38,7 @@ fn a_login_while_stopping_gets_a_new_machine() {
         Event::TimerOver,
         Event::Login,
         Event::Ended("off".into()),
+        failed(),
     ]);
     assert_eq!(lifecycle.state, State::Starting);
     assert_eq!(lifecycle.waiting, 1);
@@ -53,19 +54,127 @@ fn a_login_while_lingering_keeps_the_machine() {
 }
 
 #[test]
-fn a_stop_while_starting_powers_off_what_was_forked() {
+fn a_stop_while_starting_saves_what_was_forked() {
     let (lifecycle, effects) =
         run(&[Event::Login, Event::Stop(StopCause::Shutdown), Event::Forked]);
-    assert!(matches!(lifecycle.state, State::Stopping(_)));
-    assert!(effects.contains(&Effect::PowerOff));
+    assert!(matches!(lifecycle.state, State::Saving(_)));
+    assert!(effects.contains(&Effect::Save));
     assert!(effects.iter().any(|effect| matches!(effect, Effect::Refuse(_))));
 }
 
 #[test]
 fn a_guest_that_does_not_power_off_is_killed() {
     let (_, effects) =
-        run(&[Event::Login, Event::Forked, Event::Stop(StopCause::Admin), Event::TimerOver]);
+        run(&[Event::Login, Event::Forked, Event::Stop(StopCause::Reset), Event::TimerOver]);
     assert!(effects.contains(&Effect::Kill));
+}
+
+/// An account whose machine lingers no more and is being saved.
+const IDLE: [Event; 4] = [Event::Login, Event::Forked, Event::Leave, Event::TimerOver];
+
+fn after_idle(events: &[Event]) -> (Lifecycle, Vec<Effect>) {
+    run(&[&IDLE, events].concat())
+}
+
+fn done() -> Event {
+    Event::SaveOver(SaveOutcome::Done)
+}
+
+fn failed() -> Event {
+    Event::SaveOver(SaveOutcome::Failed("no space".into()))
+}
+
+#[test]
+fn an_idle_machine_is_saved_and_the_next_login_resumes_it() {
+    let (lifecycle, effects) = after_idle(&[done(), Event::Ended("stopped".into())]);
+    assert_eq!(lifecycle.state, State::Saved);
+    assert!(effects.contains(&Effect::Record(Intent::Saved)));
+    assert!(!effects.contains(&Effect::PowerOff));
+    let (lifecycle, effects) = lifecycle.step(Event::Login);
+    assert_eq!(lifecycle.state, State::Resuming);
+    assert_eq!(effects, [Effect::Record(Intent::Resuming), Effect::Start]);
+    assert_eq!(lifecycle.step(Event::Forked).0.state, State::Running);
+}
+
+#[test]
+fn a_login_calls_an_idle_save_off_and_waits_for_any_other() {
+    let (lifecycle, effects) = after_idle(&[Event::Login]);
+    assert_eq!(effects.last(), Some(&Effect::CallOff));
+    let (in_time, _) = lifecycle.clone().step(Event::SaveOver(SaveOutcome::CalledOff));
+    assert_eq!((in_time.state, in_time.admitted), (State::Running, 1));
+    let (late, _) = lifecycle.step(done());
+    assert_eq!(late.step(Event::Ended("stopped".into())).0.state, State::Resuming);
+
+    let stop = Event::Stop(StopCause::Admin);
+    let (lifecycle, effects) = run(&[Event::Login, Event::Forked, stop, Event::Login]);
+    assert!(!effects.contains(&Effect::CallOff) && !effects.contains(&Effect::Save));
+    let (lifecycle, effects) = lifecycle.step(Event::Leave);
+    assert!(effects.contains(&Effect::Save));
+    let (lifecycle, _) = lifecycle.step(done());
+    assert_eq!(lifecycle.step(Event::Ended("stopped".into())).0.state, State::Resuming);
+}
+
+#[test]
+fn a_save_that_fails_is_tried_again_and_then_told() {
+    let (lifecycle, effects) = after_idle(&[failed()]);
+    assert_eq!(lifecycle.state, State::Lingering);
+    assert!(!effects.contains(&Effect::PowerOff));
+    let (lifecycle, effects) = after_idle(&[failed(), Event::TimerOver, failed()]);
+    assert!(effects.contains(&Effect::PowerOff));
+    let (lifecycle, _) = lifecycle.step(Event::Ended("off".into()));
+    assert_eq!(lifecycle.state, State::Stopped);
+    assert!(lifecycle.lost.unwrap().contains("no space"));
+}
+
+#[test]
+fn sessions_leave_before_a_machine_is_saved() {
+    let stop = Event::Stop(StopCause::Shutdown);
+    let (lifecycle, effects) = run(&[Event::Login, Event::Forked, stop]);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::EndSessions(_))));
+    assert!(!effects.contains(&Effect::Save));
+    // Who does not leave is not waited for.
+    let (_, effects) = lifecycle.clone().step(Event::TimerOver);
+    assert!(effects.contains(&Effect::PowerOff));
+    let (_, effects) = lifecycle.step(Event::Leave);
+    assert_eq!(effects, [Effect::CancelTimer, Effect::Save]);
+}
+
+#[test]
+fn a_reset_drops_what_was_saved_whenever_it_comes() {
+    let reset = || Event::Stop(StopCause::Reset);
+    let end = || Event::Ended("off".into());
+    let called_off = || Event::SaveOver(SaveOutcome::CalledOff);
+    for events in [
+        &[done(), end(), reset()][..],
+        &[done(), reset(), end()],
+        &[reset(), done(), end()],
+        &[reset(), called_off(), end()],
+        &[reset(), end(), done()],
+        &[reset(), Event::Login, called_off(), Event::Login, end()],
+    ] {
+        let (lifecycle, effects) = after_idle(events);
+        assert!(matches!(lifecycle.state, State::Stopped | State::Starting), "{events:?}");
+        assert!(effects.contains(&Effect::Drop), "{events:?}");
+    }
+}
+
+#[test]
+fn policies_keep_and_discard() {
+    let with = |policy, events: &[Event]| {
+        let mut lifecycle = run(&[Event::Login, Event::Forked, Event::Leave]).0;
+        lifecycle.policy = policy;
+        events.iter().fold((lifecycle, vec![]), |(lifecycle, mut all), event| {
+            let (next, effects) = lifecycle.step(event.clone());
+            all.extend(effects);
+            (next, all)
+        })
+    };
+    let (kept, effects) = with(Policy::Keep, &[Event::TimerOver, Event::TimerOver]);
+    assert_eq!((kept.state, effects.len()), (State::Lingering, 2));
+    let (_, effects) = with(Policy::Keep, &[Event::Stop(StopCause::Shutdown)]);
+    assert!(effects.contains(&Effect::Save));
+    let (_, effects) = with(Policy::Discard, &[Event::TimerOver]);
+    assert!(effects.contains(&Effect::PowerOff) && !effects.contains(&Effect::Save));
 }
 
 #[test]
@@ -88,6 +197,10 @@ fn event() -> impl Strategy<Value = Event> {
         2 => Just(Event::TimerOver),
         1 => Just(Event::Stop(StopCause::Admin)),
         1 => Just(Event::Stop(StopCause::Shutdown)),
+        1 => Just(Event::Stop(StopCause::Reset)),
+        3 => Just(done()),
+        1 => Just(failed()),
+        2 => Just(Event::SaveOver(SaveOutcome::CalledOff)),
     ]
 }
 
@@ -97,6 +210,11 @@ fn event() -> impl Strategy<Value = Event> {
 struct World {
     forking: bool,
     machine: bool,
+    saving: bool,
+    /// The machine's memory is on the disk.
+    saved: bool,
+    /// Sessions that know that their machine goes away, or is gone.
+    told: u32,
     timer: bool,
     waiting: u32,
     admitted: u32,
@@ -111,6 +229,7 @@ impl World {
             Event::Forked | Event::StartFailed(_) => self.forking,
             Event::Dying(_) | Event::Ended(_) => self.machine,
             Event::TimerOver => self.timer,
+            Event::SaveOver(_) => self.saving,
             Event::Expected | Event::Login | Event::Stop(_) => true,
         }
     }
@@ -118,12 +237,21 @@ impl World {
     fn before(&mut self, event: &Event) {
         match event {
             Event::Login => self.waiting += 1,
-            Event::Leave => self.admitted -= 1,
+            Event::Leave => {
+                self.admitted -= 1;
+                self.told = self.told.saturating_sub(1);
+            }
             Event::Forked => (self.forking, self.machine) = (false, true),
             Event::StartFailed(_) => self.forking = false,
-            Event::Ended(_) => self.machine = false,
+            // A machine that ends tells its sessions itself.
+            Event::Ended(_) => (self.machine, self.told) = (false, self.admitted),
+            Event::Dying(_) => self.told = self.admitted,
             Event::TimerOver => self.timer = false,
-            Event::Expected | Event::Stop(_) | Event::Dying(_) => {}
+            Event::SaveOver(outcome) => {
+                self.saving = false;
+                self.saved |= *outcome == SaveOutcome::Done;
+            }
+            Event::Expected | Event::Stop(_) => {}
         }
     }
 
@@ -131,25 +259,60 @@ impl World {
         match effect {
             Effect::Start => {
                 assert!(!self.forking && !self.machine, "a second machine");
-                assert_eq!(self.recorded, Some(Intent::Starting), "started before recorded");
-                self.forking = true;
+                assert!(!self.saving, "what is being saved is resumed");
+                let intent = if self.saved { Intent::Resuming } else { Intent::Starting };
+                assert_eq!(self.recorded, Some(intent), "started before recorded");
+                (self.forking, self.saved) = (true, false);
             }
             Effect::Admit => {
                 assert!(self.machine, "admitted to no machine");
                 self.admitted += std::mem::take(&mut self.waiting);
             }
             Effect::Refuse(_) => self.waiting = 0,
+            Effect::Save => {
+                assert!(self.machine && !self.saving);
+                assert_eq!(self.admitted, 0, "saved under its sessions");
+                assert_eq!(self.recorded, Some(Intent::Saving));
+                self.saving = true;
+            }
+            Effect::CallOff => assert!(self.saving),
+            Effect::Release => assert!(self.machine && self.saved && self.admitted == 0),
+            Effect::Drop => {
+                assert!(!self.machine && !self.forking && !self.saving, "dropped while in use");
+                self.saved = false;
+            }
             Effect::PowerOff => {
-                assert!(self.machine);
+                assert!(self.machine && !self.saving && !self.saved);
+                assert_eq!(self.told, self.admitted, "a session is lost without a message");
                 assert_eq!(self.recorded, Some(Intent::Stopping));
             }
-            Effect::Kill => assert!(self.machine),
+            Effect::Kill => assert!(self.machine && self.told == self.admitted),
             Effect::SetTimer(_) => self.timer = true,
             Effect::CancelTimer => self.timer = false,
             Effect::Record(intent) => self.recorded = Some(*intent),
             Effect::Gone => assert!(!self.machine && !self.forking),
-            Effect::EndSessions(_) => {}
+            Effect::EndSessions(_) => self.told = self.admitted,
         }
+    }
+
+    fn step(&mut self, lifecycle: Lifecycle, event: Event) -> Lifecycle {
+        self.before(&event);
+        let (next, effects) = lifecycle.step(event);
+        effects.iter().for_each(|effect| self.apply(effect));
+        next
+    }
+
+    /// What happens next if nobody does anything any more.
+    fn next(&self) -> Option<Event> {
+        Some(match self {
+            World { forking: true, .. } => Event::Forked,
+            World { saving: true, .. } => done(),
+            World { told: 1.., .. } => Event::Leave,
+            World { recorded: Some(Intent::Stopping), machine: true, .. }
+            | World { saved: true, machine: true, .. } => Event::Ended("off".into()),
+            World { timer: true, .. } => Event::TimerOver,
+            _ => return None,
+        })
     }
 }
 
@@ -164,29 +327,37 @@ proptest! {
             if !world.allows(&event) {
                 continue;
             }
-            world.before(&event);
-            let (next, effects) = lifecycle.step(event);
-            lifecycle = next;
-            for effect in &effects {
-                world.apply(effect);
-            }
+            lifecycle = world.step(lifecycle, event);
             prop_assert_eq!(lifecycle.waiting, world.waiting);
             prop_assert_eq!(lifecycle.admitted, world.admitted);
             let expected = match &lifecycle.state {
-                State::Stopped | State::Failed(_) => (false, false),
-                State::Starting => (true, false),
-                State::Stopping(stopping) if stopping.starting => (true, false),
-                State::Running | State::Lingering | State::Stopping(_) => (false, true),
+                State::Stopped | State::Saved | State::Failed(_) => (false, false),
+                State::Starting | State::Resuming => (true, false),
+                State::Stopping(stopping) => (stopping.starting, !stopping.starting && !stopping.gone),
+                State::Running | State::Lingering | State::Saving(_) => (false, true),
             };
             prop_assert_eq!((world.forking, world.machine), expected);
+            prop_assert_eq!(lifecycle.state == State::Saved, world.saved && !world.machine && !world.saving);
             // Whoever waits, waits for something that will happen.
             if world.waiting > 0 {
-                prop_assert!(world.forking || world.machine);
+                prop_assert!(world.forking || world.machine || world.saving);
             }
-            // A machine without sessions always has a timer that ends it.
+            // A machine without sessions always has something that ends it.
             if world.machine && world.admitted == 0 && world.waiting == 0 {
-                prop_assert!(world.timer, "nothing will stop {:?}", lifecycle.state);
+                prop_assert!(world.timer || world.saving, "nothing will stop {:?}", lifecycle.state);
             }
         }
+        // Left alone, it comes to rest: everybody who waits is served, and nothing is half done.
+        for _ in 0..50 {
+            let Some(event) = world.next() else { break };
+            lifecycle = world.step(lifecycle, event);
+        }
+        prop_assert_eq!(world.waiting, 0, "{:?}", lifecycle.state);
+        let rest = match &lifecycle.state {
+            State::Running => world.admitted > 0,
+            State::Stopped | State::Saved | State::Failed(_) => world.admitted == 0,
+            _ => false,
+        };
+        prop_assert!(rest, "stuck: {:?}", lifecycle.state);
     }
 }

@@ -10,6 +10,7 @@ mod operator;
 mod pressure;
 mod resume;
 mod session;
+mod sleep;
 mod space;
 mod terminals;
 
@@ -29,5 +30,6 @@ pub fn all() -> Vec<Test> {
     all.extend(malformed::TESTS);
     all.extend(space::TESTS);
     all.extend(terminals::TESTS);
+    all.extend(sleep::TESTS);
     all
 }

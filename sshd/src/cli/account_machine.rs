@@ -1,0 +1,106 @@
+//! `hermitage account start|stop|reset|factory-reset|policy`: an account's machine, and what happens to
+//! it when nobody is logged in.
+
+use super::admin;
+use super::context::Context;
+use anyhow::{Context as _, bail};
+use hermitage::admin::protocol::Request;
+use hermitage_storage::accounts::{Account, Change, Policy};
+use hermitage_storage::disk;
+use hermitage_storage::saved;
+use serde_json::json;
+use std::fs;
+
+/// For clap: what `--policy` takes.
+pub fn parse_policy(name: &str) -> Result<Policy, String> {
+    Policy::parse(name).ok_or_else(|| "it is save, keep or discard".into())
+}
+
+pub fn start(context: &Context, name: &str) -> anyhow::Result<()> {
+    context.accounts()?.named(name)?;
+    if !admin::tell(context, &Request::StartAccount { account: name.to_owned() })? {
+        bail!("the service is not running; machines are started by hermitage serve");
+    }
+    done(context, name, "running", &format!("{name}'s machine runs"))
+}
+
+pub fn stop(context: &Context, name: &str) -> anyhow::Result<()> {
+    let account = context.accounts()?.named(name)?;
+    // Without a service there is no machine.
+    admin::tell(context, &Request::StopAccount { account: name.to_owned() })?;
+    match context.state.snapshot(account.id).exists() {
+        true => done(context, name, "saved", &format!("{name}'s machine is saved")),
+        false => done(context, name, "stopped", &format!("{name}'s machine is stopped")),
+    }
+}
+
+pub fn reset(context: &Context, name: &str) -> anyhow::Result<()> {
+    let account = context.accounts()?.named(name)?;
+    drop_memory(context, &account)?;
+    let words = format!("{name}'s next login starts from the disk; all files are kept");
+    done(context, name, "stopped", &words)
+}
+
+/// The disk is made anew from the template, as for a new account.
+pub fn factory_reset(context: &Context, name: &str, yes: bool) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let account = accounts.named(name)?;
+    if !yes {
+        bail!("this deletes every file of {name}; say so with --yes");
+    }
+    if context.state.current_base()?.is_none() {
+        bail!("there is no base to take a new disk from; hermitage base build makes one");
+    }
+    // Closed meanwhile, so that nobody starts the machine on the old disk.
+    let closed = accounts.set_disabled(account.id, true)?;
+    admin::account_changed(context, name);
+    let outcome = drop_memory(context, &account).and_then(|()| {
+        let path = context.state.disk(account.id);
+        // Nobody may have it open: this fails if a machine is still on its way out.
+        let locked = match path.exists() {
+            true => Some(disk::open_locked(&path)?),
+            false => None,
+        };
+        if let Some(disk) = locked {
+            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+            drop(disk);
+        }
+        context.provision(&account).map(drop)
+    });
+    if closed == Change::Done {
+        accounts.set_disabled(account.id, false)?;
+        admin::account_changed(context, name);
+    }
+    outcome?;
+    done(context, name, "stopped", &format!("{name} has a new, empty disk"))
+}
+
+pub fn policy(context: &Context, name: &str, policy: Policy) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let change = accounts.set_policy(accounts.named(name)?.id, policy)?;
+    let object = json!({
+        "account": name,
+        "policy": policy.as_str(),
+        "changed": change == Change::Done,
+    });
+    context.out.show(&object, || match policy {
+        Policy::Save => format!("{name}'s machine is saved when nobody is logged in"),
+        Policy::Keep => format!("{name}'s machine keeps running when nobody is logged in"),
+        Policy::Discard => format!("{name}'s machine is powered off when nobody is logged in"),
+    })
+}
+
+/// By the service, which may have the machine; without one, here.
+fn drop_memory(context: &Context, account: &Account) -> anyhow::Result<()> {
+    let request = Request::ResetAccount { account: account.name.clone() };
+    if !admin::tell(context, &request)? && context.state.disk(account.id).exists() {
+        let dir = context.state.account_dir(account.id);
+        saved::withdraw(&context.state, account.id)
+            .with_context(|| format!("dropping what was saved in {}", dir.display()))?;
+    }
+    Ok(())
+}
+
+fn done(context: &Context, name: &str, machine: &str, words: &str) -> anyhow::Result<()> {
+    context.out.show(&json!({ "account": name, "machine": machine }), || words.to_owned())
+}

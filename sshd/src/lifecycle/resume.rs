@@ -1,0 +1,179 @@
+//! Making a machine of what was saved of it: docs/lifecycle.md "Resuming".
+//!
+//! A snapshot is used at most once, and only with the disk it was taken with (invariants 2 and 3). One
+//! that can't be used is set aside, and the machine starts from its disk: that is never in danger.
+
+use std::{
+    fs::File,
+    io::{self, ErrorKind},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use hermitage_storage::{
+    accounts::Account,
+    disk::{self, Tag},
+    saved,
+    snapshot::{self, Header},
+};
+
+use super::{driver::Context, start::StartError};
+use crate::machine::{ForkError, LaunchError, Machine, ResumeError, Sleeper, resume as wake};
+
+pub(super) enum Attempt {
+    /// How long it slept, and how many bytes were saved of it.
+    Resumed(Arc<Machine>, Duration, u64),
+    /// In words for the user.
+    Unusable(String),
+    Nothing,
+}
+
+/// An error only if the snapshot may still be used later.
+pub(super) async fn resume(
+    context: &Arc<Context>,
+    account: &Account,
+    disk: &File,
+    left: Vec<u8>,
+) -> Result<Attempt, StartError> {
+    let interrupted = |error: io::Error| StartError::Interrupted(error.to_string());
+    let disk_of_check = disk.try_clone().map_err(interrupted)?;
+    let (shared, owner) = (context.clone(), account.clone());
+    let found = blocking(move || Ok(find(&shared, &owner, &disk_of_check))).await;
+    let (file, header) = match found.map_err(interrupted)? {
+        Found::Usable(file, header) => (file, header),
+        Found::Unusable(reason) => return set_aside(context, account, reason).await,
+        Found::Nothing => {
+            forget(context, account, disk).await?;
+            return Ok(Attempt::Nothing);
+        }
+    };
+    let age = age(header.description.created);
+    let bytes = header.file_bytes();
+    let sleeper = Sleeper {
+        label: account.name.clone(),
+        base: header.description.base.as_str().to_owned(),
+        // Ours stays open for a start from the disk, should that be necessary.
+        disk: disk.try_clone().map_err(interrupted)?.into(),
+        snapshot: file.into(),
+        left,
+        timeout: context.config.machines.start_timeout(),
+        scarce: context.scarce.clone(),
+    };
+    let (shared, id) = (context.clone(), account.id);
+    let consume = blocking(move || saved::consume(&shared.state_dir, id));
+    match wake(&context.forks, sleeper, consume).await {
+        Ok(machine) => {
+            let (path, id) = (context.state_dir.snapshot(account.id), account.id);
+            // Nobody waits for it: without its tag it is worth nothing.
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = std::fs::remove_file(path) {
+                    tracing::warn!(account = %id, %error, "can't remove a used snapshot");
+                }
+            });
+            Ok(Attempt::Resumed(machine, age, bytes))
+        }
+        Err(ResumeError::Refused(reason)) => set_aside(context, account, reason).await,
+        Err(ResumeError::Launch(LaunchError::Fork(ForkError::Refused { reason, .. }))) => {
+            set_aside(context, account, format!("the base it needs can't be used: {reason}")).await
+        }
+        // The host's trouble, not the snapshot's.
+        Err(ResumeError::Launch(
+            error @ (LaunchError::Fork(_) | LaunchError::Sockets(_) | LaunchError::Attach(_)),
+        )) => Err(error.into()),
+        Err(ResumeError::Launch(error)) => {
+            set_aside(context, account, format!("the saved machine did not come back: {error}"))
+                .await
+        }
+    }
+}
+
+enum Found {
+    Usable(File, Box<Header>),
+    Unusable(String),
+    Nothing,
+}
+
+fn find(context: &Context, account: &Account, disk: &File) -> Found {
+    let file = match File::open(context.state_dir.snapshot(account.id)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
+        Err(error) => return Found::Unusable(format!("it can't be opened: {error}")),
+    };
+    let header = match snapshot::read_header(&file) {
+        Ok(header) => header,
+        Err(error) => return Found::Unusable(error.to_string()),
+    };
+    let tag = match disk::tag(disk) {
+        Ok(tag) => tag,
+        Err(error) => return Found::Unusable(format!("the disk's tag can't be read: {error}")),
+    };
+    match misfit(context, account, &header, tag) {
+        Some(reason) => Found::Unusable(reason),
+        None => Found::Usable(file, Box::new(header)),
+    }
+}
+
+/// Why a snapshot and this account's disk do not belong together.
+fn misfit(
+    context: &Context,
+    account: &Account,
+    header: &Header,
+    tag: Option<Tag>,
+) -> Option<String> {
+    let description = &header.description;
+    if description.account != account.id {
+        return Some("it belongs to another account".into());
+    }
+    match tag {
+        None => return Some("the disk was used since your machine was saved".into()),
+        Some(tag) if tag != description.disk_tag => {
+            return Some("it was not taken with this disk".into());
+        }
+        Some(_) => {}
+    }
+    (!context.state_dir.base(&description.base).is_dir())
+        .then(|| format!("the base {} it needs is gone", description.base.as_str()))
+}
+
+/// Before a start from the disk: whatever may be left of a save means nothing any more.
+async fn forget(context: &Arc<Context>, account: &Account, disk: &File) -> Result<(), StartError> {
+    // Almost always there is nothing, and this is the login path.
+    if matches!(disk::tag(disk), Ok(None)) {
+        return Ok(());
+    }
+    let (shared, id) = (context.clone(), account.id);
+    blocking(move || saved::withdraw(&shared.state_dir, id)).await.map_err(|source| {
+        StartError::SetAside { folder: context.state_dir.account_dir(account.id), source }
+    })
+}
+
+async fn set_aside(
+    context: &Arc<Context>,
+    account: &Account,
+    reason: String,
+) -> Result<Attempt, StartError> {
+    let (shared, id) = (context.clone(), account.id);
+    // The tag first: without it the file can't come back, wherever it lies.
+    let done = blocking(move || {
+        saved::consume(&shared.state_dir, id)?;
+        saved::set_aside(&shared.state_dir, id)
+    });
+    done.await.map_err(|source| StartError::SetAside {
+        folder: context.state_dir.account_dir(account.id),
+        source,
+    })?;
+    Ok(Attempt::Unusable(reason))
+}
+
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(call).await.map_err(io::Error::other)?
+}
+
+/// How long ago that was; a clock that was set back makes it no time at all.
+fn age(created: i64) -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let created = Duration::from_secs(created.try_into().unwrap_or(0));
+    now.saturating_sub(created)
+}
