@@ -5,6 +5,7 @@ mod files;
 mod fork;
 mod identity;
 mod login;
+mod machine;
 mod malformed;
 mod operator;
 mod pressure;
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Test> {
     all.extend(login::TESTS);
     all.extend(session::TESTS);
     all.extend(identity::TESTS);
+    all.extend(machine::TESTS);
     all.extend(files::TESTS);
     all.extend(operator::TESTS);
     all.extend(pressure::TESTS);
