@@ -36,6 +36,7 @@ use crate::{
     kvm::IdleVm,
     machine::{Machine, control},
     memory::GuestMemory,
+    sandbox::MachineJail,
     snapshot::Origin,
     stages::Stages,
 };
@@ -48,7 +49,9 @@ pub struct Template {
     state: BaseState,
     /// Opened before the sandbox has no files any more.
     null: File,
-    _idle: IdleVm,
+    /// What each machine puts itself under; None: there is no sandbox.
+    pub jail: Option<MachineJail>,
+    idle: IdleVm,
 }
 
 impl Template {
@@ -60,7 +63,7 @@ impl Template {
     ) -> anyhow::Result<Self> {
         let idle = IdleVm::new(&kvm)?;
         let null = File::open("/dev/null").context("open /dev/null")?;
-        Ok(Self { id, kvm, memory, state, null, _idle: idle })
+        Ok(Self { id, kvm, memory, state, null, jail: None, idle })
     }
 }
 
@@ -200,12 +203,18 @@ impl Server<'_> {
         let mut stages = Stages::since(received);
         stages.done("fork process");
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+        let template = self.template;
+        if let Some(Err(e)) = template.jail.as_ref().map(MachineJail::enter) {
+            let end = hermitage_vmm_proto::End::HostError(format!("fork: {e}"));
+            let _ = send(&control, &MachineEvent::Ended(end), &[]);
+            return 1;
+        }
         self.release_server_descriptors();
+        stages.done("narrow the jail");
         let name: String = format!("vm:{label}").chars().filter(|c| *c != '\0').take(15).collect();
         if let Ok(name) = std::ffi::CString::new(name) {
             let _ = prctl::set_name(&name);
         }
-        let template = self.template;
         let resumed = snapshot.is_some();
         let made = match snapshot {
             None => Machine::restore(
@@ -246,10 +255,13 @@ impl Server<'_> {
         0
     }
 
-    /// The child has no business with the server's socket, and its signals are its own. The numbers
-    /// stay taken, so that whatever still refers to them refers to nothing of use.
+    /// The child has no business with the server's socket and its idle VM, and its signals are its own.
+    /// The numbers stay taken, so that whatever still refers to them refers to nothing of use.
     fn release_server_descriptors(&self) {
-        for fd in [self.socket.as_fd(), self.signals.as_fd()] {
+        let idle = self.template.idle.descriptors();
+        let jail = self.template.jail.as_ref().and_then(MachineJail::descriptor);
+        let own = [self.socket.as_fd(), self.signals.as_fd()];
+        for fd in own.into_iter().chain(idle).chain(jail) {
             replace(fd, self.template.null.as_fd());
         }
     }

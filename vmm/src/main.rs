@@ -22,7 +22,8 @@ use hermitage_vmm::{
     fork_server::{self, Template},
     kvm,
     memory::{self, Backing, layout::Layout},
-    probe, sandbox,
+    probe,
+    sandbox::{self, MachineJail},
     working_set::{self, WorkingSet},
 };
 use hermitage_vmm_proto::{ForkEvent, send};
@@ -44,6 +45,8 @@ enum Command {
     ForkServer(ForkServer),
     /// Tell whether this host's KVM runs guests (exit status 0) or why not (1)
     Probe,
+    /// Go into the sandbox as a machine does and try what must not work there (exit status 1: it did)
+    CheckSandbox(CheckSandbox),
 }
 
 #[derive(clap::Args)]
@@ -73,15 +76,30 @@ struct ForkServer {
     /// Base directory
     #[arg(long)]
     base: PathBuf,
+    #[command(flatten)]
+    sandbox: Sandbox,
+    /// Run machines without a sandbox: for development without privileges, never for strangers
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+#[derive(clap::Args)]
+struct Sandbox {
     /// User id that machines run as
     #[arg(long, default_value_t = 65534)]
     uid: u32,
     /// An existing empty directory, the root of the sandbox
     #[arg(long, default_value = "/var/empty")]
     sandbox_root: PathBuf,
-    /// Run machines without a sandbox: for development without privileges, never for strangers
+}
+
+#[derive(clap::Args)]
+struct CheckSandbox {
+    #[command(flatten)]
+    sandbox: Sandbox,
+    /// Check what older kernels get, without Landlock's scope for signals
     #[arg(long)]
-    no_sandbox: bool,
+    by_filter: bool,
 }
 
 fn main() -> ExitCode {
@@ -97,6 +115,7 @@ fn main() -> ExitCode {
         Command::BuildBase(args) => build(&args),
         Command::ForkServer(args) => serve(&args),
         Command::Probe => probe::run().map_err(anyhow::Error::msg),
+        Command::CheckSandbox(args) => check_sandbox(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -227,10 +246,11 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
             args.base.display()
         );
     }
-    let template = load(&base, kvm).with_context(|| format!("base {}", args.base.display()))?;
+    let mut template = load(&base, kvm).with_context(|| format!("base {}", args.base.display()))?;
     if !args.no_sandbox {
-        make_root(&args.sandbox_root)?;
-        sandbox::enter(&args.sandbox_root, args.uid)?;
+        make_root(&args.sandbox.sandbox_root)?;
+        template.jail = Some(MachineJail::new()?);
+        sandbox::enter(&args.sandbox.sandbox_root, args.sandbox.uid)?;
     }
     Ok(template)
 }
@@ -249,6 +269,28 @@ fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
         .context("copy the hot parts of memory")?;
     tracing::info!(huge, of = state.working_set.hot.len(), "hot parts of memory in huge pages");
     Template::new(base.id().clone(), kvm, memory, state)
+}
+
+fn check_sandbox(args: &CheckSandbox) -> anyhow::Result<()> {
+    let Sandbox { uid, sandbox_root } = &args.sandbox;
+    make_root(sandbox_root)?;
+    let jail = if args.by_filter { MachineJail::filter() } else { MachineJail::new() }?;
+    let attempts = sandbox::check::inside(sandbox_root, *uid, &jail)?;
+    let mut wrong = 0;
+    for attempt in &attempts {
+        let said = match (attempt.needed, attempt.worked) {
+            (false, false) => "barred",
+            (true, true) => "works",
+            (false, true) => "WORKS",
+            (true, false) => "FAILS",
+        };
+        wrong += u32::from(!attempt.is_right());
+        println!("{said:<8} {}", attempt.what);
+    }
+    if wrong > 0 {
+        bail!("{wrong} of {} attempts in the sandbox did not go as they must", attempts.len());
+    }
+    Ok(())
 }
 
 fn make_root(root: &Path) -> anyhow::Result<()> {

@@ -6,6 +6,8 @@ pub mod cpuid;
 mod msrs;
 mod vcpu;
 
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
     kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region,
@@ -93,15 +95,23 @@ pub fn create_bare_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
 /// whose local APIC is still off, as each one's is at first, flips a branch in KVM's code on all CPUs
 /// unless another one, like this one's, has it flipped already.
 pub struct IdleVm {
-    _vcpu: kvm_ioctls::VcpuFd,
-    _vm: VmFd,
+    vcpu: kvm_ioctls::VcpuFd,
+    vm: VmFd,
 }
 
 impl IdleVm {
     pub fn new(kvm: &Kvm) -> Result<Self, KvmError> {
         let vm = create_bare_vm(kvm)?;
         let vcpu = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-        Ok(Self { _vcpu: vcpu, _vm: vm })
+        Ok(Self { vcpu, vm })
+    }
+
+    /// For a fork of the process, to let go of them.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.vcpu.as_raw_fd(), self.vm.as_raw_fd()].map(|fd| {
+            // SAFETY: both are open as long as `self` is, which the result borrows.
+            unsafe { BorrowedFd::borrow_raw(fd) }
+        })
     }
 }
 

@@ -1,8 +1,13 @@
 //! The jail around every machine. The fork server puts itself into it once, when all it needs is open;
-//! machines are its children and are born inside, at no cost to a fork.
+//! machines are its children and are born inside; each then gives up what only the server needs
+//! ([`MachineJail`]).
 //!
 //! Inside: no file system (an empty, read-only root), no network, no privileges, no other program
 //! (`execve` is not allowed), nothing but the descriptors it was given and the system calls below.
+
+mod arguments;
+pub mod check;
+mod machine;
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +24,9 @@ use nix::{
     },
     unistd::{Gid, Uid, chdir, chroot, setgroups, setresgid, setresuid},
 };
-use seccompiler::{SeccompAction, SeccompFilter, apply_filter};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, apply_filter};
+
+pub use machine::MachineJail;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
@@ -62,9 +69,12 @@ pub fn enter(root: &Path, uid: u32) -> Result<(), SandboxError> {
     step("change group", setresgid(gid, gid, gid))?;
     step("change user", setresuid(uid, uid, uid))?;
     step("no new privileges", prctl::set_no_new_privs())?;
-    filter()
-        .and_then(|program| apply_filter(&program).map_err(|e| e.to_string()))
-        .map_err(SandboxError::Filter)
+    for program in [no_clone3(), arguments::filter(), filter()] {
+        program
+            .and_then(|program| apply_filter(&program).map_err(|e| e.to_string()))
+            .map_err(SandboxError::Filter)?;
+    }
+    Ok(())
 }
 
 /// Where the empty root is mounted unless told otherwise.
@@ -74,16 +84,30 @@ pub fn default_root() -> PathBuf {
 
 /// All else fails with EPERM. That rather than a kill: the C library tries a few files now and then
 /// and does without.
-fn filter() -> Result<seccompiler::BpfProgram, String> {
-    let rules: BTreeMap<_, _> = ALLOWED.iter().map(|&call| (call, Vec::new())).collect();
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Errno(libc::EPERM as u32),
-        SeccompAction::Allow,
-        std::env::consts::ARCH.try_into().map_err(|e| format!("{e}"))?,
-    )
-    .and_then(seccompiler::BpfProgram::try_from)
-    .map_err(|e| e.to_string())
+fn filter() -> Result<BpfProgram, String> {
+    build(whole(ALLOWED), SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))
+}
+
+/// clone3 takes its flags from memory, where no filter can look; without it the C library uses clone.
+fn no_clone3() -> Result<BpfProgram, String> {
+    let missing = SeccompAction::Errno(libc::ENOSYS as u32);
+    build(whole(&[libc::SYS_clone3]), missing, SeccompAction::Allow)
+}
+
+/// Calls, whatever their arguments are.
+fn whole(calls: &[libc::c_long]) -> BTreeMap<libc::c_long, Vec<SeccompRule>> {
+    calls.iter().map(|&call| (call, Vec::new())).collect()
+}
+
+fn build(
+    rules: BTreeMap<libc::c_long, Vec<SeccompRule>>,
+    these: SeccompAction,
+    others: SeccompAction,
+) -> Result<BpfProgram, String> {
+    let arch = std::env::consts::ARCH.try_into().map_err(|e| format!("{e}"))?;
+    SeccompFilter::new(rules, others, these, arch)
+        .and_then(BpfProgram::try_from)
+        .map_err(|e| e.to_string())
 }
 
 const ALLOWED: &[libc::c_long] = &[
@@ -139,6 +163,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_brk,
     // threads and machines
     libc::SYS_clone,
+    // answered by `no_clone3`
     libc::SYS_clone3,
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
@@ -154,6 +179,9 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_kill,
     libc::SYS_wait4,
     libc::SYS_prctl,
+    // to become narrower
+    libc::SYS_seccomp,
+    libc::SYS_landlock_restrict_self,
     libc::SYS_getrandom,
     libc::SYS_exit,
     libc::SYS_exit_group,

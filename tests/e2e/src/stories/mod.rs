@@ -4,6 +4,7 @@ mod crash;
 mod files;
 mod fork;
 mod identity;
+mod jail;
 mod login;
 mod machine;
 mod malformed;
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Test> {
     all.extend(login::TESTS);
     all.extend(session::TESTS);
     all.extend(identity::TESTS);
+    all.extend(jail::TESTS);
     all.extend(machine::TESTS);
     all.extend(files::TESTS);
     all.extend(operator::TESTS);
