@@ -42,7 +42,7 @@ fn killed_machine(story: &Story) -> Result<()> {
 
 /// What a machine has on the host while it lives, and nobody afterwards.
 fn nothing_remains(story: &Story) -> Result<()> {
-    let alice = story.account("alice")?;
+    let alice = story.account_with("alice", &["--policy discard"])?;
     // The first one may make what the service keeps (fork server, caches).
     alice.output("true")?;
     alice.stop_machine()?;
