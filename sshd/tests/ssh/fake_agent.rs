@@ -199,7 +199,7 @@ impl Guest {
         }
         // Becomes the session's leader with the terminal as its own.
         let mut command = Command::new("setsid");
-        command.arg("--ctty").arg("sh");
+        command.args(["--ctty", "env", "--default-signal=HUP", "sh"]);
         if let Some(line) = &open.command {
             command.arg("-c").arg(String::from_utf8(line.clone()).unwrap());
         }
@@ -238,9 +238,9 @@ impl Guest {
         let stdio = self.machine.stream(exec.stdio);
         let stderr = self.machine.stream(exec.stderr);
         let mut command = match &exec.program {
-            Program::Shell => Command::new("sh"),
+            Program::Shell => shell(),
             Program::Command(line) => {
-                let mut command = Command::new("sh");
+                let mut command = shell();
                 command.arg("-c").arg(String::from_utf8(line.clone()).unwrap());
                 command
             }
@@ -276,6 +276,13 @@ impl Guest {
         };
         self.say(&AgentMessage::Exited { session, status });
     }
+}
+
+/// A shell that can be hung up, also where the tests run under nohup(1).
+fn shell() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP", "sh"]);
+    command
 }
 
 fn group_of(child: &Child) -> Pid {
