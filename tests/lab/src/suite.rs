@@ -89,6 +89,8 @@ fn end_to_end(
 ) -> Result<(Tally, bool)> {
     note("end-to-end tests");
     step("build the end-to-end suite", || build_package(layout, "e2e"))?;
+    // Some stories have it look into machines' memory.
+    step("build the benchmark", || build_package(layout, "bench"))?;
     let _run = Claim::run(layout)?;
     let claim = Claim::take(layout)?;
     let running = Serving::find(layout).is_ok();
