@@ -28,7 +28,7 @@ fn files_persist(story: &Story) -> Result<()> {
 }
 
 fn files_outlive_the_machine(story: &Story) -> Result<()> {
-    let alice = story.account("alice")?;
+    let alice = story.account_with("alice", &["--policy", "discard"])?;
     alice.output("echo mine > note; echo '* hers' | sudo tee /etc/motd.hers >/dev/null")?;
     let first = alice.output("cat /proc/sys/kernel/random/boot_id")?;
     alice.stop_machine()?;
@@ -65,7 +65,7 @@ const SECRETS: &str = "hostname; cat /etc/machine-id /proc/sys/kernel/random/boo
     sudo od -An -tx1 -N16 /dev/random";
 
 fn forks_differ(story: &Story) -> Result<()> {
-    let alice = story.account("alice")?;
+    let alice = story.account_with("alice", &["--policy", "discard"])?;
     let bob = story.account("bob")?;
     let first = secrets(&alice.output(SECRETS)?)?;
     let other = secrets(&bob.output(SECRETS)?)?;

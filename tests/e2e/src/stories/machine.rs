@@ -39,7 +39,7 @@ fn logins_at_once(story: &Story) -> Result<()> {
 }
 
 fn linger(story: &Story) -> Result<()> {
-    let alice = story.account_with("alice", &["--linger", "5"])?;
+    let alice = story.account_with("alice", &["--linger", "5", "--policy", "discard"])?;
     let boot = "cat /proc/sys/kernel/random/boot_id";
     let first = alice.output(boot)?;
     same("her machine, a moment later", alice.output(boot)?, first.clone())?;
