@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    machine::{MachineError, MachineState},
+    machine::{MachineError, MachineState, decode_whole},
     working_set::WorkingSet,
 };
 
@@ -18,11 +18,6 @@ impl BaseState {
     /// Bytes that were checked for being what was written; this checks that they make sense. The working
     /// set has to be checked against the memory ([`WorkingSet::check`]).
     pub fn decode(bytes: &[u8]) -> Result<Self, MachineError> {
-        let (state, rest) =
-            postcard::take_from_bytes::<Self>(bytes).map_err(MachineError::Decode)?;
-        if !rest.is_empty() {
-            return Err(MachineError::Leftover(rest.len()));
-        }
-        Ok(state)
+        decode_whole(bytes)
     }
 }

@@ -17,7 +17,7 @@ use std::{
 
 use hermitage_vmm_proto::End;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use devices::{DeviceStates, Devices, RestoreDevices};
 use vcpus::{VcpuError, Vcpus, lock};
@@ -78,13 +78,17 @@ pub struct MachineState {
 impl MachineState {
     /// Bytes that were checked for being what was written; this checks that they make sense.
     pub fn decode(bytes: &[u8]) -> Result<Self, MachineError> {
-        let (state, rest) =
-            postcard::take_from_bytes::<Self>(bytes).map_err(MachineError::Decode)?;
-        if !rest.is_empty() {
-            return Err(MachineError::Leftover(rest.len()));
-        }
-        Ok(state)
+        decode_whole(bytes)
     }
+}
+
+/// Decodes a state that has no byte too many.
+pub(crate) fn decode_whole<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, MachineError> {
+    let (state, rest) = postcard::take_from_bytes(bytes).map_err(MachineError::Decode)?;
+    if !rest.is_empty() {
+        return Err(MachineError::Leftover(rest.len()));
+    }
+    Ok(state)
 }
 
 pub struct Machine {

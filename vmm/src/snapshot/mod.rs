@@ -7,7 +7,7 @@
 //! the file over the base ([`resume`]); those pages are the file's until they are written, so the next
 //! save adds them to what the kernel names ([`plan`]).
 
-mod pagemap;
+pub(crate) mod pagemap;
 mod plan;
 mod resume;
 mod save;

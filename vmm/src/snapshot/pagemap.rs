@@ -90,9 +90,6 @@ impl Pagemap {
     fn read(&self, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         use std::os::unix::fs::FileExt as _;
         const ENTRIES: u64 = 8192;
-        const FILE: u64 = 1 << 61;
-        const SWAPPED: u64 = 1 << 62;
-        const PRESENT: u64 = 1 << 63;
         let page = PAGE_SIZE as u64;
         let mut entries = vec![0; ENTRIES as usize * 8];
         let mut found = Vec::new();
@@ -103,14 +100,33 @@ impl Pagemap {
             self.file.read_exact_at(bytes, start / page * 8)?;
             let (entries, _) = bytes.as_chunks::<8>();
             for (address, entry) in (start..).step_by(PAGE_SIZE).zip(entries) {
-                let entry = u64::from_le_bytes(*entry);
-                if entry & SWAPPED != 0 || entry & PRESENT != 0 && entry & FILE == 0 {
+                if Entry(u64::from_le_bytes(*entry)).is_own() {
                     add(&mut found, address..address + page);
                 }
             }
             start += count * page;
         }
         Ok(found)
+    }
+}
+
+/// What `/proc/PID/pagemap` says of one page.
+#[derive(Clone, Copy)]
+pub struct Entry(pub u64);
+
+impl Entry {
+    const FILE: u64 = 1 << 61;
+    const SWAPPED: u64 = 1 << 62;
+    const PRESENT: u64 = 1 << 63;
+
+    /// Mapped, be it the file's or the process's own.
+    pub fn is_present(self) -> bool {
+        self.0 & Self::PRESENT != 0
+    }
+
+    /// Not the mapped file's: present and not the file's, or swapped out.
+    pub fn is_own(self) -> bool {
+        self.0 & Self::SWAPPED != 0 || self.is_present() && self.0 & Self::FILE == 0
     }
 }
 

@@ -6,12 +6,10 @@ use std::{fs::File, io, os::unix::fs::FileExt as _};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::{HUGE, Run, WorkingSet};
-use crate::memory::{GuestMemory, PAGE_SIZE};
-
-/// Bits of an entry of pagemap.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const FILE: u64 = 1 << 61;
+use crate::{
+    memory::{GuestMemory, PAGE_SIZE},
+    snapshot::pagemap::Entry,
+};
 
 /// Pages read in a huge page's range that make it worth one: below that, page by page is as good.
 const WORTH_IT: usize = 16;
@@ -41,15 +39,15 @@ fn add(set: &mut WorkingSet, start: u64, length: u64, entries: &[u8]) {
     let mut read = 0;
     let mut written = 0;
     for (page, entry) in entries.as_chunks::<8>().0.iter().enumerate() {
-        let entry = u64::from_le_bytes(*entry);
-        if entry & SWAPPED != 0 || entry & PRESENT != 0 && entry & FILE == 0 {
+        let entry = Entry(u64::from_le_bytes(*entry));
+        if entry.is_own() {
             written += 1;
             let address = start + (page * PAGE_SIZE) as u64;
             match set.written.last_mut() {
                 Some(run) if run.start + run.length == address => run.length += PAGE_SIZE as u64,
                 _ => set.written.push(Run { start: address, length: PAGE_SIZE as u64 }),
             }
-        } else if entry & PRESENT != 0 {
+        } else if entry.is_present() {
             read += 1;
         }
     }
