@@ -125,6 +125,10 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             answer(&mut stream, &reply).await
         }
         Request::Console { account } => console(server, &account, stream).await,
+        Request::BaseChanged => {
+            server.registry.warm_up();
+            answer(&mut stream, &Reply::Done).await
+        }
     }
 }
 

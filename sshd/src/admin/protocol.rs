@@ -40,6 +40,9 @@ pub enum Request {
     /// Attach to the serial console of the account's running machine. Answered by `Done`, then raw
     /// bytes; by `Error` if no machine is running.
     Console { account: String },
+    /// Another base is the current one: make ready to fork from it, and let go of the former as soon as
+    /// no machine is on it. Answered by `Done` at once.
+    BaseChanged,
 }
 
 /// Service to client: `{"reply":"done"}`.

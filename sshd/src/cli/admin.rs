@@ -80,8 +80,16 @@ pub fn tell(context: &Context, request: &Request) -> anyhow::Result<bool> {
 /// The service looks at the account again. What was changed stays changed if it can't be told: that
 /// is a warning.
 pub fn account_changed(context: &Context, account: &str) {
-    let request = Request::AccountChanged { account: account.to_owned() };
-    if let Err(error) = tell(context, &request) {
+    changed(context, &Request::AccountChanged { account: account.to_owned() });
+}
+
+/// The service makes ready for machines of another base, as [`account_changed`].
+pub fn base_changed(context: &Context) {
+    changed(context, &Request::BaseChanged);
+}
+
+fn changed(context: &Context, request: &Request) {
+    if let Err(error) = tell(context, request) {
         eprintln!("hermitage: warning: the running service was not told of the change: {error:#}");
     }
 }

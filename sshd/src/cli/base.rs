@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use super::output::table;
-use super::{NotFound, size, time, tool};
+use super::{NotFound, admin, base_removal, size, snapshot, time, tool};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use hermitage_storage::base::{self, Base, BaseId};
@@ -30,6 +30,22 @@ Examples:
     Use { id: String },
     /// Delete a base that is not in use any more
     Remove { id: String },
+    /// Delete every base that nothing needs any more
+    #[command(after_help = "\
+A base is needed if it is the current one, if a machine runs on it, or if a machine that was saved on it
+can still be resumed: that one goes on with its base until its next start from the disk.
+
+Examples:
+  hermitage base gc --dry-run        what would be deleted, and who needs the others
+  hermitage base gc --keep 1         leave the latest of the unneeded ones, to go back to")]
+    Gc {
+        /// Leave this many of the unneeded bases, the latest
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        keep: usize,
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,7 +69,8 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Build(build) => self::build(context, &build),
         Command::List => list(context),
         Command::Use { id } => use_base(context, &id),
-        Command::Remove { id } => remove(context, &id),
+        Command::Remove { id } => base_removal::remove(context, &id),
+        Command::Gc { keep, dry_run } => base_removal::gc(context, keep, dry_run),
     }
 }
 
@@ -86,8 +103,13 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
     }
     tool::run(context, "hermitage-vmm", &arguments)
         .map_err(|error| blame(context, &image, error))?;
-    let id = take_in(context, &unnamed)?;
-    context.state.set_current_base(&id)?;
+    let id = {
+        let _turn = base_removal::turn(context)?;
+        let id = take_in(context, &unnamed)?;
+        context.state.set_current_base(&id)?;
+        id
+    };
+    admin::base_changed(context);
     let provisioned = provision_all(context)?;
 
     let object = json!({
@@ -171,6 +193,8 @@ pub fn only_one(dir: &Path) -> anyhow::Result<Flock<File>> {
 fn list(context: &Context) -> anyhow::Result<()> {
     let current = context.state.current_base()?;
     let bases = base::list(&context.state)?;
+    let sleepers = snapshot::sleepers(context)?;
+    let asleep = |id: &BaseId| sleepers.iter().filter(|(base, _)| base == id).count();
     let object = json!({
         "current": current.as_ref().map(BaseId::as_str),
         "bases": bases.iter().map(|listed| {
@@ -180,6 +204,7 @@ fn list(context: &Context) -> anyhow::Result<()> {
                 "current": Some(&listed.id) == current.as_ref(),
                 "created": time::rfc3339(listed.created),
                 "allocated_bytes": listed.allocated,
+                "saved_machines": asleep(&listed.id),
                 "image": content.map(|c| &c.image),
                 "guest_kernel": content.map(|c| &c.guest_kernel),
                 "memory_bytes": content.map(|c| c.machine.memory_bytes),
@@ -208,6 +233,11 @@ fn list(context: &Context) -> anyhow::Result<()> {
                 Ok(_) if Some(&listed.id) == current.as_ref() => "current".into(),
                 Ok(_) => String::new(),
             };
+            let note = match (note.as_str(), asleep(&listed.id)) {
+                (_, 0) => note,
+                ("", saved) => format!("saved machines: {saved}"),
+                (_, saved) => format!("{note}, saved machines: {saved}"),
+            };
             table.add_row([
                 listed.id.to_string(),
                 time::short(listed.created),
@@ -223,6 +253,7 @@ fn list(context: &Context) -> anyhow::Result<()> {
 }
 
 fn use_base(context: &Context, id: &str) -> anyhow::Result<()> {
+    let _turn = base_removal::turn(context)?;
     let id = find(context, id)?;
     let base = Base::open(&context.state.base(&id))?;
     // The template of new disks comes from it.
@@ -230,34 +261,14 @@ fn use_base(context: &Context, id: &str) -> anyhow::Result<()> {
         .with_context(|| format!("base {id} names no image"))?;
     Image::open(&context.state.image(&image))?;
     context.state.set_current_base(&id)?;
+    admin::base_changed(context);
     provision_all(context)?;
     let object = json!({ "id": id.as_str(), "current": true });
     context.out.show(&object, || format!("new machines are forked from base {id}"))
 }
 
-fn remove(context: &Context, id: &str) -> anyhow::Result<()> {
-    let id = find(context, id)?;
-    if context.state.current_base()?.as_ref() == Some(&id) {
-        bail!("base {id} is the current one; choose another first: hermitage base use ID");
-    }
-    let sleepers = super::snapshot::on_base(context, &id)?;
-    if let Some(first) = sleepers.first() {
-        let others = match sleepers.len() {
-            1 => String::new(),
-            n => format!(" and {} more", n - 1),
-        };
-        bail!(
-            "what is saved of {first}'s machine{others} needs base {id}; it goes with \
-             hermitage snapshot drop {first}, or when that machine next starts from its disk"
-        );
-    }
-    base::remove(&context.state, &id).with_context(|| format!("deleting base {id}"))?;
-    let object = json!({ "id": id.as_str(), "removed": true });
-    context.out.show(&object, || format!("base {id} is deleted"))
-}
-
 /// A base by its id or the start of it.
-fn find(context: &Context, id: &str) -> anyhow::Result<BaseId> {
+pub(super) fn find(context: &Context, id: &str) -> anyhow::Result<BaseId> {
     let mut found = base::list(&context.state)?
         .into_iter()
         .map(|listed| listed.id)

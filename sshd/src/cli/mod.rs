@@ -9,6 +9,7 @@ mod account_machine;
 mod account_show;
 mod admin;
 mod base;
+mod base_removal;
 mod console;
 mod context;
 mod doctor;

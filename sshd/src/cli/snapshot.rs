@@ -104,12 +104,13 @@ fn all(context: &Context) -> anyhow::Result<Vec<Found>> {
     Ok(found)
 }
 
-/// The accounts whose machines were saved on a base and can still be resumed.
-pub fn on_base(context: &Context, base: &BaseId) -> anyhow::Result<Vec<String>> {
-    let on_it = |one: &Found| {
-        one.fits && one.header.as_ref().is_ok_and(|header| header.description.base == *base)
+/// The accounts whose machines were saved and can still be resumed, each with the base it needs.
+pub fn sleepers(context: &Context) -> anyhow::Result<Vec<(BaseId, String)>> {
+    let needed = |one: Found| {
+        let base = one.header.ok().filter(|_| one.fits)?.description.base;
+        Some((base, one.account.name))
     };
-    Ok(all(context)?.into_iter().filter(on_it).map(|one| one.account.name).collect())
+    Ok(all(context)?.into_iter().filter_map(needed).collect())
 }
 
 fn existing(context: &Context, name: &str) -> anyhow::Result<Found> {

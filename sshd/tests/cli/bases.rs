@@ -1,4 +1,5 @@
 use crate::host::{Host, IMAGE_ID};
+use hermitage_storage::base::{Base, BaseId};
 use serde_json::{Value, json};
 use std::fs;
 
@@ -46,6 +47,52 @@ fn another_base_can_be_used_and_the_former_deleted() {
     host.run(&["base", "remove", second.as_str()]).success();
     host.run(&["base", "use", second.as_str()]).fails(3, "no base");
     host.run(&["base", "use", ""]).fails(3, "no base");
+}
+
+#[test]
+fn bases_that_nothing_needs_are_deleted() {
+    let host = Host::new();
+    let image = host.image().display().to_string();
+    let mut ids = vec![];
+    for memory in 1..=4 {
+        ids.push(host.install_vmm(memory));
+        host.run(&["base", "build", "--image", &image]).success();
+    }
+    let [saved, running, unneeded, current] = &ids[..] else { panic!("four bases") };
+    host.run(&["account", "add", "alice", "--disk", "1M"]).success();
+    let alice = host.accounts().named("alice").unwrap().id;
+    host.save_on("alice", saved);
+    let machine = Base::open(&host.state().base(running)).unwrap();
+
+    let listed = host.json(&["base", "list"]);
+    let of = |id: &BaseId| {
+        let bases = listed["bases"].as_array().unwrap();
+        bases.iter().find(|base| base["id"] == id.as_str()).unwrap().clone()
+    };
+    assert_eq!(of(saved)["saved_machines"], 1);
+    assert_eq!(of(current)["saved_machines"], 0);
+
+    let planned = host.json(&["base", "gc", "--dry-run"]);
+    assert_eq!(planned["removed"][0]["id"], unneeded.as_str());
+    assert_eq!(planned["removed"].as_array().unwrap().len(), 1);
+    let kept: Vec<_> = planned["kept"].as_array().unwrap().iter().map(|k| &k["why"]).collect();
+    assert!(kept.iter().any(|why| why.as_str().unwrap().contains("alice's saved machine")));
+    assert!(kept.iter().any(|why| *why == "machines run on it"), "{kept:?}");
+    assert!(host.state().base(unneeded).exists(), "--dry-run deletes nothing");
+    assert_eq!(host.json(&["base", "gc", "--keep", "1"])["removed"], json!([]));
+
+    host.run(&["base", "remove", saved.as_str()]).fails(1, "snapshot drop alice");
+    host.run(&["base", "remove", running.as_str()]).fails(1, "machines run on it");
+    host.run(&["base", "gc"]).success();
+    assert!(!host.state().base(unneeded).exists());
+
+    // What is saved but does not fit its disk any more needs nothing.
+    drop(machine);
+    hermitage_storage::saved::consume(&host.state(), alice).unwrap();
+    let gone = host.json(&["base", "gc"]);
+    assert_eq!(gone["removed"].as_array().unwrap().len(), 2);
+    assert!(host.state().base(current).exists());
+    host.run(&["base", "gc"]).success();
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use hermitage_storage::StateDir;
 use hermitage_storage::accounts::Accounts;
 use hermitage_storage::base::{BaseId, BaseWriter, Description, HostKind};
+use hermitage_storage::saved;
+use hermitage_storage::snapshot::{Description as SnapshotDescription, PAGE, Writer};
 use serde_json::{Value, json};
 use std::fs::{self, Permissions};
 use std::io::Write;
@@ -120,6 +122,26 @@ impl Host {
             restorable_on: HostKind::here(1, "digest".into()).unwrap(),
         };
         writer.finish(description, b"state", &self.image().join("root.erofs")).unwrap()
+    }
+
+    /// Saves something as the memory of the account's machine, of one page, on a base that need not exist.
+    pub fn save_on(&self, account: &str, base: &BaseId) {
+        let (state, account) = (self.state(), self.accounts().named(account).unwrap().id);
+        let file = saved::create(&state, account).unwrap();
+        let mut writer = Writer::new(&file).unwrap();
+        writer.data(1, &[7; PAGE]).unwrap();
+        let tag = [9; 16];
+        let description = SnapshotDescription {
+            base: base.clone(),
+            account,
+            disk_tag: tag,
+            created: 1_700_000_000,
+            ram: 1 << 20,
+            vcpus: 1,
+            state_version: 1,
+        };
+        writer.finish(description, b"state").unwrap();
+        saved::publish(&state, account, tag).unwrap();
     }
 
     /// A `hermitage-vmm` that builds a base by copying one that was made for it.

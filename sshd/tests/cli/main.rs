@@ -3,4 +3,5 @@
 mod accounts;
 mod bases;
 mod host;
+mod machines;
 mod service;

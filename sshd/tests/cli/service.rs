@@ -157,3 +157,19 @@ fn a_cut_answer_is_an_error() {
     host.run(&["status"]).fails(1, "without an answer");
     host.run(&["console", "alice"]).fails(1, "without an answer");
 }
+
+#[test]
+fn the_service_is_told_of_another_base() {
+    let host = Host::new();
+    let image = host.image().display().to_string();
+    let first = host.install_vmm(1);
+    host.run(&["base", "build", "--image", &image]).success();
+    host.install_vmm(2);
+    let service = Service::start(&host, |_| Reply::Done);
+    host.run(&["base", "build"]).success();
+    assert_eq!(service.asked(), [Request::BaseChanged]);
+    host.run(&["base", "use", first.as_str()]).success();
+    assert_eq!(service.asked(), [Request::BaseChanged]);
+    host.run(&["base", "gc"]).success();
+    assert_eq!(service.asked(), []);
+}

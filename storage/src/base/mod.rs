@@ -6,13 +6,15 @@
 
 mod manifest;
 mod open;
+mod remove;
 mod writer;
 
 pub use manifest::{
     BaseId, Content, FORMAT_VERSION, FileSeal, Files, HostKind, MANIFEST, MEMORY, Machine,
     Manifest, ROOT, STATE,
 };
-pub use open::{Base, BaseError, Listed, MAX_STATE, list, remove};
+pub use open::{Base, BaseError, Listed, MAX_STATE, list};
+pub use remove::Removal;
 pub use writer::{BaseWriter, Description};
 
 #[cfg(test)]

@@ -3,17 +3,24 @@
 use super::manifest::{FileSeal, Manifest, ManifestError};
 use super::{BaseId, MANIFEST, MEMORY, ROOT, STATE};
 use crate::StateDir;
-use crate::publish;
 use crate::sparse;
 use nix::libc;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Most bytes of machine state: a vCPU's is some 10 KiB.
 pub const MAX_STATE: usize = 16 << 20;
 const MAX_MANIFEST: u64 = 64 * 1024;
+
+/// How long, and how often, a base is asked for that somebody else looks at whether to remove it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum BaseError {
@@ -51,10 +58,16 @@ pub struct Base {
 impl Base {
     /// Opens a base and checks all of it: manifest, lengths, digests. Reads every byte that is not in a
     /// hole, on all processors.
+    ///
+    /// As long as the memory file is open or mapped in any process, the base can't be removed
+    /// ([`super::Removal`]).
     pub fn open(dir: &Path) -> Result<Self, BaseError> {
+        // A look first, for what is said of a base that is not there.
+        Self::manifest(dir)?;
+        let memory = hold(dir)?;
         let manifest = Self::manifest(dir)?;
         let files = &manifest.content.files;
-        let memory = checked(dir, MEMORY, &files.memory)?;
+        check(dir, MEMORY, &memory, &files.memory)?;
         let root = checked(dir, ROOT, &files.root)?;
         let state_file = checked(dir, STATE, &files.state)?;
         let length = files.state.length as usize;
@@ -94,7 +107,25 @@ impl Base {
     }
 }
 
-fn open(path: &Path) -> io::Result<File> {
+/// Opens the memory file and shares the lock that keeps the base from being removed. Somebody who is about
+/// to remove it looks around for some moments only, and then it is gone or free again.
+fn hold(dir: &Path) -> Result<File, BaseError> {
+    let read = |source| BaseError::Read { dir: dir.to_owned(), file: MEMORY, source };
+    let memory = open(&dir.join(MEMORY)).map_err(read)?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(&memory, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => return Ok(memory),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(BaseError::damaged(dir, MEMORY, "it is being removed"));
+            }
+            Err(errno) => return Err(read(errno.into())),
+        }
+    }
+}
+
+pub(super) fn open(path: &Path) -> io::Result<File> {
     // Non-blocking: a FIFO by that name must not hang the service.
     let file = OpenOptions::new()
         .read(true)
@@ -109,6 +140,12 @@ fn open(path: &Path) -> io::Result<File> {
 fn checked(dir: &Path, name: &'static str, seal: &FileSeal) -> Result<File, BaseError> {
     let read = |source| BaseError::Read { dir: dir.to_owned(), file: name, source };
     let file = open(&dir.join(name)).map_err(read)?;
+    check(dir, name, &file, seal)?;
+    Ok(file)
+}
+
+fn check(dir: &Path, name: &'static str, file: &File, seal: &FileSeal) -> Result<(), BaseError> {
+    let read = |source| BaseError::Read { dir: dir.to_owned(), file: name, source };
     let length = file.metadata().map_err(read)?.len();
     if length != seal.length {
         let kind = if length < seal.length { "truncated" } else { "lengthened" };
@@ -116,7 +153,7 @@ fn checked(dir: &Path, name: &'static str, seal: &FileSeal) -> Result<File, Base
             format!("it was {kind}: it has {length} bytes and should have {}", seal.length);
         return Err(BaseError::damaged(dir, name, reason));
     }
-    let digest = sparse::digest(&file).map_err(read)?.to_string();
+    let digest = sparse::digest(file).map_err(read)?.to_string();
     if digest != seal.digest {
         let reason = format!(
             "it was altered: its digest is {digest} and should be {}; make the base again with: \
@@ -125,7 +162,7 @@ fn checked(dir: &Path, name: &'static str, seal: &FileSeal) -> Result<File, Base
         );
         return Err(BaseError::damaged(dir, name, reason));
     }
-    Ok(file)
+    Ok(())
 }
 
 /// A base in the state directory, its manifest read, its files not checked.
@@ -167,14 +204,4 @@ pub fn list(state: &StateDir) -> io::Result<Vec<Listed>> {
     }
     found.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.id.cmp(&b.id)));
     Ok(found)
-}
-
-/// Deletes a base. Machines forked from it go on: they have its files open.
-pub fn remove(state: &StateDir, id: &BaseId) -> io::Result<()> {
-    let dir = state.base(id);
-    // The manifest first: half a base must not look like one.
-    fs::remove_file(dir.join(MANIFEST))?;
-    publish::sync_dir(&dir)?;
-    fs::remove_dir_all(&dir)?;
-    publish::sync_dir(&state.bases_dir())
 }

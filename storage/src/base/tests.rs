@@ -206,7 +206,7 @@ fn bases_are_listed_with_their_damage() {
     let error = find(&wrong).manifest.as_ref().unwrap_err().to_string();
     assert!(error.contains(id.as_str()), "{error}");
 
-    remove(&state, &id).unwrap();
+    Removal::begin(&state, &id).unwrap().unwrap().finish().unwrap();
     assert!(!state.base(&id).exists());
 }
 
@@ -242,4 +242,50 @@ proptest! {
         prop_assert_eq!(file, name);
         prop_assert!(words.contains("altered"), "{}", words);
     }
+}
+
+#[test]
+fn a_base_in_use_is_not_removed() {
+    use std::time::{Duration, Instant};
+
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::new(dir.path());
+    state.create().unwrap();
+    let (made, id) = write(dir.path());
+    fs::rename(made, state.base(&id)).unwrap();
+
+    let base = Base::open(&state.base(&id)).unwrap();
+    assert!(Removal::begin(&state, &id).unwrap().is_none());
+    // As in a machine's process, which has a duplicate of the descriptor.
+    let mapped = base.memory.try_clone().unwrap();
+    drop(base);
+    assert!(Removal::begin(&state, &id).unwrap().is_none());
+    drop(mapped);
+
+    // Somebody only looks: whoever wants to use the base waits that long.
+    let looking = Removal::begin(&state, &id).unwrap().unwrap();
+    let other = state.base(&id);
+    let user = std::thread::spawn(move || {
+        let begun = Instant::now();
+        Base::open(&other).map(|_| begun.elapsed())
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    drop(looking);
+    assert!(user.join().unwrap().unwrap() >= Duration::from_millis(50));
+
+    Removal::begin(&state, &id).unwrap().unwrap().finish().unwrap();
+    assert!(matches!(Base::open(&state.base(&id)), Err(BaseError::Missing(_))));
+}
+
+#[test]
+fn half_a_base_can_be_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::new(dir.path());
+    state.create().unwrap();
+    let (made, id) = write(dir.path());
+    fs::rename(made, state.base(&id)).unwrap();
+    fs::remove_file(state.base(&id).join(MANIFEST)).unwrap();
+    fs::remove_file(state.base(&id).join(MEMORY)).unwrap();
+    Removal::begin(&state, &id).unwrap().unwrap().finish().unwrap();
+    assert!(!state.base(&id).exists());
 }

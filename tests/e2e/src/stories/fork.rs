@@ -140,8 +140,14 @@ fn big_base(story: &Story) -> Result<()> {
                        sed 's/.*\"id\": *\"\\([^\"]*\\)\".*/\\1/'); do \
            hermitage base remove $base; done; true"
     ));
+    let carol = story.account("carol")?;
+    let mut before = carol.shell()?;
+    let shell_before = before.run("echo $$; echo kept > ~/file; sync")?;
+    before.cut()?;
     let built = story.host().hermitage_json("base build --memory-mib 3584 --vcpus 2")?;
     ensure!(built["vcpus"] == 2, "`base build` tells of another base: {built}");
+    ensure!(current != built["id"], "the other base has the id of the first");
+    old_base(story, &carol, &current, &shell_before)?;
 
     let alice = story.account("alice")?;
     let bob = story.account("bob")?;
@@ -169,7 +175,47 @@ print(\"whole\")'";
     same("200 MiB written and read", alice.output(check)?.as_str(), "whole")?;
     alice.stop_machine()?;
     bob.stop_machine()?;
-    resume::prove(story, 2, 16, 8, "3584 MiB, 2 vCPUs")
+    resume::prove(story, 2, 16, 8, "3584 MiB, 2 vCPUs")?;
+    unneeded_bases(story, [&alice, &bob, &carol], &current, built["id"].as_str().unwrap_or("?"))
+}
+
+/// Who was saved on the former base resumes on it, and is on the new one after a start from the disk.
+fn old_base(story: &Story, carol: &Account, old: &str, shell_before: &str) -> Result<()> {
+    carol.stop_machine()?;
+    let needed = || -> Result<()> {
+        let plan = story.host().hermitage_json("base gc --dry-run")?;
+        let kept = plan["kept"].as_array().context("`base gc` names none it keeps")?;
+        ensure!(kept.iter().any(|base| base["id"] == old), "base {old} is not kept: {plan}");
+        Ok(())
+    };
+    needed()?;
+    let mut shell = carol.shell()?;
+    same("the shell", shell.run("echo $$")?.as_str(), shell_before)?;
+    same("processors of the old base", carol.output("nproc")?.as_str(), "1")?;
+    needed()?;
+    shell.send("exit\n")?;
+    shell.wait_end(60)?;
+    carol.stop_machine()?;
+    story.host().run(&format!("hermitage account reset {}", carol.name))?;
+    same("processors of the new base", carol.output("nproc")?.as_str(), "2")?;
+    same("the file", carol.output("cat file")?.as_str(), "kept")?;
+    carol.stop_machine()
+}
+
+/// The first base is current again; the other one goes when nothing saved needs it any more.
+fn unneeded_bases(story: &Story, accounts: [&Account; 3], first: &str, other: &str) -> Result<()> {
+    let removed = || -> Result<bool> {
+        let done = story.host().hermitage_json("base gc")?;
+        let removed = done["removed"].as_array().context("`base gc` names none it removed")?;
+        Ok(removed.iter().any(|base| base["id"] == other))
+    };
+    story.host().run(&format!("hermitage base use {first}"))?;
+    for account in accounts {
+        ensure!(!removed()?, "base {other} was removed with {}'s memory on it", account.name);
+        story.host().run(&format!("hermitage snapshot drop {}", account.name))?;
+    }
+    // Its fork server takes a moment to notice that its last machine is gone and another base current.
+    story.wait_for("the unneeded base to go", 60, || Ok(removed()?.then_some(())))
 }
 
 /// Both processors run user programs, and each one's timer ticks.
