@@ -2,12 +2,13 @@
 //! commented default.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use serde::Deserialize;
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, de::Error as _};
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -43,6 +44,14 @@ pub struct Ssh {
     /// Connections that have not authenticated yet, all together and per source address.
     pub max_unauthenticated: usize,
     pub max_unauthenticated_per_source: usize,
+    /// From so many unauthenticated connections on some new ones are refused by chance: 30 of 100, and
+    /// evenly more up to `max_unauthenticated`.
+    pub early_drop: usize,
+    /// Seconds for which a source that keeps failing is refused at most. 0: never.
+    pub max_penalty: u64,
+    /// Sources that are never refused for that: addresses and networks.
+    #[serde(deserialize_with = "networks")]
+    pub penalty_exempt: Vec<IpNet>,
     /// Connections, authenticated or not.
     pub max_connections: usize,
     /// Channels of one connection.
@@ -67,8 +76,11 @@ impl Default for Ssh {
             ],
             login_grace: 30,
             max_failures: 6,
-            max_unauthenticated: 100,
+            max_unauthenticated: 500,
             max_unauthenticated_per_source: 20,
+            early_drop: 300,
+            max_penalty: 600,
+            penalty_exempt: vec![],
             max_connections: 4000,
             max_channels: 64,
             keepalive: 30,
@@ -110,6 +122,18 @@ impl Default for Machines {
             guest_floor_mib: 256,
         }
     }
+}
+
+/// Networks, and addresses as networks of one.
+fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let network = |text: String| {
+        let address = text.parse::<IpAddr>().map(|address| address.to_canonical().into());
+        address.or_else(|_| text.parse()).map_err(|_| {
+            let example = "one that is: \"192.0.2.7\" or \"192.0.2.0/24\"";
+            D::Error::custom(format!("\"{text}\" is no address and no network ({example})"))
+        })
+    };
+    Vec::<String>::deserialize(deserializer)?.into_iter().map(network).collect()
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -227,6 +251,20 @@ mod tests {
         std::fs::write(file.path(), "[ssh]\nlogin_grace = 0\n").unwrap();
         let error = Config::load(Some(file.path())).unwrap_err().to_string();
         assert!(error.contains("ssh.login_grace = 0"), "{error}");
+    }
+
+    #[test]
+    fn networks_and_addresses_are_read_and_others_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |list: &str| {
+            std::fs::write(file.path(), format!("[ssh]\npenalty_exempt = {list}\n")).unwrap();
+            Config::load(Some(file.path()))
+        };
+        let read = write(r#"["192.0.2.7", "2001:db8::/32", "::ffff:10.0.0.1"]"#).unwrap();
+        let shown: Vec<_> = read.ssh.penalty_exempt.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["192.0.2.7/32", "2001:db8::/32", "10.0.0.1/32"]);
+        let error = write(r#"["192.0.2.300"]"#).unwrap_err().to_string();
+        assert!(error.contains("192.0.2.300") && error.contains("192.0.2.0/24"), "{error}");
     }
 
     #[test]

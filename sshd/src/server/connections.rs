@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+use super::penalties::Penalty;
 use crate::config::Ssh;
 
 #[derive(Default)]
@@ -73,6 +74,10 @@ pub enum Refusal {
     Full(usize),
     #[error("{0} connections have not authenticated, which is ssh.max_unauthenticated")]
     Unauthenticated(usize),
+    #[error("{0} connections have not authenticated: by chance, from ssh.early_drop on")]
+    Chance(usize),
+    #[error(transparent)]
+    Penalty(#[from] Penalty),
     #[error(
         "{0} of its connections have not authenticated, which is ssh.max_unauthenticated_per_source"
     )]
@@ -97,6 +102,9 @@ impl Connections {
         let all: usize = table.unauthenticated.values().sum();
         if all >= limits.max_unauthenticated {
             return Err(Refusal::Unauthenticated(all));
+        }
+        if draw(all, limits) {
+            return Err(Refusal::Chance(all));
         }
         let count = table.unauthenticated.entry(source).or_default();
         if *count >= limits.max_unauthenticated_per_source {
@@ -169,9 +177,29 @@ impl Drop for Place {
     }
 }
 
+/// Whether a connection is refused by chance: some of the real clients get in while somebody fills up the
+/// places, and try again if they did not (sshd_config(5), MaxStartups).
+fn draw(unauthenticated: usize, limits: &Ssh) -> bool {
+    let percent = refused_percent(unauthenticated, limits.early_drop, limits.max_unauthenticated);
+    // Without random numbers there is no service at all.
+    percent > 0 && getrandom::u32().unwrap_or(0) % 100 < percent
+}
+
+/// From `start` on 30 of 100, growing evenly to all of them at `full`.
+fn refused_percent(unauthenticated: usize, start: usize, full: usize) -> u32 {
+    if unauthenticated < start {
+        return 0;
+    }
+    let (over, room) = ((unauthenticated - start) as u64, full.saturating_sub(start) as u64);
+    match room {
+        0 => 100,
+        room => 30 + (70 * over.min(room) / room) as u32,
+    }
+}
+
 /// Who counts as one source: an IPv4 address, or an IPv6 network of a site (/64), which is what one
 /// subscriber has.
-fn source(peer: SocketAddr) -> IpAddr {
+pub fn source(peer: SocketAddr) -> IpAddr {
     match peer.ip().to_canonical() {
         IpAddr::V6(address) => {
             let network = u128::from(address) & (u128::MAX << 64);
@@ -203,6 +231,18 @@ mod tests {
         assert!(matches!(fourth, Err(Refusal::Unauthenticated(3))));
         first.authenticated();
         connections.enter(peer("10.0.0.1"), &limits).unwrap();
+    }
+
+    #[test]
+    fn the_fuller_it_is_the_more_are_refused() {
+        let percents: Vec<_> =
+            [0, 29, 30, 65, 99, 100].map(|count| refused_percent(count, 30, 100)).into();
+        assert_eq!(percents, [0, 0, 30, 65, 99, 100]);
+        assert_eq!(refused_percent(5, 100, 100), 0);
+        assert_eq!(refused_percent(100, 100, 100), 100);
+        let limits = Ssh { early_drop: 10, max_unauthenticated: 1000, ..Ssh::default() };
+        let refused = (0..10_000).filter(|_| draw(10, &limits)).count();
+        assert!((2_500..3_500).contains(&refused), "{refused} of 10,000 instead of 30 %");
     }
 
     #[test]

@@ -21,7 +21,9 @@ use super::{
     Server,
     connections::Entry,
     environment,
+    listener::offend,
     login_name::{self, Wishes},
+    penalties::Offence,
     words::{again, no_forwarding, shown, signal_name, window},
 };
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
@@ -84,6 +86,7 @@ impl ClientHandler {
     fn failed(&mut self, user: &str, method: &str) -> Auth {
         self.failures += 1;
         tracing::warn!(peer = %self.peer, user = shown(user), method, "failed login");
+        offend(&self.server, self.peer, Offence::Failure);
         if self.failures >= self.server.config.ssh.max_failures {
             self.entry.disconnect("too many authentication failures");
         }

@@ -3,7 +3,11 @@
 //! The loop is ours: russh's returns at the first accept error, so that running out of descriptors
 //! would end the service.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use russh::Disconnect;
 use socket2::{SockRef, TcpKeepalive};
@@ -14,8 +18,9 @@ use tokio::{
 
 use super::{
     Server,
-    connections::Place,
+    connections::{Place, Refusal, source},
     handler::ClientHandler,
+    penalties::Offence,
     stream::{Stream, Switch},
 };
 use crate::session::Inflow;
@@ -45,11 +50,35 @@ pub async fn accept(server: Arc<Server>, listener: TcpListener) {
 }
 
 fn admit(server: &Arc<Server>, tcp: TcpStream, peer: SocketAddr) {
-    match server.connections.enter(peer, &server.config.ssh) {
+    let free = match server.penalties.check(source(peer), Instant::now()) {
+        Some(penalty) => Err(penalty.into()),
+        None => server.connections.enter(peer, &server.config.ssh),
+    };
+    match free {
         Ok(place) => {
             tokio::spawn(attend(server.clone(), tcp, peer, place));
         }
-        Err(refusal) => tracing::warn!(%peer, %refusal, "connection refused"),
+        Err(refusal) => {
+            // The beginning of a penalty was a warning: who tries on and on does not fill the log.
+            match refusal {
+                Refusal::Penalty(_) => tracing::debug!(%peer, %refusal, "connection refused"),
+                _ => tracing::warn!(%peer, %refusal, "connection refused"),
+            }
+            // A server may say something before it names itself (RFC 4253 §4.2); whether it arrives
+            // is not worth waiting for.
+            let words = match refusal {
+                Refusal::Penalty(_) => "too many failed logins from your address; try again later",
+                _ => "too many connections; try again in a moment",
+            };
+            let _ = tcp.try_write(format!("hermitage: {words}\r\n").as_bytes());
+        }
+    }
+}
+
+/// Notes what a source has done, and logs the penalty that begins with it.
+pub fn offend(server: &Server, peer: SocketAddr, offence: Offence) {
+    if let Some(penalty) = server.penalties.note(source(peer), offence, Instant::now()) {
+        tracing::warn!(source = %source(peer), %penalty, "source refused");
     }
 }
 
@@ -70,6 +99,7 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
         begun = russh::server::run_stream(server.russh.clone(), stream, handler) => begun,
         () = &mut grace => {
             tracing::info!(%peer, "said nothing in time");
+            offend(&server, peer, Offence::Grace);
             return;
         }
         _ = entry.disconnected() => return,
@@ -78,11 +108,12 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
         Ok(running) => running,
         Err(error) => {
             tracing::debug!(%peer, %error, "no ssh client");
+            offend(&server, peer, Offence::NoAttempt);
             return;
         }
     };
     let handle = running.handle();
-    let mut authenticated = false;
+    let (mut authenticated, mut late) = (false, false);
     let ended = loop {
         tokio::select! {
             ended = &mut running => break ended,
@@ -92,6 +123,8 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
             }
             () = &mut grace, if !authenticated => {
                 tracing::info!(%peer, "did not authenticate in time");
+                offend(&server, peer, Offence::Grace);
+                late = true;
                 switch.cut();
                 break running.await;
             }
@@ -105,6 +138,9 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
             () = switch.finished.cancelled() => break close(&switch, running).await,
         }
     };
+    if !authenticated && !late {
+        offend(&server, peer, Offence::NoAttempt);
+    }
     match ended {
         Ok(()) => tracing::debug!(%peer, "connection closed"),
         Err(error) => tracing::debug!(%peer, %error, "connection ended"),

@@ -6,6 +6,7 @@ mod environment;
 mod handler;
 mod listener;
 mod login_name;
+mod penalties;
 mod stream;
 mod words;
 
@@ -39,6 +40,7 @@ use crate::{
     store::Store,
 };
 use connections::Connections;
+use penalties::Penalties;
 
 /// Connections that the kernel keeps until they are accepted.
 const BACKLOG: u32 = 256;
@@ -56,6 +58,7 @@ pub struct Server {
     pub(crate) authenticator: Authenticator,
     pub(crate) registry: Registry,
     pub(crate) connections: Arc<Connections>,
+    pub(crate) penalties: Penalties,
     pub(crate) current_base: Box<dyn Fn() -> Option<String> + Send + Sync>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) since: SystemTime,
@@ -146,6 +149,10 @@ impl Service {
                 Duration::from_millis(ssh.failure_delay_ms),
             ),
             connections: Arc::default(),
+            penalties: Penalties::new(
+                Duration::from_secs(ssh.max_penalty),
+                ssh.penalty_exempt.clone(),
+            ),
             current_base: Box::new(move || told().ok().flatten()),
             listen: addresses.collect(),
             since: SystemTime::now(),

@@ -59,9 +59,14 @@ impl Service {
         std::fs::write(&vmm, format!("#!/bin/sh\n{line}\n")).unwrap();
         std::fs::set_permissions(&vmm, PermissionsExt::from_mode(0o755)).unwrap();
         let Options { ssh, machines } = options;
+        // Tests do all kinds of things from this address.
+        let exempt = match ssh.contains("penalty_exempt") {
+            true => "",
+            false => "penalty_exempt = [\"127.0.0.1\"]",
+        };
         let config = format!(
             "state_dir = {:?}\nrun_dir = {:?}\nlibexec_dir = {:?}\n\
-             [ssh]\nlisten = [\"127.0.0.1:0\"]\n{ssh}\n\
+             [ssh]\nlisten = [\"127.0.0.1:0\"]\n{exempt}\n{ssh}\n\
              [machines]\nmin_free_mib = 1\n{machines}\n",
             dir.path().join("state"),
             dir.path().join("run"),
@@ -164,11 +169,17 @@ impl Service {
     }
 
     pub fn ssh_by_password(&self, user: &str, password: &str) -> Output {
+        self.ssh_by_password_from("127.0.0.1", user, password)
+    }
+
+    /// The same from another of this host's addresses, as another source.
+    pub fn ssh_by_password_from(&self, from: &str, user: &str, password: &str) -> Output {
         let mut command = Command::new("sshpass");
         command.args(["-e", "ssh"]).env("SSHPASS", password);
         self.client_options(&mut command);
         command
-            .args(["-o", "PubkeyAuthentication=no", "-o", "NumberOfPasswordPrompts=1", "-p"])
+            .args(["-b", from, "-o", "PubkeyAuthentication=no"])
+            .args(["-o", "NumberOfPasswordPrompts=1", "-p"])
             .arg(self.port.to_string())
             .args([&at(user), "echo in"]);
         finish(&mut command)

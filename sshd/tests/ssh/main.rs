@@ -11,6 +11,7 @@ mod fake_machine;
 mod harness;
 mod limits;
 mod login;
+mod penalties;
 mod processes;
 mod raw;
 mod sleep;
