@@ -93,7 +93,7 @@ pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Resul
     let state = thread::scope(|scope| {
         // The devices' host side is served by a thread of its own while this one waits for the agent.
         scope.spawn(|| control::pump(&machine, &stop));
-        let result = wait_and_save(&kvm, &machine, started, progress, &stop);
+        let result = wait_and_save(&kvm, &machine, config.vcpus, started, progress, &stop);
         stop.store(true, Ordering::SeqCst);
         machine.wake();
         result
@@ -110,6 +110,7 @@ pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Resul
 fn wait_and_save(
     kvm: &kvm_ioctls::Kvm,
     machine: &Machine,
+    vcpus: u32,
     started: Instant,
     progress: &dyn Fn(&str),
     stop: &AtomicBool,
@@ -119,7 +120,9 @@ fn wait_and_save(
     wait_until_quiet(machine)?;
     stop.store(true, Ordering::SeqCst);
     machine.wake();
-    let state = machine.pause_and_save(kvm, &mut |_| ())?;
+    let cpuid = kvm::cpuid::for_vcpu(&kvm::cpuid::supported(kvm)?, 0, vcpus);
+    let fresh = kvm::fresh_msrs(kvm, &cpuid)?;
+    let state = machine.pause_and_save(&fresh, &mut |_| ())?;
     Ok((state, kernel))
 }
 

@@ -18,6 +18,7 @@ use hermitage_vmm_proto::{
     End, ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, SocketError,
     VERSION, receive, send,
 };
+use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::Kvm;
 use nix::{
     errno::Errno,
@@ -33,7 +34,7 @@ use nix::{
 
 use crate::{
     base_state::BaseState,
-    kvm::IdleVm,
+    kvm::{self, IdleVm},
     machine::{Machine, control},
     memory::GuestMemory,
     sandbox::MachineJail,
@@ -52,6 +53,8 @@ pub struct Template {
     /// What each machine puts itself under; None: there is no sandbox.
     pub jail: Option<MachineJail>,
     idle: IdleVm,
+    /// For saves: finding them out takes a VM, and as long as all of a machine's state.
+    fresh_msrs: Vec<kvm_msr_entry>,
 }
 
 impl Template {
@@ -63,7 +66,12 @@ impl Template {
     ) -> anyhow::Result<Self> {
         let idle = IdleVm::new(&kvm)?;
         let null = File::open("/dev/null").context("open /dev/null")?;
-        Ok(Self { id, kvm, memory, state, null, jail: None, idle })
+        // All of a machine's vCPUs are of one kind.
+        let fresh_msrs = match state.machine.vcpus.first() {
+            Some(vcpu) => kvm::fresh_msrs(&kvm, &vcpu.cpuid)?,
+            None => Vec::new(),
+        };
+        Ok(Self { id, kvm, memory, state, null, jail: None, idle, fresh_msrs })
     }
 }
 
@@ -247,7 +255,8 @@ impl Server<'_> {
         }
         // A resumed machine has other things to write.
         let written = if resumed { &[][..] } else { &template.state.working_set.written };
-        let origin = Origin { kvm: &template.kvm, base: &template.id, resumed_with };
+        let Template { id: base, fresh_msrs, .. } = template;
+        let origin = Origin { base, fresh_msrs, resumed_with };
         let end = control::serve(&machine, &origin, control, written);
         tracing::debug!(%end, "machine ended");
         // The guest's acknowledged writes are in the file by now (a write is acknowledged after

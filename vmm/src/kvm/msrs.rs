@@ -24,8 +24,13 @@ pub fn read_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, KvmError
         .filter(|index| !KVM_WALL_CLOCK.contains(index))
         .map(|&index| kvm_msr_entry { index, ..Default::default() })
         .collect();
+    read(vcpu, &wanted)
+}
+
+/// Reads those of the registers that this vCPU has.
+pub fn read(vcpu: &VcpuFd, wanted: &[kvm_msr_entry]) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let mut found = Vec::with_capacity(wanted.len());
-    let mut rest = &wanted[..];
+    let mut rest = wanted;
     while !rest.is_empty() {
         let mut batch = Msrs::from_entries(rest)
             .map_err(|_| KvmError::Malformed("a list of model-specific registers"))?;

@@ -28,8 +28,8 @@ pub struct VcpuState {
 /// Takes a paused vCPU's state. Its pending input or output must have been completed (KVM API 5,
 /// `immediate_exit`).
 ///
-/// `fresh` is [`fresh_msrs`] of the same machine.
-pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd, fresh: &[kvm_msr_entry]) -> Result<VcpuState, KvmError> {
+/// `fresh` is [`fresh_msrs`] of a vCPU of the same kind: it also says which registers there are.
+pub fn save_vcpu(vcpu: &VcpuFd, fresh: &[kvm_msr_entry]) -> Result<VcpuState, KvmError> {
     // mp_state first: reading it delivers a pending INIT or SIPI, which changes the rest.
     let mp_state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
     let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
@@ -41,7 +41,7 @@ pub fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd, fresh: &[kvm_msr_entry]) -> Result<Vc
         xcrs: vcpu.get_xcrs().named("KVM_GET_XCRS")?,
         debug_regs: vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
         lapic: vcpu.get_lapic().named("KVM_GET_LAPIC")?,
-        msrs: msrs::worth_keeping(msrs::read_all(kvm, vcpu)?, fresh),
+        msrs: msrs::worth_keeping(msrs::read(vcpu, fresh)?, fresh),
         events: vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
         cpuid,
     })
@@ -58,12 +58,11 @@ pub fn align_tscs(vcpus: &mut [VcpuState]) {
     }
 }
 
-/// The registers that a vCPU would have if it had never run.
-pub fn fresh_msrs(kvm: &Kvm, like: &VcpuFd) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    let cpuid = like.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+/// All registers of a vCPU that has never run. Finding out which ones it has takes many calls, and it makes a VM for that, which takes long to go again.
+pub fn fresh_msrs(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let vm = create_bare_vm(kvm)?;
     let vcpu = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-    vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
+    vcpu.set_cpuid2(cpuid).named("KVM_SET_CPUID2")?;
     msrs::read_all(kvm, &vcpu)
 }
 

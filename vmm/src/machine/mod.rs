@@ -16,6 +16,7 @@ use std::{
 };
 
 use hermitage_vmm_proto::End;
+use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -239,9 +240,10 @@ impl Machine {
     }
 
     /// Pauses the vCPUs, then the devices, and takes everybody's state. The machine stays paused.
+    /// `fresh` are the registers that its vCPUs started with ([`kvm::fresh_msrs`]).
     pub fn pause_and_save(
         &self,
-        kvm: &Kvm,
+        fresh: &[kvm_msr_entry],
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<MachineState, MachineError> {
         self.vcpus.pause()?;
@@ -251,15 +253,10 @@ impl Machine {
         }
         let devices = self.devices.save()?;
         stage("drain devices");
-        // Before the clocks are read: those of VM and vCPUs should be of the same moment.
-        let fresh = match self.vcpus.fds.first() {
-            Some(first) => kvm::fresh_msrs(kvm, &lock(first))?,
-            None => Vec::new(),
-        };
         let vm = kvm::save_vm(&self.vm)?;
         let mut vcpus = Vec::with_capacity(self.vcpus.fds.len());
         for vcpu in &self.vcpus.fds {
-            vcpus.push(kvm::save_vcpu(kvm, &lock(vcpu), &fresh)?);
+            vcpus.push(kvm::save_vcpu(&lock(vcpu), fresh)?);
         }
         kvm::align_tscs(&mut vcpus);
         stage("take KVM state");

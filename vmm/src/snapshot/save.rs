@@ -12,7 +12,7 @@ use hermitage_storage::{
     disk::Tag,
     snapshot::{Description, PAGE, Run, SnapshotError, Writer},
 };
-use kvm_ioctls::Kvm;
+use kvm_bindings::kvm_msr_entry;
 use uuid::Uuid;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -32,8 +32,9 @@ const CHUNK: usize = 64;
 
 /// What a machine was made from: what its snapshots are the difference to.
 pub struct Origin<'a> {
-    pub kvm: &'a Kvm,
     pub base: &'a BaseId,
+    /// What its vCPUs' registers were before they ran.
+    pub fresh_msrs: &'a [kvm_msr_entry],
     /// The pages that it was resumed with; none for a fork.
     pub resumed_with: Vec<Run>,
 }
@@ -89,7 +90,8 @@ pub fn save(
     stages: &mut Stages,
 ) -> Result<Saved, SaveError> {
     let pagemap = Pagemap::new(request.pagemap.try_clone().map_err(PagemapError::Read)?)?;
-    let state = machine.pause_and_save(origin.kvm, &mut |stage| stages.done(stage))?;
+    let fresh = origin.fresh_msrs;
+    let state = machine.pause_and_save(fresh, &mut |stage| stages.done(stage))?;
     machine.devices.block.sync().map_err(SaveError::Disk)?;
     stages.done("sync disk");
     let pieces = pieces(&machine.memory, &pagemap, &origin.resumed_with)?;
