@@ -31,14 +31,14 @@ const AGENT_GOAL: f64 = 16.0;
 /// Machines that died by themselves, which the emulated CPU makes some do. Told, and too many of them
 /// are an error.
 #[derive(Default)]
-struct Deaths {
+pub struct Deaths {
     reasons: Vec<String>,
     tried: usize,
 }
 
 impl Deaths {
     /// None: this one died.
-    fn survivor<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+    pub fn survivor<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         self.tried += 1;
         let error = match result {
             Ok(value) => return Ok(Some(value)),
@@ -60,7 +60,7 @@ impl Deaths {
         Ok(None)
     }
 
-    fn tell(&self, section: &mut Section) {
+    pub fn tell(&self, section: &mut Section) {
         if !self.reasons.is_empty() {
             section.note(format!(
                 "{} of {} machines died by themselves and are not in the figures: {}",
@@ -221,7 +221,7 @@ pub struct Times {
     pub prompt: u64,
 }
 
-fn start_once(
+pub fn start_once(
     base: &Base,
     server: &mut ForkServer,
     template: &Path,

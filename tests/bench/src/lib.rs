@@ -16,6 +16,7 @@ pub mod machines;
 pub mod prompt;
 pub mod report;
 pub mod resume;
+pub mod sleep;
 pub mod stats;
 pub mod wait;
 

@@ -12,6 +12,7 @@ use bench::{
     progress,
     report::{Report, Section},
     resume::{self, Extent},
+    sleep,
 };
 use clap::{Parser, ValueEnum};
 
@@ -25,7 +26,7 @@ struct Options {
     /// Measure only this; may be repeated. Rows that need another section's figure for a ratio get it.
     #[arg(long, value_enum, value_name = "SECTION")]
     only: Vec<What>,
-    /// Samples of each section instead of its default (floor and fork 200, agent 50, login 10).
+    /// Samples of each section instead of its default (floor and fork 200, agent 50, sleep 20, login 10).
     #[arg(short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     n: Option<u32>,
     /// Machines to have alive at once for their memory.
@@ -70,6 +71,8 @@ enum What {
     Fork,
     /// From the fork to the agent and to the shell's prompt.
     Agent,
+    /// A machine saved and resumed, against a fork and against writing a file.
+    Sleep,
     /// Login by ssh against OpenSSH.
     Login,
     /// An idle logged-in machine, many alive.
@@ -146,7 +149,7 @@ impl Bench<'_> {
     }
 
     fn machines(&mut self) {
-        if !self.wanted(&[What::Floor, What::Fork, What::Agent, What::Memory]) {
+        if !self.wanted(&[What::Floor, What::Fork, What::Agent, What::Sleep, What::Memory]) {
             return;
         }
         progress!("reading the base");
@@ -169,6 +172,11 @@ impl Bench<'_> {
                 Ok(sections)
             });
             self.take("fork", result);
+        }
+        if self.wanted(&[What::Sleep]) {
+            let n = self.n(20);
+            let result = start().and_then(|mut server| sleep::measure(&base, &mut server, n));
+            self.take("sleep", result.map(|section| vec![section]));
         }
         if self.wanted(&[What::Memory]) {
             let n = self.options.machines as usize;

@@ -13,6 +13,10 @@ impl Samples {
         self.0.push(value);
     }
 
+    pub fn extend(&mut self, more: &Self) {
+        self.0.extend_from_slice(&more.0);
+    }
+
     pub fn count(&self) -> usize {
         self.0.len()
     }
@@ -56,6 +60,12 @@ impl Stages {
         match self.0.iter_mut().find(|(known, _)| known == name) {
             Some((_, samples)) => samples.push(nanoseconds),
             None => self.0.push((name.to_owned(), Samples::from_iter([nanoseconds]))),
+        }
+    }
+
+    pub fn extend(&mut self, more: &Self) {
+        for (name, samples) in more.iter() {
+            samples.0.iter().for_each(|&nanoseconds| self.push(name, nanoseconds));
         }
     }
 

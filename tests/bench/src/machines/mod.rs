@@ -2,6 +2,7 @@
 
 pub mod save;
 pub mod server;
+pub mod terminal;
 
 use std::{
     io::{self, Read as _, Write as _},
