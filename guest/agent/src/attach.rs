@@ -68,16 +68,16 @@ pub fn take_disk(attach: &Attach, mut stages: Stages) -> Result<()> {
 /// How long each stage took, for the kernel's log: its lines of this level are not written to the
 /// console, so saying it costs next to nothing.
 pub struct Stages {
-    text: String,
+    pub text: String,
     last: Instant,
 }
 
 impl Stages {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Stages { text: String::new(), last: Instant::now() }
     }
 
-    fn end(&mut self, stage: &str) {
+    pub fn end(&mut self, stage: &str) {
         let now = Instant::now();
         let micros = now.duration_since(self.last).as_micros();
         // Writing to a String does not fail.

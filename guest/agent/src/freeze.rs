@@ -19,6 +19,7 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Pid, getsid};
 
+use crate::attach::Stages;
 use crate::{log, sys};
 
 /// Where processes are moved to that are in the root cgroup, which can't be frozen.
@@ -46,14 +47,18 @@ impl Frozen {
     pub fn new(cgroups: OwnedFd, disk: File) -> Result<Self> {
         // From here on an error undoes what was done.
         let mut frozen = Self { cgroups, stopped: Vec::new(), disk: None };
+        let mut stages = Stages::new();
         frozen.stop_processes().context("stopping processes")?;
-        sys::sync_file_system(&disk).context("syncing the disk")?;
+        stages.end("stop processes");
+        // Freezing syncs first (freeze_super in linux, fs/super.c); to sync before would flush once more.
         match sys::freeze_file_system(&disk) {
             Ok(()) => frozen.disk = Some(disk),
             // Somebody's fsfreeze(8): it is frozen, and not ours to thaw.
             Err(Errno::EBUSY) => {}
             Err(error) => return Err(error).context("freezing the disk's file system"),
         }
+        stages.end("freeze disk");
+        log::info(format_args!("standing still:{}", stages.text));
         Ok(frozen)
     }
 

@@ -39,7 +39,9 @@ const VIRTUAL: [Virtual; 7] = [
         options: "gid=5,mode=0620,ptmxmode=0666",
     },
     Virtual { kind: "tmpfs", target: "/dev/shm", flags: MEMORY, options: "mode=1777" },
-    Virtual { kind: "cgroup2", target: CGROUPS, flags: PLAIN, options: "" },
+    // Moving a process costs a grace period of RCU otherwise, and a save moves every process that has come
+    // since the last; forks and exits get dearer by some instructions (linux, cgroup-v2.rst).
+    Virtual { kind: "cgroup2", target: CGROUPS, flags: PLAIN, options: "favordynmods" },
 ];
 
 /// Mounts that move along into the new root; what is mounted inside of them comes with them.
