@@ -9,6 +9,7 @@ pub mod admin;
 mod auth;
 pub mod config;
 mod lifecycle;
+mod link;
 mod machine;
 mod room;
 pub mod server;

@@ -15,6 +15,7 @@ mod launch;
 mod open;
 mod sleep;
 mod socket;
+mod takeover;
 mod terminals;
 
 use std::{
@@ -37,6 +38,7 @@ pub use launch::{LaunchError, ResumeError, Sleeper, Spec, launch, resume};
 pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
 pub use sleep::clock;
 use socket::MessageSocket;
+pub use takeover::{Claim, Taken};
 use terminals::TerminalState;
 
 /// Messages waiting for the agent to read. A guest that does not read makes its own sessions wait.

@@ -8,7 +8,7 @@ use hermitage_guest_proto::{
 use hermitage_vmm_proto::{MachineRequest, SocketError};
 use tokio::{io::AsyncWriteExt, net::UnixStream, sync::oneshot, time::timeout};
 
-use super::{Machine, Waiting, byte_pair, terminals::Slot};
+use super::{Claim, Machine, Taken, Waiting, byte_pair, terminals::Slot};
 
 /// How long the guest may take to start a program.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -58,6 +58,8 @@ pub struct TerminalSpec {
 pub struct Terminal {
     pub socket: UnixStream,
     pub program: Running,
+    /// When somebody else has it: this is to be dropped then.
+    pub taken: Taken,
 }
 
 /// A program on streams of its own. Dropping it hangs the program up.
@@ -71,6 +73,7 @@ impl Machine {
     pub async fn open_terminal(
         self: &Arc<Self>,
         spec: TerminalSpec,
+        claim: &Claim,
     ) -> Result<Terminal, OpenError> {
         let slot = Slot::take(self)?;
         let (ours, theirs) = byte_pair()?;
@@ -99,19 +102,27 @@ impl Machine {
             })
             .await?;
         program.stays = shell;
-        Ok(Terminal { socket: ours, program })
+        let taken = if shell { self.hold(terminal, claim) } else { Taken::never() };
+        Ok(Terminal { socket: ours, program, taken })
     }
 
-    /// The shell whose terminal was left last, if there is one, with its screen redrawn in that window.
-    pub async fn take_up(self: &Arc<Self>, window: Window) -> Result<Option<Terminal>, OpenError> {
+    /// The shell whose terminal was left last, if there is one, or is to be left now, with its screen
+    /// redrawn in that window.
+    pub async fn take_up(
+        self: &Arc<Self>,
+        window: Window,
+        claim: &Claim,
+    ) -> Result<Option<Terminal>, OpenError> {
         let (ours, theirs) = byte_pair()?;
+        self.reclaim(claim).await;
         let Some(program) = self.take_left().await else { return Ok(None) };
         let Some(terminal) = program.slot.as_ref().map(|slot| slot.index) else { return Ok(None) };
         self.tell(HostMessage::Resize { session: program.session, window }).await;
         let redraw = Some((window.columns, window.rows));
         let attach = MachineRequest::AttachTerminal { terminal, redraw };
         self.request(&attach, &[theirs.as_fd()]).await.map_err(|error| self.lost(error))?;
-        Ok(Some(Terminal { socket: ours, program }))
+        let taken = self.hold(terminal, claim);
+        Ok(Some(Terminal { socket: ours, program, taken }))
     }
 
     pub async fn exec(

@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Machine, OpenError, open::Running};
+use super::{Machine, OpenError, open::Running, takeover::Holder};
 
 /// How long a terminal that is being left right now may take: a message has to be sent.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -25,7 +25,8 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum TerminalState {
     #[default]
     Free,
-    Used,
+    /// By a shell's holder, or by something that nobody can take over.
+    Used(Option<Holder>),
     /// The machine was asked to let go of it.
     Detaching(oneshot::Sender<()>),
     /// Its client has gone; in a moment it is left.
@@ -62,7 +63,7 @@ impl Slot {
             .enumerate()
             .find(|(_, state)| matches!(state, TerminalState::Free))
             .ok_or(OpenError::NoTerminal { left })?;
-        *state = TerminalState::Used;
+        *state = TerminalState::Used(None);
         Ok(Self::of(machine, index as u8))
     }
 
@@ -125,7 +126,7 @@ impl Machine {
                     .max();
                 if !leaving || Instant::now() >= deadline {
                     let (_, index) = last?;
-                    let state = std::mem::replace(&mut states[index], TerminalState::Used);
+                    let state = std::mem::replace(&mut states[index], TerminalState::Used(None));
                     let TerminalState::Left(left) = state else { return None };
                     let slot = Slot::of(self, index as u8);
                     return Some(Running::shell(self.clone(), left.session, left.exited, slot));
@@ -205,7 +206,8 @@ impl Machine {
         let mut table = self.table();
         if let Some(state) = table.terminals.get_mut(usize::from(index))
             && matches!(state, TerminalState::Detaching(_))
-            && let TerminalState::Detaching(waiting) = std::mem::replace(state, TerminalState::Used)
+            && let TerminalState::Detaching(waiting) =
+                std::mem::replace(state, TerminalState::Used(None))
         {
             let _ = waiting.send(());
         }

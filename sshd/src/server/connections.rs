@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::penalties::Penalty;
-use crate::config::Ssh;
+use crate::{config::Ssh, link::Link};
 
 #[derive(Default)]
 pub struct Connections {
@@ -32,6 +32,7 @@ struct Table {
 /// One connection.
 #[derive(Default)]
 pub struct Entry {
+    link: OnceLock<Arc<Link>>,
     account: OnceLock<Uuid>,
     reason: OnceLock<String>,
     disconnect: Notify,
@@ -39,6 +40,15 @@ pub struct Entry {
 }
 
 impl Entry {
+    pub fn set_link(&self, link: Link) {
+        let _ = self.link.set(Arc::new(link));
+    }
+
+    /// Its connection, which nobody keeps open for longer than it is.
+    pub fn link(&self) -> Weak<Link> {
+        self.link.get().map(Arc::downgrade).unwrap_or_default()
+    }
+
     /// Ends the connection, with a reason for the client; the first one counts.
     pub fn disconnect(&self, reason: &str) {
         let _ = self.reason.set(reason.to_owned());

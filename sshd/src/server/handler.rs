@@ -118,6 +118,7 @@ impl ClientHandler {
             account,
             wishes: self.wishes.clone(),
             source: self.peer.to_string(),
+            link: self.entry.link(),
             kind,
             pty: setup.pty,
             env: setup.env.into_pairs(),

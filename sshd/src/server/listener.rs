@@ -10,7 +10,6 @@ use std::{
 };
 
 use russh::Disconnect;
-use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
@@ -23,18 +22,13 @@ use super::{
     penalties::Offence,
     stream::{Stream, Switch},
 };
-use crate::session::Inflow;
+use crate::{link::Link, session::Inflow};
 
 /// How long a client may take to close once the server has said all it has to say.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pause after a failed accept. It fails when descriptors run out, which passes.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-
-/// A peer that vanished is noticed after 60 + 6 × 15 seconds of silence.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-const KEEPALIVE_RETRIES: u32 = 6;
 
 /// Accepts connections for ever.
 pub async fn accept(server: Arc<Server>, listener: TcpListener) {
@@ -85,10 +79,11 @@ pub fn offend(server: &Server, peer: SocketAddr, offence: Offence) {
 /// One connection, from its first byte to its last.
 async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place: Place) {
     tracing::debug!(%peer, "connection");
-    if let Err(error) = prepare(&tcp) {
-        tracing::debug!(%peer, %error, "can't set socket options");
-    }
     let entry = place.entry.clone();
+    match prepare(&tcp) {
+        Ok(link) => entry.set_link(link),
+        Err(error) => tracing::debug!(%peer, %error, "can't set socket options"),
+    }
     let inflow = Arc::new(Inflow::default());
     let (stream, switch) = Stream::new(tcp, inflow.clone());
     let handler = ClientHandler::new(server.clone(), peer, inflow, entry.clone());
@@ -161,12 +156,8 @@ async fn close<E>(
     }
 }
 
-fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
+fn prepare(tcp: &TcpStream) -> std::io::Result<Link> {
     // Keystrokes are small and wait for nobody.
     tcp.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_RETRIES);
-    SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+    Link::new(tcp)
 }

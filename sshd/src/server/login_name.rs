@@ -6,6 +6,8 @@
 pub struct Wishes {
     /// `+new`: a terminal beside those that wait, rather than the one left last.
     pub new_terminal: bool,
+    /// `+take`: the terminal that was attached last, whoever has it.
+    pub take_over: bool,
     /// `+fresh`: a machine that starts from the disk; what was saved of its memory is dropped.
     pub fresh_machine: bool,
 }
@@ -19,6 +21,7 @@ pub fn parse(user: &str) -> (&str, Result<Wishes, String>) {
     for word in words {
         match word {
             "new" => wishes.new_terminal = true,
+            "take" => wishes.take_over = true,
             "fresh" => wishes.fresh_machine = true,
             _ => {
                 let word: String = word.chars().take(20).flat_map(char::escape_default).collect();
@@ -26,11 +29,16 @@ pub fn parse(user: &str) -> (&str, Result<Wishes, String>) {
                     account,
                     Err(format!(
                         "\"+{word}\" is nothing this service knows after an account's name: \
-                         +new opens another terminal, +fresh starts the machine anew from its disk"
+                         +new opens another terminal, +take takes over the one in use elsewhere, \
+                         +fresh starts the machine anew from its disk"
                     )),
                 );
             }
         }
+    }
+    if wishes.take_over && (wishes.new_terminal || wishes.fresh_machine) {
+        let words = "+take goes with neither +new nor +fresh: those leave nothing to take over";
+        return (account, Err(words.into()));
     }
     (account, Ok(wishes))
 }
@@ -44,7 +52,10 @@ mod tests {
         assert_eq!(parse("alice"), ("alice", Ok(Wishes::default())));
         let new = Wishes { new_terminal: true, ..Wishes::default() };
         assert_eq!(parse("alice+new"), ("alice", Ok(new)));
-        let both = Wishes { new_terminal: true, fresh_machine: true };
+        let take = Wishes { take_over: true, ..Wishes::default() };
+        assert_eq!(parse("alice+take"), ("alice", Ok(take)));
+        assert!(parse("alice+take+new").1.is_err() && parse("alice+fresh+take").1.is_err());
+        let both = Wishes { new_terminal: true, fresh_machine: true, ..Wishes::default() };
         assert_eq!(parse("alice+fresh+new"), ("alice", Ok(both)));
         assert_eq!(parse("").0, "");
     }

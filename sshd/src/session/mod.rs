@@ -10,7 +10,10 @@ mod input;
 mod output;
 mod relay;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use hermitage_guest_proto::{ExitStatus, Program, Window};
 use hermitage_storage::accounts::Account;
@@ -25,7 +28,8 @@ pub use output::Output;
 
 use crate::{
     lifecycle::{Lease, LoginError, Registry},
-    machine::{OpenError, Terminal, TerminalSpec},
+    link::Link,
+    machine::{Claim, OpenError, Taken, Terminal, TerminalSpec},
     server::Wishes,
     store::Store,
 };
@@ -72,6 +76,7 @@ pub struct Session {
     pub wishes: Result<Wishes, String>,
     /// Address and port of the client.
     pub source: String,
+    pub link: Weak<Link>,
     pub kind: Kind,
     pub pty: Option<Pty>,
     pub env: Vec<(String, String)>,
@@ -214,8 +219,19 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
             {
                 session.output.greet(&words).await;
             }
-            let terminal = terminal(lease, pty, env, command, window, wishes).await?;
-            return Ok(relay::terminal(lease, terminal, client, &session.output).await);
+            let claim = Claim {
+                take: wishes.take_over,
+                source: session.source.clone(),
+                link: session.link.clone(),
+            };
+            let mut terminal =
+                terminal(lease, pty, env, command, window, wishes.new_terminal, &claim).await?;
+            let taken = std::mem::replace(&mut terminal.taken, Taken::never());
+            return Ok(tokio::select! {
+                biased;
+                words = taken.words() => Outcome::Lost(words),
+                outcome = relay::terminal(lease, terminal, client, &session.output) => outcome,
+            });
         }
         (_, Kind::Shell) => Program::Shell,
         (_, Kind::Exec(command)) => Program::Command(command.clone()),
@@ -225,23 +241,26 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
     Ok(relay::command(lease, command, client, &session.output).await)
 }
 
-/// A terminal with its program: for a shell the one that was left last, unless a new one is wanted.
+/// A terminal with its program: for a shell the one that was left last or is taken over, unless a new one
+/// is wanted.
 async fn terminal(
     lease: &Lease,
     pty: &Pty,
     env: Vec<(String, String)>,
     command: Option<Vec<u8>>,
     window: Window,
-    wishes: Wishes,
+    new: bool,
+    claim: &Claim,
 ) -> Result<Terminal, OpenError> {
     if command.is_none()
-        && !wishes.new_terminal
-        && let Some(terminal) = lease.machine.take_up(window).await?
+        && !new
+        && let Some(terminal) = lease.machine.take_up(window, claim).await?
     {
         return Ok(terminal);
     }
     let (term, modes) = (pty.term.clone(), pty.modes.clone());
-    lease.machine.open_terminal(TerminalSpec { term, window, modes, env, command }).await
+    let spec = TerminalSpec { term, window, modes, env, command };
+    lease.machine.open_terminal(spec, claim).await
 }
 
 /// What is left to say to the client.

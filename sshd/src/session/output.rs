@@ -12,6 +12,12 @@ use super::{EXIT_LOST, Farewell, signal_name};
 /// SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2).
 const STDERR: u32 = 1;
 
+/// Makes a terminal that a full-screen program had fit for a shell again, and changes nothing on one that is:
+/// the primary screen (without the cursor's position that 1049 brings back), no mouse reports, no bracketed
+/// paste, ordinary keys, a cursor, no colour.
+const PLAIN: &str =
+    "\x1b[?47l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[m";
+
 /// Read from the machine at a time: a full SSH packet.
 const CHUNK: usize = 32 * 1024;
 
@@ -75,7 +81,7 @@ impl Output {
     async fn say(&self, words: &str, terminal: bool) {
         if terminal {
             // The cursor may be anywhere, and the terminal is raw.
-            let line = format!("\r\nhermitage: {words}\r\n");
+            let line = format!("{PLAIN}\r\nhermitage: {words}\r\n");
             let _ = self.channel.make_writer().write_all(line.as_bytes()).await;
         } else {
             let line = format!("hermitage: {words}\n");

@@ -23,7 +23,7 @@ pub(super) async fn terminal(
     client: &mut Client,
     output: &Output,
 ) -> Outcome {
-    let Terminal { socket, mut program } = terminal;
+    let Terminal { socket, mut program, .. } = terminal;
     let remote = program.remote();
     let (from, to) = socket.into_split();
     let input = client.input.clone();

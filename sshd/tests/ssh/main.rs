@@ -16,4 +16,5 @@ mod processes;
 mod raw;
 mod sleep;
 mod streams;
+mod takeover;
 mod terminals;

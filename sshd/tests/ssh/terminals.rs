@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    process::{Child, ChildStdin, ChildStdout, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
 use crate::harness::{Service, at, stderr, stdout, wait_for};
@@ -18,7 +18,11 @@ pub struct Shell {
 impl Shell {
     pub fn open(service: &Service, user: &str) -> Self {
         let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-tt"]);
-        ssh.arg(at(user)).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::of(ssh.arg(at(user)).stdin(Stdio::piped()).stdout(Stdio::piped()))
+    }
+
+    /// Of a client whose standard input and output are pipes.
+    pub fn of(ssh: &mut Command) -> Self {
         let mut child = ssh.spawn().unwrap();
         let (typing, showing) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         Self { child, typing, showing, shown: String::new() }
@@ -57,10 +61,19 @@ impl Shell {
         wait_for("the loss", || (service.log().matches(LEFT).count() > before).then_some(()));
     }
 
-    pub fn exit(mut self) -> i32 {
-        self.typing.write_all(b"exit 7\n").unwrap();
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Waits for the client's own end.
+    pub fn wait(&mut self) -> i32 {
         std::io::copy(&mut self.showing, &mut std::io::sink()).unwrap();
         self.child.wait().unwrap().code().unwrap()
+    }
+
+    pub fn exit(mut self) -> i32 {
+        self.typing.write_all(b"exit 7\n").unwrap();
+        self.wait()
     }
 }
 
