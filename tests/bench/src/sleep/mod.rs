@@ -11,6 +11,7 @@ use std::{
     io::{Seek as _, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -36,6 +37,10 @@ use crate::{
 const DIFF_GOAL: u64 = 4 << 20;
 const SAVE_GOAL: f64 = 2.0;
 const RESUME_GOAL: f64 = 1.2;
+
+/// How long a shell is left alone before it is saved: longer than its file system takes to commit what the
+/// login wrote (5 s), shorter than any linger.
+const IDLE: Duration = Duration::from_secs(6);
 
 /// Written at once by the peer of a save.
 const CHUNK: usize = 256 * 1024;
@@ -132,6 +137,7 @@ impl Home {
         // Something for the screen that is kept.
         machine.ask("echo \"$((6 * 7)) is\"", "42 is")?;
         machine.leave_terminal()?;
+        std::thread::sleep(IDLE);
         let mut tag = [0; 16];
         getrandom::fill(&mut tag).context("get random bytes")?;
         let pagemap = format!("/proc/{pid}/pagemap");
