@@ -54,8 +54,12 @@ pub struct Ssh {
     pub penalty_exempt: Vec<IpNet>,
     /// Connections, authenticated or not.
     pub max_connections: usize,
-    /// Channels of one connection.
+    /// Sessions of one connection.
     pub max_channels: usize,
+    /// Streams that one connection forwards at a time, in either direction.
+    pub max_streams: usize,
+    /// Sockets that one connection has listened on in its machine.
+    pub max_listeners: usize,
     /// Seconds between keepalives on an otherwise silent connection.
     pub keepalive: u64,
     /// Environment variables that clients may set, beside LANG, LC_*, TERM and COLORTERM. A trailing
@@ -83,6 +87,8 @@ impl Default for Ssh {
             penalty_exempt: vec![],
             max_connections: 4000,
             max_channels: 64,
+            max_streams: 128,
+            max_listeners: 32,
             keepalive: 30,
             accept_env: vec![],
             password_checks: 4,

@@ -8,6 +8,7 @@
 pub mod admin;
 mod auth;
 pub mod config;
+mod forward;
 mod lifecycle;
 mod link;
 mod machine;

@@ -340,12 +340,13 @@ impl Agent {
         self.check_new(exec.session)?;
         let user = self.user()?;
         let environment = environment(&user, None, &exec.env);
-        spawn::make_blocking(stdio).context("a stream")?;
-        spawn::make_blocking(stderr).context("a stream")?;
+        spawn::set_blocking(stdio, true).context("a stream")?;
+        spawn::set_blocking(stderr, true).context("a stream")?;
         let run = match &exec.program {
             Program::Shell => Run::LoginShell,
             Program::Command(command) => Run::Command(command),
             Program::Sftp => Run::Program(Path::new(SFTP_SERVER)),
+            Program::Forwarder => Run::Forwarder,
         };
         let standard = Standard::Streams { stdio: stdio.as_fd(), stderr: stderr.as_fd() };
         let leader = spawn::spawn(&user, &run, &environment, &standard)?;

@@ -1,11 +1,14 @@
-//! The control connection: frames in, frames out, without blocking.
+//! A control connection: frames in, frames out, without blocking. PID 1 has one with the host, and each
+//! forwarder has one of its own.
 
+use std::fmt::Debug;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
-use hermitage_guest_proto::{AgentMessage, Decoder, HostMessage, encode};
+use hermitage_guest_proto::{Decoder, encode};
+use serde::{Serialize, de::DeserializeOwned};
 
 /// Messages the host has not read. It always reads, so more than this means that it is broken.
 const UNSENT_MAX: usize = 1 << 20;
@@ -40,12 +43,12 @@ impl Control {
     }
 
     /// The next whole message of what was received.
-    pub fn message(&mut self) -> Result<Option<HostMessage>> {
+    pub fn message<M: DeserializeOwned>(&mut self) -> Result<Option<M>> {
         self.decoder.message().context("the host's message")
     }
 
     /// Sends now what the socket takes, the rest on [`flush`](Self::flush).
-    pub fn send(&mut self, message: &AgentMessage) -> Result<()> {
+    pub fn send<M: Serialize + Debug>(&mut self, message: &M) -> Result<()> {
         let frame = encode(message).with_context(|| format!("encoding {message:?}"))?;
         self.unsent.extend_from_slice(&frame);
         if self.unsent.len() > UNSENT_MAX {
@@ -79,6 +82,7 @@ fn would_block(error: &std::io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hermitage_guest_proto::{AgentMessage, HostMessage};
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -91,7 +95,7 @@ mod tests {
         let frame = encode(&HostMessage::Ping(7)).unwrap();
         far.write_all(&frame[..3]).unwrap();
         assert!(control.receive().unwrap());
-        assert_eq!(control.message().unwrap(), None);
+        assert_eq!(control.message::<HostMessage>().unwrap(), None);
         far.write_all(&frame[3..]).unwrap();
         assert!(control.receive().unwrap());
         assert_eq!(control.message().unwrap(), Some(HostMessage::Ping(7)));

@@ -16,6 +16,7 @@ mod boot;
 mod buffer;
 mod control;
 mod environment;
+mod forward;
 mod freeze;
 mod log;
 mod modes;
@@ -34,6 +35,9 @@ mod warm;
 fn main() {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == warm::CHILD_ARGUMENT) {
         return;
+    }
+    if std::env::args_os().next().is_some_and(|name| name == forward::NAME) {
+        std::process::exit(forward::main());
     }
     if std::process::id() != 1 {
         eprintln!("hermitage-agent is PID 1 of a machine; it is of no use as an ordinary program");

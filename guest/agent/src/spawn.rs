@@ -12,7 +12,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{self, AccessFlags, Gid, Pid, Uid};
 
 use crate::account::User;
-use crate::sys;
+use crate::{forward, sys};
 
 /// Where the program's standard streams are.
 pub enum Standard<'fd> {
@@ -32,6 +32,8 @@ pub enum Run<'a> {
     Command(&'a [u8]),
     /// A program of the image.
     Program(&'a Path),
+    /// This program, as what forwards connections ([`crate::forward`]).
+    Forwarder,
 }
 
 /// Starts the program as leader of a new session and returns its process id.
@@ -67,6 +69,7 @@ impl Invocation {
     fn new(user: &User, run: &Run) -> Result<Invocation> {
         let path = match run {
             Run::Program(path) => path,
+            Run::Forwarder => Path::new("/proc/self/exe"),
             Run::LoginShell | Run::Command(_) => usable_shell(&user.shell),
         };
         let name = path.file_name().map(OsStrExt::as_bytes).unwrap_or(b"sh");
@@ -77,6 +80,7 @@ impl Invocation {
                 vec![CString::new(name)?, c"-c".to_owned(), command]
             }
             Run::Program(_) => vec![CString::new(name)?],
+            Run::Forwarder => vec![CString::new(forward::NAME)?],
         };
         Ok(Invocation { path: CString::new(path.as_os_str().as_bytes())?, arguments })
     }
@@ -136,11 +140,12 @@ fn fail(what: &str) -> i32 {
     127
 }
 
-/// Lets a program have a socket the way it expects one: blocking.
-pub fn make_blocking(file: impl AsFd) -> nix::Result<()> {
+/// Lets a program have a socket the way it expects one.
+pub fn set_blocking(file: impl AsFd, blocking: bool) -> nix::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
-    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK))).map(drop)
+    let mut flags = OFlag::from_bits_retain(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, !blocking);
+    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! before it allocates, and a frame that does not decode ends the connection.
 #![forbid(unsafe_code)]
 
+pub mod forward;
 mod frame;
 
 pub use frame::{Decoder, FrameError, encode};
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of these messages. It is part of what a base snapshot is keyed by: host and agent of one
 /// base always speak the same one, so there is no negotiation.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -172,6 +173,8 @@ pub enum Program {
     Command(Vec<u8>),
     /// `sftp-server` of the image.
     Sftp,
+    /// What forwards connections; its standard input and output speak [`forward`].
+    Forwarder,
 }
 
 /// Agent to host.

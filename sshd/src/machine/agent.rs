@@ -1,6 +1,8 @@
-//! The agent's side of a machine: a writer for what the service says, a reader that trusts nothing.
+//! The agent's side of a machine: a writer for what the service says, a reader that trusts nothing. A
+//! forwarder's words are read alike.
 
-use hermitage_guest_proto::{AgentMessage, Decoder, FrameError, HostMessage, encode};
+use hermitage_guest_proto::{Decoder, FrameError, HostMessage, encode};
+use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -10,11 +12,11 @@ use tokio::{
 /// Why the conversation ended.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    #[error("the agent closed its connection")]
+    #[error("it closed its connection")]
     Closed,
-    #[error("the connection to the agent broke: {0}")]
+    #[error("the connection to it broke: {0}")]
     Io(#[from] std::io::Error),
-    #[error("the agent sent what is no message: {0}")]
+    #[error("it sent what is no message: {0}")]
     Frame(#[from] FrameError),
 }
 
@@ -46,7 +48,7 @@ impl Reader {
         Self { socket, decoder: Decoder::default(), chunk: vec![0; 8 * 1024].into() }
     }
 
-    pub async fn message(&mut self) -> Result<AgentMessage, AgentError> {
+    pub async fn message<M: DeserializeOwned>(&mut self) -> Result<M, AgentError> {
         loop {
             if let Some(message) = self.decoder.message()? {
                 return Ok(message);

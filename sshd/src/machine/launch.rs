@@ -263,7 +263,7 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
                 }
                 Err(error) => {
                     tracing::warn!(machine = machine.label, %error, "ending the machine");
-                    reason = Some(error.to_string());
+                    reason = Some(format!("its agent failed: {error}"));
                     listening = false;
                     machine.kill().await;
                 }

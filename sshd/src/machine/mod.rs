@@ -11,6 +11,7 @@
 
 mod agent;
 mod fork_server;
+mod forwarder;
 mod launch;
 mod open;
 mod sleep;
@@ -33,7 +34,9 @@ use tokio::{
     time::timeout,
 };
 
+pub use agent::Reader;
 pub use fork_server::{ForkError, ForkServer, ForkServers};
+pub use forwarder::Forwarder;
 pub use launch::{LaunchError, ResumeError, Sleeper, Spec, launch, resume};
 pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
 pub use sleep::clock;
@@ -227,7 +230,7 @@ fn byte_pair() -> std::io::Result<(UnixStream, std::os::fd::OwnedFd)> {
 }
 
 /// A guest's words for a log or a user's terminal: bounded, and without control characters.
-fn printable(words: &str) -> String {
+pub fn printable(words: &str) -> String {
     words.chars().take(300).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 

@@ -131,7 +131,7 @@ impl Machine {
         env: Vec<(String, String)>,
     ) -> Result<Command, OpenError> {
         let ((stdio, stdio_token), (stderr, stderr_token)) =
-            tokio::try_join!(self.connect(), self.connect())?;
+            tokio::try_join!(self.connect(STREAM_PORT, None), self.connect(STREAM_PORT, None))?;
         let program = self
             .start(None, |session| {
                 HostMessage::Exec(Exec {
@@ -146,8 +146,13 @@ impl Machine {
         Ok(Command { stdio, stderr, program })
     }
 
-    /// A stream into the guest and the token that names it there.
-    async fn connect(&self) -> Result<(UnixStream, u64), OpenError> {
+    /// A stream to a program that listens in the guest, with the token that it knows it by.
+    pub async fn stream_to(&self, port: u32, token: u64) -> Result<UnixStream, OpenError> {
+        self.connect(port, Some(token)).await.map(|(stream, _)| stream)
+    }
+
+    /// A stream into the guest and the token that names it there: its own number, if none is given.
+    async fn connect(&self, port: u32, token: Option<u64>) -> Result<(UnixStream, u64), OpenError> {
         let (mut ours, theirs) = byte_pair()?;
         let (sender, connected) = oneshot::channel();
         let stream = {
@@ -158,8 +163,9 @@ impl Machine {
             stream
         };
         // The token goes first whatever happens: it waits in the socket.
-        ours.write_all(&stream.to_le_bytes()).await?;
-        let request = MachineRequest::Connect { stream, port: STREAM_PORT };
+        let token = token.unwrap_or(stream);
+        ours.write_all(&token.to_le_bytes()).await?;
+        let request = MachineRequest::Connect { stream, port };
         let outcome = match self.request(&request, &[theirs.as_fd()]).await {
             Ok(()) => {
                 drop(theirs);
@@ -170,7 +176,7 @@ impl Machine {
         outcome.map_err(|reason| {
             OpenError::Refused(format!("no stream into the machine: {}", super::printable(&reason)))
         })?;
-        Ok((ours, stream))
+        Ok((ours, token))
     }
 
     /// Sends a start message and waits for its answer.

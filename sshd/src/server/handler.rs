@@ -4,10 +4,10 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
-use hermitage_guest_proto::Window;
+use hermitage_guest_proto::{Window, forward::Place};
 use hermitage_storage::accounts::Account;
 use russh::{
-    Channel, ChannelId, ChannelOpenFailure, ChannelWriteHalf, Sig,
+    Channel, ChannelId, ChannelWriteHalf, Sig,
     keys::Algorithm,
     server::{
         Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session as Connection,
@@ -21,11 +21,13 @@ use super::{
     Server,
     connections::Entry,
     environment,
+    forwarding::tcp,
     listener::offend,
     login_name::{self, Wishes},
     penalties::Offence,
-    words::{again, no_forwarding, shown, signal_name, window},
+    words::{again, shortage, shown, signal_name, window},
 };
+use crate::forward::{Forwards, Listener, Listening};
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
 
 /// Longest command, and longest TERM, in bytes. What the agent is told has to fit a frame.
@@ -33,36 +35,47 @@ const MAX_COMMAND: usize = 128 * 1024;
 const MAX_TERM: usize = 64;
 
 pub struct ClientHandler {
-    server: Arc<Server>,
-    peer: SocketAddr,
-    inflow: Arc<Inflow>,
-    entry: Arc<Entry>,
+    pub(super) server: Arc<Server>,
+    pub(super) peer: SocketAddr,
+    pub(super) inflow: Arc<Inflow>,
+    pub(super) entry: Arc<Entry>,
     failures: u32,
     /// Who authenticated last; settled once authentication has succeeded.
-    account: Option<Account>,
+    pub(super) account: Option<Account>,
     /// What that login asked for, or why that can't be.
-    wishes: Result<Wishes, String>,
-    channels: HashMap<ChannelId, ChannelState>,
+    pub(super) wishes: Result<Wishes, String>,
+    pub(super) channels: HashMap<ChannelId, ChannelState>,
+    /// From the first thing that is forwarded.
+    pub(super) forwards: Option<Forwards>,
+    /// What is listened on in the machine, by what the client calls it.
+    pub(super) listening: HashMap<Listener, Listening>,
     /// Ends every session of this connection when it goes.
-    gone: DropGuard,
+    pub(super) gone: DropGuard,
 }
 
-enum ChannelState {
+pub(super) enum ChannelState {
     /// Open; nothing runs yet.
     Idle(Box<Setup>),
     Running(Controls),
+    /// A stream that is forwarded into the machine.
+    Stream {
+        input: Arc<InputQueue>,
+        closed: CancellationToken,
+    },
 }
 
-struct Setup {
+pub(super) struct Setup {
     write: ChannelWriteHalf<Msg>,
     pty: Option<Pty>,
     window: Window,
     env: environment::Env,
     input: Arc<InputQueue>,
+    /// Its program may use the client's key agent.
+    agent: bool,
 }
 
 /// What a running session is told.
-struct Controls {
+pub(super) struct Controls {
     input: Arc<InputQueue>,
     window: watch::Sender<Window>,
     signals: mpsc::Sender<String>,
@@ -79,7 +92,19 @@ impl ClientHandler {
         let gone = CancellationToken::new().drop_guard();
         let channels = HashMap::new();
         let wishes = Ok(Wishes::default());
-        Self { server, peer, inflow, entry, failures: 0, account: None, wishes, channels, gone }
+        Self {
+            server,
+            peer,
+            inflow,
+            entry,
+            failures: 0,
+            account: None,
+            wishes,
+            channels,
+            forwards: None,
+            listening: HashMap::new(),
+            gone,
+        }
     }
 
     /// A failed attempt. Offers of keys are none: an agent offers all it has.
@@ -100,13 +125,26 @@ impl ClientHandler {
         }
     }
 
+    fn input(&self, channel: ChannelId) -> Option<&InputQueue> {
+        match self.channels.get(&channel)? {
+            ChannelState::Idle(setup) => Some(&setup.input),
+            ChannelState::Running(controls) => Some(&controls.input),
+            ChannelState::Stream { input, .. } => Some(input),
+        }
+    }
+
+    fn sessions(&self) -> usize {
+        let is_session = |state: &&ChannelState| !matches!(state, ChannelState::Stream { .. });
+        self.channels.values().filter(is_session).count()
+    }
+
     /// Starts a session on a channel. False if it has one already.
     fn start(&mut self, channel: ChannelId, kind: Kind, connection: &Connection) -> bool {
         let Some(account) = self.account.clone() else { return false };
         let setup = match self.channels.remove(&channel) {
             Some(ChannelState::Idle(setup)) => *setup,
-            Some(running) => {
-                self.channels.insert(channel, running);
+            Some(other) => {
+                self.channels.insert(channel, other);
                 return false;
             }
             None => return false,
@@ -122,6 +160,7 @@ impl ClientHandler {
             kind,
             pty: setup.pty,
             env: setup.env.into_pairs(),
+            agent: setup.agent.then(|| self.forwards(connection)).flatten(),
             client: Client {
                 input: setup.input.clone(),
                 window: window_changes,
@@ -138,8 +177,14 @@ impl ClientHandler {
     }
 
     fn forget(&mut self, channel: ChannelId) {
-        if let Some(ChannelState::Running(controls)) = self.channels.remove(&channel) {
-            controls.closed.cancel();
+        match self.channels.remove(&channel) {
+            Some(ChannelState::Running(controls)) => controls.closed.cancel(),
+            Some(ChannelState::Stream { input, closed }) => {
+                // What it sent before is still delivered.
+                input.end();
+                closed.cancel();
+            }
+            Some(ChannelState::Idle(_)) | None => {}
         }
     }
 }
@@ -216,9 +261,9 @@ impl Handler for ClientHandler {
         _connection: &mut Connection,
     ) -> Result<(), Self::Error> {
         let most = self.server.config.ssh.max_channels;
-        if self.channels.len() >= most {
-            let reason = format!("a connection has at most {most} channels here");
-            reply.reject(ChannelOpenFailure::Other { code: 4, reason }).await;
+        if self.sessions() >= most {
+            let reason = format!("a connection has at most {most} sessions here");
+            reply.reject(shortage(reason)).await;
             return Ok(());
         }
         // The read half is dropped: data comes through the callbacks below, which can count it.
@@ -228,6 +273,7 @@ impl Handler for ClientHandler {
             window: Window::default(),
             env: environment::Env::default(),
             input: Arc::new(InputQueue::new(self.inflow.clone())),
+            agent: false,
             write,
         };
         self.channels.insert(setup.write.id(), ChannelState::Idle(Box::new(setup)));
@@ -237,26 +283,28 @@ impl Handler for ClientHandler {
 
     async fn channel_open_direct_tcpip(
         &mut self,
-        _channel: Channel<Msg>,
-        _host: &str,
-        _port: u32,
+        channel: Channel<Msg>,
+        host: &str,
+        port: u32,
         _originator: &str,
         _originator_port: u32,
         reply: ChannelOpenHandle,
-        _connection: &mut Connection,
+        connection: &mut Connection,
     ) -> Result<(), Self::Error> {
-        reply.reject(no_forwarding()).await;
+        let to = tcp(host, port);
+        self.open_direct(to, channel, reply, connection).await;
         Ok(())
     }
 
     async fn channel_open_direct_streamlocal(
         &mut self,
-        _channel: Channel<Msg>,
-        _path: &str,
+        channel: Channel<Msg>,
+        path: &str,
         reply: ChannelOpenHandle,
-        _connection: &mut Connection,
+        connection: &mut Connection,
     ) -> Result<(), Self::Error> {
-        reply.reject(no_forwarding()).await;
+        let to = Ok(Place::Unix { path: path.to_owned() });
+        self.open_direct(to, channel, reply, connection).await;
         Ok(())
     }
 
@@ -355,7 +403,7 @@ impl Handler for ClientHandler {
             Some(ChannelState::Running(controls)) => {
                 controls.window.send_replace(window);
             }
-            None => {}
+            Some(ChannelState::Stream { .. }) | None => {}
         }
         Ok(())
     }
@@ -370,6 +418,15 @@ impl Handler for ClientHandler {
         connection: &mut Connection,
     ) -> Result<(), Self::Error> {
         connection.channel_failure(channel)
+    }
+
+    /// russh answers it.
+    async fn agent_request(
+        &mut self,
+        channel: ChannelId,
+        _connection: &mut Connection,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.setup(channel).map(|setup| setup.agent = true).is_some())
     }
 
     async fn signal(
@@ -397,10 +454,8 @@ impl Handler for ClientHandler {
         data: &[u8],
         _connection: &mut Connection,
     ) -> Result<(), Self::Error> {
-        match self.channels.get(&channel) {
-            Some(ChannelState::Idle(setup)) => setup.input.push(data),
-            Some(ChannelState::Running(controls)) => controls.input.push(data),
-            None => {}
+        if let Some(input) = self.input(channel) {
+            input.push(data);
         }
         Ok(())
     }
@@ -410,10 +465,8 @@ impl Handler for ClientHandler {
         channel: ChannelId,
         _connection: &mut Connection,
     ) -> Result<(), Self::Error> {
-        match self.channels.get(&channel) {
-            Some(ChannelState::Idle(setup)) => setup.input.end(),
-            Some(ChannelState::Running(controls)) => controls.input.end(),
-            None => {}
+        if let Some(input) = self.input(channel) {
+            input.end();
         }
         Ok(())
     }
@@ -431,9 +484,33 @@ impl Handler for ClientHandler {
         &mut self,
         address: &str,
         port: &mut u32,
+        connection: &mut Connection,
+    ) -> Result<bool, Self::Error> {
+        self.listen_tcp(address, port, connection).await
+    }
+
+    async fn cancel_tcpip_forward(
+        &mut self,
+        address: &str,
+        port: u32,
         _connection: &mut Connection,
     ) -> Result<bool, Self::Error> {
-        tracing::debug!(peer = %self.peer, address = shown(address), port, "forwarding refused");
-        Ok(false)
+        Ok(self.stop_listening(&Listener::Tcp { address: address.to_owned(), port }))
+    }
+
+    async fn streamlocal_forward(
+        &mut self,
+        path: &str,
+        connection: &mut Connection,
+    ) -> Result<bool, Self::Error> {
+        self.listen_unix(path, connection).await
+    }
+
+    async fn cancel_streamlocal_forward(
+        &mut self,
+        path: &str,
+        _connection: &mut Connection,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.stop_listening(&Listener::Unix { path: path.to_owned() }))
     }
 }

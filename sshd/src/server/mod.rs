@@ -3,6 +3,7 @@
 mod connections;
 mod crypto;
 mod environment;
+mod forwarding;
 mod handler;
 mod listener;
 mod login_name;
@@ -10,6 +11,7 @@ mod penalties;
 mod stream;
 mod words;
 
+pub use connections::Entry;
 pub use login_name::Wishes;
 
 use std::{

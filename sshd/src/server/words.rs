@@ -10,12 +10,9 @@ pub fn again() -> Auth {
     Auth::Reject { proceed_with_methods: Some(methods()), partial_success: false }
 }
 
-pub fn no_forwarding() -> ChannelOpenFailure {
-    // 1 is SSH_OPEN_ADMINISTRATIVELY_PROHIBITED (RFC 4254 §5.1).
-    ChannelOpenFailure::Other {
-        code: 1,
-        reason: "this version of the service does not forward connections".into(),
-    }
+/// SSH_OPEN_RESOURCE_SHORTAGE (RFC 4254 §5.1).
+pub fn shortage(reason: String) -> ChannelOpenFailure {
+    ChannelOpenFailure::Other { code: 4, reason }
 }
 
 pub fn window(columns: u32, rows: u32, width_px: u32, height_px: u32) -> Window {

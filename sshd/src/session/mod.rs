@@ -24,9 +24,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use input::{Inflow, InputQueue, WINDOW};
-pub use output::Output;
+pub use output::{Output, pump};
+pub use relay::{feed, shut_down};
 
 use crate::{
+    forward::{Forwards, Listening},
     lifecycle::{Lease, LoginError, Registry},
     link::Link,
     machine::{Claim, OpenError, Taken, Terminal, TerminalSpec},
@@ -39,6 +41,9 @@ pub const SIGNALS: usize = 16;
 
 /// Exit status of a session that ended otherwise than by its program.
 const EXIT_LOST: u32 = 255;
+
+/// The environment variable that tells programs where the key agent is (ssh-agent(1)).
+const AGENT_SOCKET: &str = "SSH_AUTH_SOCK";
 
 /// How long a machine that does not answer any more may take to be noticed as dead.
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,6 +85,8 @@ pub struct Session {
     pub kind: Kind,
     pub pty: Option<Pty>,
     pub env: Vec<(String, String)>,
+    /// Whose key agent its program may use.
+    pub agent: Option<Forwards>,
     pub client: Client,
     pub output: Output,
 }
@@ -205,7 +212,8 @@ async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
 
 /// Runs the program. An error if it could not be started.
 async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<Outcome, OpenError> {
-    let env = session.env.clone();
+    let mut env = session.env.clone();
+    let _socket = agent_socket(session, &mut env).await;
     let client = &mut session.client;
     let program = match (&session.pty, &session.kind) {
         (Some(pty), kind @ (Kind::Shell | Kind::Exec(_))) => {
@@ -239,6 +247,22 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
     };
     let command = lease.machine.exec(program, env).await?;
     Ok(relay::command(lease, command, client, &session.output).await)
+}
+
+/// A socket in the machine for the client's key agent, which goes with the session.
+async fn agent_socket(session: &Session, env: &mut Vec<(String, String)>) -> Option<Listening> {
+    match session.agent.as_ref()?.agent().await {
+        Ok((socket, path)) => {
+            env.retain(|(name, _)| name != AGENT_SOCKET);
+            env.push((AGENT_SOCKET.into(), path));
+            Some(socket)
+        }
+        Err(reason) => {
+            // As with any sshd, the session is not refused for it.
+            tracing::info!(account = session.account.name, reason, "no agent forwarding");
+            None
+        }
+    }
 }
 
 /// A terminal with its program: for a shell the one that was left last or is taken over, unless a new one

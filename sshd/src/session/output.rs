@@ -91,7 +91,8 @@ impl Output {
     }
 }
 
-async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+/// Copies until the end of `from`, or until `to` takes no more.
+pub async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
     let mut chunk = vec![0; CHUNK];
     loop {
         // An error is a reset: the machine's end of the socket is gone, which is an end.

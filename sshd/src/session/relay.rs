@@ -120,7 +120,7 @@ async fn attend_client(program: &Remote, client: &mut Client) {
 }
 
 /// Writes queued input until its end. None if the program closed its side: the rest is dropped.
-async fn feed<W: AsyncWrite + Unpin>(input: &InputQueue, mut to: W) -> Option<W> {
+pub async fn feed<W: AsyncWrite + Unpin>(input: &InputQueue, mut to: W) -> Option<W> {
     while let Some(chunk) = input.next().await {
         if to.write_all(&chunk.bytes).await.is_err() {
             input.discard();
@@ -130,6 +130,6 @@ async fn feed<W: AsyncWrite + Unpin>(input: &InputQueue, mut to: W) -> Option<W>
     Some(to)
 }
 
-async fn shut_down(mut to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+pub async fn shut_down(mut to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
     to.shutdown().await
 }

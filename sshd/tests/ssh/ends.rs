@@ -224,7 +224,7 @@ fn an_agent_that_breaks_the_protocol_ends_its_own_machine() {
     let session = staying(&service, "hostile", &[]);
     let output = finish_child(session);
     assert_eq!(output.status.code(), Some(255));
-    assert!(stderr(&output).contains("the agent sent"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("its agent failed"), "{}", stderr(&output));
     assert!(other.try_wait().unwrap().is_none());
     assert!(!service.log().contains("panicked"));
     other.kill().unwrap();

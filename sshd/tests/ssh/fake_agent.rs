@@ -26,7 +26,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::fake_machine::Machine;
+use crate::{fake_forwarder, fake_machine::Machine};
 
 /// Held while a program is started.
 static STARTING: Mutex<()> = Mutex::new(());
@@ -237,6 +237,12 @@ impl Guest {
     fn exec(&self, exec: Exec) {
         let stdio = self.machine.stream(exec.stdio);
         let stderr = self.machine.stream(exec.stderr);
+        if exec.program == Program::Forwarder {
+            self.say(&AgentMessage::Started { session: exec.session, pid: 1 });
+            fake_forwarder::run(&self.machine, stdio);
+            let status = ExitStatus::Code(0);
+            return self.say(&AgentMessage::Exited { session: exec.session, status });
+        }
         let mut command = match &exec.program {
             Program::Shell => shell(),
             Program::Command(line) => {
@@ -245,6 +251,7 @@ impl Guest {
                 command
             }
             Program::Sftp => Command::new("/usr/lib/openssh/sftp-server"),
+            Program::Forwarder => unreachable!(),
         };
         environment(&mut command, &exec.env)
             .stdin(OwnedFd::from(stdio.try_clone().unwrap()))

@@ -246,19 +246,6 @@ fn an_account_has_so_many_sessions() {
 }
 
 #[test]
-fn forwarding_is_refused_in_words() {
-    let service = Service::start();
-    service.account("alice");
-    let mut ssh = std::process::Command::new("ssh");
-    ssh.args(["-o", "LogLevel=INFO", "-o", "BatchMode=yes"]);
-    service.client_options(&mut ssh);
-    ssh.arg("-i").arg(service.path("id")).arg("-p").arg(service.port.to_string());
-    let output = finish(ssh.args(["-W", "localhost:22", &at("alice")]));
-    assert!(stderr(&output).contains("does not forward"), "{}", stderr(&output));
-    assert!(service.ssh("alice", "true").status.success());
-}
-
-#[test]
 fn nothing_remains_of_ended_sessions() {
     let service = Service::with(Options { machines: "linger = 0", ..Options::default() });
     service.account("alice");

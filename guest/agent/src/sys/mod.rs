@@ -13,7 +13,7 @@ pub use ioctl::{
 };
 pub use loop_device::LoopDevice;
 pub use poll::{Poller, Readiness};
-pub use vsock::{accept_from_host, listen};
+pub use vsock::{accept, accept_from_host, listen, listen_anywhere};
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};

@@ -1,10 +1,17 @@
-//! vsock listeners. Only the host (CID 2) is ever accepted: with the loopback transport loaded, a
+//! Accepting connections, and vsock listeners. Only the host (CID 2) is ever accepted: with the loopback transport loaded, a
 //! program in the guest could connect as well.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
+
+/// Listens on a free vsock port of this machine, without blocking; which one it is.
+pub fn listen_anywhere() -> nix::Result<(OwnedFd, u32)> {
+    let socket = listen(libc::VMADDR_PORT_ANY)?;
+    let address: VsockAddr = socket::getsockname(socket.as_raw_fd())?;
+    Ok((socket, address.port()))
+}
 
 /// Listens on a vsock port of this machine, without blocking.
 pub fn listen(port: u32) -> nix::Result<OwnedFd> {
@@ -17,6 +24,14 @@ pub fn listen(port: u32) -> nix::Result<OwnedFd> {
     socket::bind(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
     socket::listen(&socket, Backlog::new(64)?)?;
     Ok(socket)
+}
+
+/// The next connection, without blocking and close-on-exec.
+pub fn accept(listener: impl AsFd) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let descriptor = socket::accept4(listener.as_fd().as_raw_fd(), flags)?;
+    // SAFETY: the kernel just made it, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// The next connection of the host's, without blocking and close-on-exec; None when there is none.

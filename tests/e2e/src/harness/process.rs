@@ -129,6 +129,10 @@ impl Running {
         read_all(&self.stdout)
     }
 
+    pub fn errors_so_far(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&read_all(&self.stderr)?).into_owned())
+    }
+
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait().context("can't wait for a child")?.is_some())
     }

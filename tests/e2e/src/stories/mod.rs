@@ -3,6 +3,7 @@
 mod crash;
 mod files;
 mod fork;
+mod forwarding;
 mod identity;
 mod jail;
 mod login;
@@ -35,5 +36,6 @@ pub fn all() -> Vec<Test> {
     all.extend(space::TESTS);
     all.extend(terminals::TESTS);
     all.extend(sleep::TESTS);
+    all.extend(forwarding::TESTS);
     all
 }
