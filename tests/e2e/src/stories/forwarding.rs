@@ -165,15 +165,29 @@ fn inward(story: &Story) -> Result<()> {
     let ended = process::run("ssh -W", command, Input::Bytes(b"jump".to_vec()), story.within(60))?;
     same("through -W", ended.success()?.as_str(), "4\njump")?;
 
-    let proxy = format!("socks5h://127.0.0.1:{dynamic}");
-    let mut curl = Command::new("curl");
-    curl.args(["-sS", "--http0.9", "--max-time", "60", "-x", &proxy, "telnet://localhost:7000"]);
-    let ended = process::run("curl", curl, Input::Bytes(b"by proxy".to_vec()), story.within(60));
-    if let Ok(ended) = ended {
-        says("through -D", &ended.out(), "by proxy")?;
-    }
+    let mut stream = connect(story, dynamic)?;
+    by_proxy(&mut stream, "localhost", 7000).context("asking the proxy of -D")?;
+    stream.write_all(b"by proxy")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut got = String::new();
+    stream.read_to_string(&mut got)?;
+    same("through -D", got.as_str(), "8\nby proxy")?;
     client.kill();
     Ok(())
+}
+
+/// Asks a proxy for a connection by name (RFC 1928).
+fn by_proxy(stream: &mut TcpStream, host: &str, port: u16) -> Result<()> {
+    stream.write_all(&[5, 1, 0])?;
+    let mut method = [0; 2];
+    stream.read_exact(&mut method)?;
+    same("the proxy's method", method, [5, 0])?;
+    let length = u8::try_from(host.len())?;
+    let request = [&[5, 1, 0, 3, length], host.as_bytes(), &port.to_be_bytes()].concat();
+    stream.write_all(&request)?;
+    let mut answer = [0; 10];
+    stream.read_exact(&mut answer)?;
+    same("the proxy's answer", answer[1], 0)
 }
 
 /// A server here that answers like the one in the machine, once for each connection.
