@@ -26,6 +26,7 @@ use crate::spawn::{self, Run, Standard};
 use crate::streams::{PATIENCE, Streams};
 use crate::sys::{self, Poller, Readiness};
 use crate::terminal::{Pty, Terminal};
+use crate::work::Work;
 use crate::{log, poweroff, signals};
 
 /// Sessions at once; terminals are fewer. A bound for a host that loses count.
@@ -52,6 +53,7 @@ pub struct Agent {
     /// The account's name; None before `Attach`.
     account: Option<String>,
     room: DiskRoom,
+    work: Work,
 }
 
 /// What a polled descriptor is.
@@ -99,6 +101,7 @@ impl Agent {
             sessions: Vec::new(),
             account: None,
             room: DiskRoom::new(),
+            work: Work::default(),
         })
     }
 
@@ -117,6 +120,9 @@ impl Agent {
             }
             self.claim_streams()?;
             self.finish_sessions()?;
+            if let Some(activity) = self.work.answer(&self.booted.cgroups, Instant::now()) {
+                self.control.send(&AgentMessage::Activity(activity))?;
+            }
         }
     }
 
@@ -142,7 +148,7 @@ impl Agent {
     /// Until the first deadline.
     fn time_left(&self) -> Option<Duration> {
         let commands = self.waiting.iter().map(|(_, deadline)| *deadline);
-        let first = commands.chain(self.streams.deadline()).min()?;
+        let first = commands.chain(self.streams.deadline()).chain(self.work.deadline()).min()?;
         Some(first.saturating_duration_since(Instant::now()))
     }
 
@@ -245,6 +251,9 @@ impl Agent {
             // Without a disk there is nothing to fill.
             HostMessage::DiskRoom { scarce } if self.account.is_some() => self.room.set(scarce),
             HostMessage::DiskRoom { .. } => {}
+            HostMessage::LookAtWork(question) => {
+                self.work.ask(question, &self.booted.cgroups, Instant::now());
+            }
         }
         Ok(())
     }

@@ -31,6 +31,7 @@ mod streams;
 mod sys;
 mod terminal;
 mod warm;
+mod work;
 
 fn main() {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == warm::CHILD_ARGUMENT) {

@@ -76,7 +76,26 @@ pub enum HostMessage {
     /// The host's disk is nearly full, or no longer: while it is scarce no program gets new blocks of
     /// the account disk (ENOSPC).
     DiskRoom { scarce: bool },
+    /// What is being worked on? Answered by `Activity` with the same number.
+    LookAtWork(LookAtWork),
 }
+
+/// The agent looks at the user's processes now and compares with its last look. Where there was none, or
+/// `fresh` says that it does not count, or it was less than `window_ms` ago, the answer comes when
+/// `window_ms` are over. Of two questions the later one counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookAtWork {
+    pub question: u64,
+    pub fresh: bool,
+    /// At most [`MAX_WINDOW_MS`].
+    pub window_ms: u32,
+}
+
+/// Longest [`LookAtWork::window_ms`]; a longer one is taken as this.
+pub const MAX_WINDOW_MS: u32 = 60_000;
+
+/// Processes that an [`Activity`] names at most.
+pub const MAX_BUSY: usize = 4;
 
 /// What a machine that was saved has to be told before its processes go on.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,6 +235,44 @@ pub enum AgentMessage {
     Resumed {
         sessions: Vec<LiveSession>,
     },
+    /// What the user's processes did between two looks.
+    Activity(Activity),
+}
+
+/// The user's processes between two looks, `over_ms` apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    pub question: u64,
+    pub over_ms: u32,
+    /// Processor time of all of them, those that have ended meanwhile among them, in thousandths of one
+    /// processor.
+    pub cpu_permille: u32,
+    /// Those that used most of it or waited to go on at both looks, the busiest first; at most
+    /// [`MAX_BUSY`].
+    pub busy: Vec<Busy>,
+    /// TCP connections to other machines that are established.
+    pub connections: u32,
+    /// The other side of one of them, as `address:port`.
+    pub peer: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Busy {
+    pub pid: u32,
+    /// Its name as the kernel has it (15 bytes at most).
+    pub name: String,
+    /// Its own and its ended children's.
+    pub cpu_permille: u32,
+    pub waits_for: WaitsFor,
+}
+
+/// What a process waited for at both looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WaitsFor {
+    /// Nothing, or something that may never come: a key, a timer, a message.
+    Nothing,
+    Processor,
+    Disk,
 }
 
 /// A session that lived through a save.

@@ -65,6 +65,8 @@ impl Agent {
     fn go_on(&mut self) -> Result<()> {
         // What the host said of its disk was before the save: it says it again.
         self.room.set(false);
+        // Nothing ran meanwhile, for who knows how long.
+        self.work.forget();
         let live = |session: &Session| LiveSession {
             session: session.id,
             terminal: session.terminal.as_ref().map(|terminal| terminal.number),
