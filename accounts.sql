@@ -64,3 +64,11 @@ ALTER TABLE accounts ADD COLUMN policy TEXT NOT NULL DEFAULT 'save'
     CHECK (policy IN ('save', 'keep', 'discard'));
 -- The terminals that wait for their user, the one left last first: "3 0 5".
 ALTER TABLE machines ADD COLUMN terminals TEXT;
+
+-- section 3
+-- How long work may keep a machine awake after the last session; NULL: as the service's configuration says.
+ALTER TABLE accounts ADD COLUMN max_linger_s INTEGER CHECK (max_linger_s >= 0);
+-- Until when an operator wants the machine kept awake; a time that is over means nothing.
+ALTER TABLE accounts ADD COLUMN hold_until INTEGER;
+-- What was at work in the machine when it was saved.
+ALTER TABLE machines ADD COLUMN paused TEXT;

@@ -70,12 +70,21 @@ pub struct Account {
     /// `None`: as the service's configuration says.
     pub linger_s: Option<u32>,
     pub policy: Policy,
+    /// How long work may keep its machine awake. `None`: as the service's configuration says.
+    pub max_linger_s: Option<u32>,
+    /// Until when its machine is kept awake; over if that is past.
+    pub hold_until: Option<i64>,
 }
 
 impl Account {
     /// May it log in at all?
     pub fn is_open(&self) -> bool {
         !self.disabled && self.removed.is_none()
+    }
+
+    /// The end of its hold, if it has one at that time.
+    pub fn hold_at(&self, now: i64) -> Option<i64> {
+        self.hold_until.filter(|until| *until > now)
     }
 }
 
@@ -88,6 +97,7 @@ pub struct NewAccount {
     pub max_sessions: u32,
     pub linger_s: Option<u32>,
     pub policy: Policy,
+    pub max_linger_s: Option<u32>,
 }
 
 impl NewAccount {
@@ -101,6 +111,7 @@ impl NewAccount {
             max_sessions: DEFAULT_MAX_SESSIONS,
             linger_s: None,
             policy: Policy::default(),
+            max_linger_s: None,
         }
     }
 }
@@ -122,7 +133,7 @@ pub enum Change {
 }
 
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
-                       disk_bytes, max_sessions, linger_s, policy";
+                       disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -144,7 +155,8 @@ impl Accounts {
         let machine_id = *Uuid::new_v4().as_bytes();
         tx.execute(
             "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
-             max_sessions, linger_s, policy) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+             max_sessions, linger_s, policy, max_linger_s) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
             params![
                 id.to_string(),
                 new.name.as_str(),
@@ -157,6 +169,7 @@ impl Accounts {
                 new.max_sessions,
                 new.linger_s,
                 new.policy,
+                new.max_linger_s,
             ],
         )?;
         for key in &new.keys {
@@ -211,14 +224,6 @@ impl Accounts {
             params![id.to_string(), hash],
         )?;
         known(id, changed)
-    }
-
-    pub fn set_policy(&self, id: Uuid, policy: Policy) -> Result<Change, AccountsError> {
-        let changed = self.db.execute(
-            "UPDATE accounts SET policy = ?2 WHERE id = ?1 AND policy IS NOT ?2",
-            params![id.to_string(), policy],
-        )?;
-        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
     }
 
     pub fn set_disabled(&self, id: Uuid, disabled: bool) -> Result<Change, AccountsError> {
@@ -331,6 +336,8 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         max_sessions: row.get(10)?,
         linger_s: row.get(11)?,
         policy: row.get(12)?,
+        max_linger_s: row.get(13)?,
+        hold_until: row.get(14)?,
     })
 }
 

@@ -155,6 +155,7 @@ fn intent_is_replaced_and_ends_with_the_account() {
         base: Some("b1".into()),
         detail: None,
         terminals: Some("3 0".into()),
+        paused: Some("make (pid 812)".into()),
         since: 0,
     };
     accounts.record_intent(&intent).unwrap();

@@ -76,6 +76,8 @@ pub struct Intent {
     pub detail: Option<String>,
     /// The terminals that wait for their user, the one left last first.
     pub terminals: Option<String>,
+    /// What was at work in it when it was saved.
+    pub paused: Option<String>,
     /// When it was recorded; ignored by [`Accounts::record_intent`].
     pub since: i64,
 }
@@ -84,9 +86,9 @@ impl Accounts {
     /// Durable when it returns.
     pub fn record_intent(&self, intent: &Intent) -> Result<(), AccountsError> {
         self.db.execute(
-            "INSERT INTO machines (account, state, since, pid, base, detail, terminals) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (account) DO UPDATE SET \
-             state = ?2, since = ?3, pid = ?4, base = ?5, detail = ?6, terminals = ?7",
+            "INSERT INTO machines (account, state, since, pid, base, detail, terminals, paused) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT (account) DO UPDATE SET \
+             state = ?2, since = ?3, pid = ?4, base = ?5, detail = ?6, terminals = ?7, paused = ?8",
             params![
                 intent.account.to_string(),
                 intent.state,
@@ -94,7 +96,8 @@ impl Accounts {
                 intent.pid,
                 intent.base,
                 intent.detail,
-                intent.terminals
+                intent.terminals,
+                intent.paused
             ],
         )?;
         Ok(())
@@ -103,7 +106,7 @@ impl Accounts {
     /// What was recorded of an account, if anything.
     pub fn intent(&self, account: Uuid) -> Result<Option<Intent>, AccountsError> {
         let mut statement = self.db.prepare_cached(
-            "SELECT account, state, pid, base, detail, terminals, since FROM machines \
+            "SELECT account, state, pid, base, detail, terminals, paused, since FROM machines \
              WHERE account = ?1",
         )?;
         Ok(statement.query_row([account.to_string()], intent).optional()?)
@@ -111,7 +114,7 @@ impl Accounts {
 
     pub fn intents(&self) -> Result<Vec<Intent>, AccountsError> {
         let mut statement = self.db.prepare_cached(
-            "SELECT account, state, pid, base, detail, terminals, since FROM machines \
+            "SELECT account, state, pid, base, detail, terminals, paused, since FROM machines \
              ORDER BY since, account",
         )?;
         let rows = statement.query_map([], intent)?;
@@ -127,6 +130,7 @@ fn intent(row: &Row) -> Result<Intent, rusqlite::Error> {
         base: row.get(3)?,
         detail: row.get(4)?,
         terminals: row.get(5)?,
-        since: row.get(6)?,
+        paused: row.get(6)?,
+        since: row.get(7)?,
     })
 }

@@ -10,6 +10,7 @@
 
 mod account;
 mod database;
+mod idle;
 mod keys;
 mod machines;
 mod name;
@@ -26,5 +27,7 @@ pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
 pub use password::{MAX_PASSWORD, PasswordError, hash_password, verify_password};
 pub use sessions::{NewSession, SessionRecord};
+#[cfg(test)]
+mod migration_tests;
 #[cfg(test)]
 mod sharing_tests;

@@ -1,0 +1,71 @@
+//! Databases of former versions, as they were left, are brought forward with everything in them.
+
+use rusqlite::Connection;
+use uuid::Uuid;
+
+use super::*;
+
+const SCHEMAS: [&str; 2] = [
+    include_str!("../../testdata/accounts-schema-1.sql"),
+    include_str!("../../testdata/accounts-schema-2.sql"),
+];
+
+const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
+
+/// The database that the dump describes, opened by this version.
+fn brought_forward(dump: &str) -> (tempfile::TempDir, Accounts) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("accounts.db");
+    Connection::open(&path).unwrap().execute_batch(dump).unwrap();
+    let accounts = Accounts::open(&path).unwrap();
+    assert!(accounts.damage().unwrap().is_empty());
+    (dir, accounts)
+}
+
+#[test]
+fn what_there_was_is_there_after_every_migration() {
+    for dump in SCHEMAS {
+        let (_dir, mut accounts) = brought_forward(dump);
+        let names: Vec<_> = accounts.list(true).unwrap().into_iter().map(|a| a.name).collect();
+        assert_eq!(names, ["alice", "bob", "carol"]);
+        let alice = accounts.named("alice").unwrap();
+        assert_eq!((alice.id, alice.linger_s, alice.is_open()), (ALICE, None, true));
+        assert_eq!(alice.machine_id[..3], [0, 1, 2]);
+        let bob = accounts.named("bob").unwrap();
+        assert_eq!((bob.linger_s, bob.disabled, bob.max_sessions), (Some(5), true, 4));
+        assert_eq!(accounts.removed("carol").unwrap().len(), 1);
+        assert!(accounts.key_opens(ALICE, &[0, 0, 0, 11]).unwrap());
+        assert_eq!(accounts.sessions(ALICE, 9).unwrap()[0].id, 7);
+        // What came with later versions says what it said before there was such a thing.
+        for account in [&alice, &bob] {
+            assert_eq!((account.max_linger_s, account.hold_until), (None, None));
+        }
+        assert_eq!(accounts.intent(ALICE).unwrap().unwrap().paused, None);
+        // And takes new values.
+        assert_eq!(accounts.set_hold(ALICE, Some(9)).unwrap(), Change::Done);
+        assert_eq!(accounts.set_max_linger(ALICE, Some(0)).unwrap(), Change::Done);
+        let new = NewAccount::new(AccountName::parse("dave").unwrap());
+        assert_eq!(accounts.create(&new).unwrap().policy, Policy::Save);
+    }
+}
+
+#[test]
+fn accounts_of_schema_1_get_the_default_policy() {
+    let (_dir, accounts) = brought_forward(SCHEMAS[0]);
+    let intent = accounts.intent(ALICE).unwrap().unwrap();
+    assert_eq!((intent.state, intent.terminals), (MachineState::Stopped, None));
+    let policy = |name: &str| accounts.named(name).unwrap().policy;
+    assert_eq!((policy("alice"), policy("bob")), (Policy::Save, Policy::Save));
+    assert_eq!(accounts.set_policy(ALICE, Policy::Discard).unwrap(), Change::Done);
+    assert_eq!(policy("alice"), Policy::Discard);
+}
+
+#[test]
+fn policies_and_left_terminals_of_schema_2_stay() {
+    let (_dir, accounts) = brought_forward(SCHEMAS[1]);
+    let intent = accounts.intent(ALICE).unwrap().unwrap();
+    assert_eq!(intent.state, MachineState::Saved);
+    assert_eq!(intent.terminals.as_deref(), Some("3 0"));
+    let policy = |name: &str| accounts.named(name).unwrap().policy;
+    assert_eq!((policy("alice"), policy("bob")), (Policy::Keep, Policy::Discard));
+}
