@@ -114,6 +114,12 @@ pub struct Machines {
     pub min_free_mib: u64,
     /// With less than this free there, guests get no new space on their disks. 0: never.
     pub guest_floor_mib: u64,
+    /// Seconds that work may keep a machine awake after its last session left. 0: not at all.
+    pub max_linger: u64,
+    /// What work is, in hundredths of one processor.
+    pub busy_cpu_percent: u64,
+    /// Longest hold an operator may ask for, in seconds.
+    pub max_hold: u64,
 }
 
 impl Default for Machines {
@@ -126,6 +132,9 @@ impl Default for Machines {
             stale_timeout: 30,
             min_free_mib: 512,
             guest_floor_mib: 256,
+            max_linger: 4 * 3600,
+            busy_cpu_percent: 10,
+            max_hold: 7 * 86_400,
         }
     }
 }
@@ -189,6 +198,7 @@ impl Config {
             ("machines.start_timeout", self.machines.start_timeout),
             ("machines.stop_timeout", self.machines.stop_timeout),
             ("machines.save_timeout", self.machines.save_timeout),
+            ("machines.busy_cpu_percent", self.machines.busy_cpu_percent),
         ];
         for (field, value) in positive {
             if value == 0 {
@@ -232,6 +242,12 @@ impl Machines {
     }
     pub fn stale_timeout(&self) -> Duration {
         Duration::from_secs(self.stale_timeout)
+    }
+    pub fn max_linger(&self) -> Duration {
+        Duration::from_secs(self.max_linger)
+    }
+    pub fn max_hold(&self) -> Duration {
+        Duration::from_secs(self.max_hold)
     }
     /// In bytes.
     pub fn guest_floor(&self) -> u64 {

@@ -16,3 +16,4 @@ mod room;
 pub mod server;
 mod session;
 mod store;
+pub mod time;

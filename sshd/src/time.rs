@@ -1,5 +1,7 @@
 //! Times as people and programs read them: UTC, RFC 3339.
 
+use std::time::SystemTime;
+
 /// Seconds since 1970-01-01 UTC as `2026-11-21T05:24:15Z`.
 pub fn rfc3339(seconds: i64) -> String {
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
@@ -11,6 +13,12 @@ pub fn rfc3339(seconds: i64) -> String {
 /// The same, shorter: `2026-11-21 05:24`.
 pub fn short(seconds: i64) -> String {
     rfc3339(seconds)[..16].replace('T', " ")
+}
+
+/// Now, in seconds since 1970-01-01 UTC.
+pub fn now() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_secs().try_into().unwrap_or(i64::MAX)
 }
 
 /// Days since 1970-01-01 as year, month, day of the Gregorian calendar. Years are counted from March, so

@@ -161,13 +161,15 @@ fn refused(message: String) -> Reply {
     Reply::Error { message }
 }
 
-/// Only an account that may no longer be here is acted on: keys and passwords count for logins to come.
+/// Only an account that may no longer be here is acted on, and what becomes of an idle machine: keys and
+/// passwords count for logins to come.
 async fn account_changed(server: &Server, name: &str) -> Reply {
     let account = match server.store.by_name(name).await {
         Ok(account) => account,
         Err(error) => return refused(error.to_string()),
     };
-    if account.as_ref().is_some_and(|account| account.is_open()) {
+    if let Some(account) = account.as_ref().filter(|account| account.is_open()) {
+        server.registry.reconsider(account.id);
         return Reply::Done;
     }
     // Removed accounts have no name any more: whoever is here and may not be is found by looking.

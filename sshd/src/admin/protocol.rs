@@ -25,7 +25,8 @@ pub const MAX_REPLY: usize = 16 * 1024 * 1024;
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// The account's row or keys were changed. If it is disabled, removed or unknown by now, its
-    /// sessions are ended and its machine is stopped. Answered by `Done` when that has been started.
+    /// sessions are ended and its machine is stopped; else its policy, linger and hold count from now on.
+    /// Answered by `Done` when that has been started.
     AccountChanged { account: String },
     /// Start the account's machine, or resume it. Answered by `Done` when it runs, or by `Error`.
     StartAccount { account: String },
@@ -89,6 +90,10 @@ pub struct AccountStatus {
     /// Base the machine was forked from.
     pub base: Option<String>,
     pub sessions: u32,
+    /// What keeps the machine awake though nobody is logged in and its linger is over: `make (pid 812),
+    /// 97 % CPU`, `held until 2026-11-21 14:05 UTC`, `its policy is keep`.
+    #[serde(default)]
+    pub awake: Option<String>,
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! `hermitage account …`: making accounts, closing them, taking them away.
 
 use super::context::Context;
-use super::{NotFound, account_machine, account_show, admin, key, password, size};
+use super::{
+    NotFound, account_idle, account_machine, account_show, admin, key, password, size, span,
+};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use hermitage::admin::protocol::Request;
@@ -60,12 +62,12 @@ Examples:
         #[arg(long)]
         yes: bool,
     },
-    /// What happens to the machine when nobody is logged in: save, keep or discard
-    Policy {
-        name: String,
-        #[arg(value_parser = account_machine::parse_policy)]
-        policy: Policy,
-    },
+    /// What happens to the machine when nobody is logged in
+    #[command(after_help = account_idle::POLICY_HELP)]
+    Policy(account_idle::Wanted),
+    /// Keep the machine awake for a time, whatever works in it
+    #[command(after_help = account_idle::HOLD_HELP)]
+    Hold(account_idle::Hold),
     /// Take an account away. Its disk is kept until --purge
     #[command(after_help = "\
 The name is free at once. The disk stays in STATE_DIR/removed until the same command is given with
@@ -98,10 +100,13 @@ pub struct Add {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SESSIONS)]
     max_sessions: u32,
     /// How long its machine stays after the last session [default: as configured]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "TIME", value_parser = span::parse)]
     linger: Option<u32>,
+    /// How long work may keep its machine awake after the last session [default: as configured]
+    #[arg(long, value_name = "TIME", value_parser = span::parse)]
+    max_linger: Option<u32>,
     /// What happens to its machine when nobody is logged in: save, keep or discard
-    #[arg(long, value_name = "POLICY", default_value = "save", value_parser = account_machine::parse_policy)]
+    #[arg(long, value_name = "POLICY", default_value = "save", value_parser = account_idle::parse_policy)]
     policy: Policy,
 }
 
@@ -117,7 +122,8 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Stop { name } => account_machine::stop(context, &name),
         Command::Reset { name } => account_machine::reset(context, &name),
         Command::FactoryReset { name, yes } => account_machine::factory_reset(context, &name, yes),
-        Command::Policy { name, policy } => account_machine::policy(context, &name, policy),
+        Command::Policy(wanted) => account_idle::policy(context, &wanted),
+        Command::Hold(hold) => account_idle::hold(context, &hold),
         Command::Remove { name, purge } => remove(context, &name, purge),
         Command::Key(command) => key::run(context, command),
     }
@@ -144,6 +150,7 @@ fn add(context: &Context, add: &Add) -> anyhow::Result<()> {
     new.disk_bytes = add.disk;
     new.max_sessions = add.max_sessions;
     new.linger_s = add.linger;
+    new.max_linger_s = add.max_linger;
     new.policy = add.policy;
 
     let account = accounts.create(&new)?;

@@ -1,20 +1,14 @@
-//! `hermitage account start|stop|reset|factory-reset|policy`: an account's machine, and what happens to
-//! it when nobody is logged in.
+//! `hermitage account start|stop|reset|factory-reset`: an account's machine.
 
 use super::admin;
 use super::context::Context;
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::Request;
-use hermitage_storage::accounts::{Account, Change, Policy};
+use hermitage_storage::accounts::{Account, Change};
 use hermitage_storage::disk;
 use hermitage_storage::saved;
 use serde_json::json;
 use std::fs;
-
-/// For clap: what `--policy` takes.
-pub fn parse_policy(name: &str) -> Result<Policy, String> {
-    Policy::parse(name).ok_or_else(|| "it is save, keep or discard".into())
-}
 
 pub fn start(context: &Context, name: &str) -> anyhow::Result<()> {
     context.accounts()?.named(name)?;
@@ -73,21 +67,6 @@ pub fn factory_reset(context: &Context, name: &str, yes: bool) -> anyhow::Result
     }
     outcome?;
     done(context, name, "stopped", &format!("{name} has a new, empty disk"))
-}
-
-pub fn policy(context: &Context, name: &str, policy: Policy) -> anyhow::Result<()> {
-    let accounts = context.accounts()?;
-    let change = accounts.set_policy(accounts.named(name)?.id, policy)?;
-    let object = json!({
-        "account": name,
-        "policy": policy.as_str(),
-        "changed": change == Change::Done,
-    });
-    context.out.show(&object, || match policy {
-        Policy::Save => format!("{name}'s machine is saved when nobody is logged in"),
-        Policy::Keep => format!("{name}'s machine keeps running when nobody is logged in"),
-        Policy::Discard => format!("{name}'s machine is powered off when nobody is logged in"),
-    })
 }
 
 /// By the service, which may have the machine; without one, here.

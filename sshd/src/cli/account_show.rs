@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use super::output::{count, table};
-use super::{size, status, time};
+use super::{size, span, status, time};
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage_storage::accounts::{Account, Accounts, Intent, SessionRecord, StoredKey};
 use hermitage_storage::disk;
@@ -71,6 +71,21 @@ impl View {
         }
     }
 
+    /// Why the machine is in that state.
+    fn because(&self) -> Option<&str> {
+        let why = match (&self.machine, &self.recorded) {
+            (Some(machine), _) => Some(machine.why.as_str()),
+            (None, Some(record)) => record.detail.as_deref(),
+            (None, None) => None,
+        };
+        why.filter(|why| !why.is_empty())
+    }
+
+    /// When its hold ends, if it has one.
+    fn hold(&self) -> Option<i64> {
+        self.account.hold_at(time::now())
+    }
+
     fn disk(&self) -> String {
         let limit = size::show(self.account.disk_bytes);
         match self.disk_allocated {
@@ -95,10 +110,13 @@ impl View {
                 "disk_bytes": account.disk_bytes,
                 "max_sessions": account.max_sessions,
                 "linger_seconds": account.linger_s,
+                "max_linger_seconds": account.max_linger_s,
             },
             "policy": account.policy.as_str(),
+            "held_until": self.hold().map(time::rfc3339),
             "saved_bytes": self.saved_bytes,
             "machine_state": self.machine_state(),
+            "because": self.because(),
             "disk_allocated_bytes": self.disk_allocated,
             "machine": self.machine.as_ref().map(|machine| json!({
                 "state": machine.state,
@@ -107,6 +125,7 @@ impl View {
                 "pid": machine.machine_pid,
                 "base": machine.base,
                 "sessions": machine.sessions,
+                "awake": machine.awake,
             })),
             "sessions": self.sessions.iter().map(session_json).collect::<Vec<_>>(),
         })
@@ -114,7 +133,12 @@ impl View {
 
     fn text(&self) -> String {
         let account = &self.account;
-        let linger = account.linger_s.map_or("as configured".into(), |s| format!("{s} s"));
+        let span = |seconds: Option<u32>| seconds.map_or("as configured".into(), span::show);
+        let linger = format!(
+            "{}, with work at most {}",
+            span(account.linger_s),
+            span(account.max_linger_s),
+        );
         let mut facts = vec![
             ("name", account.name.clone()),
             ("id", account.id.to_string()),
@@ -126,27 +150,20 @@ impl View {
             ("linger", linger),
             ("policy", account.policy.as_str().to_owned()),
         ];
+        if let Some(until) = self.hold() {
+            facts.push(("hold", format!("until {} UTC", time::short(until))));
+        }
         if let Some(bytes) = self.saved_bytes {
             facts.push(("saved", size::show(bytes)));
         }
-        match &self.machine {
-            None => {
-                let state = self.machine_state();
-                match &self.recorded {
-                    Some(record) => {
-                        let since = time::short(record.since);
-                        facts.push(("machine", format!("{state} since {since}")));
-                        facts.extend(record.detail.clone().map(|why| ("because", why)));
-                    }
-                    None => facts.push(("machine", state.to_owned())),
-                }
-            }
-            Some(machine) => {
-                let since = time::short(machine.since);
-                facts.push(("machine", format!("{} since {since}", machine.state)));
-                facts.push(("because", machine.why.clone()));
-            }
-        }
+        let since = match (&self.machine, &self.recorded) {
+            (Some(machine), _) => Some(machine.since),
+            (None, Some(record)) => Some(record.since),
+            (None, None) => None,
+        };
+        let since = since.map_or(String::new(), |since| format!(" since {}", time::short(since)));
+        facts.push(("machine", format!("{}{since}", self.machine_state())));
+        facts.extend(self.because().map(|why| ("because", why.to_owned())));
         let mut text = String::new();
         for (name, value) in facts {
             text.push_str(&format!("{name:<10}{value}\n"));
@@ -182,7 +199,9 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
         if views.is_empty() {
             return "no accounts (hermitage account add NAME --key FILE makes one)".to_owned();
         }
-        let mut table = table(["NAME", "STATE", "MACHINE", "LOGS IN WITH", "DISK", "LAST SESSION"]);
+        let columns =
+            ["NAME", "STATE", "MACHINE", "LOGS IN WITH", "DISK", "LAST SESSION", "BECAUSE"];
+        let mut table = table(columns);
         for view in &views {
             table.add_row([
                 view.account.name.clone(),
@@ -191,6 +210,7 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
                 means(view),
                 view.disk(),
                 view.sessions.first().map_or("never".into(), |last| time::short(last.started)),
+                view.because().unwrap_or_default().to_owned(),
             ]);
         }
         table.trim_fmt()

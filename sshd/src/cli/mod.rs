@@ -5,6 +5,7 @@
 //! repeated: what is already so is said and is no error.
 
 mod account;
+mod account_idle;
 mod account_machine;
 mod account_show;
 mod admin;
@@ -19,13 +20,14 @@ mod output;
 mod password;
 mod size;
 mod snapshot;
+mod span;
 mod status;
 mod template;
-mod time;
 mod tool;
 
 use clap::{Parser, Subcommand};
 use context::Context;
+use hermitage::time;
 use hermitage_storage::accounts::AccountsError;
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -2,6 +2,9 @@
 //! one order, and effects are carried out before the next event is looked at. Only the fork itself runs
 //! beside it, so that a stop can be noted while it is under way.
 
+mod report;
+mod vigil;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -9,7 +12,7 @@ use std::{
 
 use hermitage_storage::{
     StateDir,
-    accounts::{self, MachineState, Policy},
+    accounts::{self, MachineState},
     saved,
 };
 use tokio::{
@@ -30,6 +33,7 @@ use crate::{
     machine::{ForkServers, Machine},
     store::Store,
 };
+use vigil::Vigil;
 
 /// How long a client may take from authentication to its session, at least.
 const EXPECTED_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,8 +56,16 @@ pub struct Context {
 
 pub(super) enum Request {
     Expect,
-    Login { max_sessions: u32, reply: oneshot::Sender<Result<Lease, LoginError>> },
-    Stop { cause: StopCause, reply: oneshot::Sender<()> },
+    Login {
+        max_sessions: u32,
+        reply: oneshot::Sender<Result<Lease, LoginError>>,
+    },
+    Stop {
+        cause: StopCause,
+        reply: oneshot::Sender<()>,
+    },
+    /// The account's row has changed.
+    Reconsider,
 }
 
 pub(super) struct Driver {
@@ -70,11 +82,12 @@ pub(super) struct Driver {
     call_off: CancellationToken,
     /// What this service or the one before knows of the last machine; None before it was looked up.
     former: Option<start::Former>,
-    /// Bytes of the last save.
+    /// Bytes of the last save, and why there was one.
     saved_bytes: u64,
+    saved_because: String,
     machine: Option<Attached>,
     timer: Option<Instant>,
-    linger: Duration,
+    vigil: Vigil,
     status: watch::Sender<Status>,
 }
 
@@ -99,9 +112,10 @@ impl Driver {
             machine_pid: None,
             base: None,
             sessions: 0,
+            awake: None,
             machine: None,
         });
-        let linger = context.config.machines.linger();
+        let vigil = Vigil::new(&context.config.machines);
         let lifecycle = match context.state_dir.snapshot(account).exists() {
             true => Lifecycle::saved(),
             false => Lifecycle::default(),
@@ -120,9 +134,10 @@ impl Driver {
             call_off: CancellationToken::new(),
             former: None,
             saved_bytes: 0,
+            saved_because: String::new(),
             machine: None,
             timer: None,
-            linger,
+            vigil,
             status,
         };
         (driver, watched)
@@ -148,6 +163,11 @@ impl Driver {
                 outcome = finished(&mut self.saving) => {
                     self.saving = None;
                     self.save_over(outcome)
+                }
+                outcome = finished(&mut self.vigil.look) => {
+                    self.vigil.look = None;
+                    // One that was cut off has seen nothing.
+                    Event::Looked(outcome.unwrap_or_default())
                 }
                 _ = leaves.changed() => {
                     let count = *leaves.borrow_and_update();
@@ -188,6 +208,7 @@ impl Driver {
                 self.stopping.push(reply);
                 Some(Event::Stop(cause))
             }
+            Request::Reconsider => Some(Event::Reconsider),
         }
     }
 
@@ -197,8 +218,7 @@ impl Driver {
     ) -> Event {
         match outcome {
             Ok(Ok(started)) => {
-                self.linger = started.linger;
-                self.lifecycle.policy = started.policy;
+                self.take_wishes(&started.account);
                 self.former = Some(start::Former::default());
                 self.machine = Some(Attached {
                     machine: Arc::new(MachineCell(started.machine)),
@@ -233,19 +253,27 @@ impl Driver {
         };
         if over.outcome == SaveOutcome::Done {
             tracing::info!(account = %self.account, bytes = over.bytes, "machine saved");
-            self.former = Some(start::Former { left: over.left, lost: None });
+            let paused = self.lifecycle.paused.as_ref().map(|work| work.who.clone());
+            self.former = Some(start::Former { left: over.left, lost: None, paused });
             self.saved_bytes = over.bytes;
         }
         Event::SaveOver(over.outcome)
     }
 
     async fn step(&mut self, event: Event) {
-        if matches!(event, Event::TimerOver | Event::Stop(_)) {
-            self.look_up_policy().await;
+        if matches!(event, Event::TimerOver | Event::Looked(_) | Event::Stop(_) | Event::Reconsider)
+        {
+            let changed = self.look_up_wishes().await;
+            if event == Event::Reconsider && !changed {
+                return;
+            }
         }
         tracing::debug!(account = %self.account, ?event, state = ?self.lifecycle.state, "event");
         let (lifecycle, effects) = std::mem::take(&mut self.lifecycle).step(event);
         self.lifecycle = lifecycle;
+        if !self.lifecycle.looking {
+            self.vigil.give_up();
+        }
         self.publish();
         for effect in effects {
             self.carry_out(effect).await;
@@ -262,6 +290,7 @@ impl Driver {
                 self.starting = Some(tokio::spawn(start::start(context, account, former)));
             }
             Effect::Save => {
+                self.saved_because = self.rest_cause();
                 if let Some(machine) = self.machine() {
                     let (context, account) = (self.context.clone(), self.account);
                     self.call_off = CancellationToken::new();
@@ -302,7 +331,16 @@ impl Driver {
                     tokio::spawn(async move { machine.kill().await });
                 }
             }
+            Effect::Look => self.look(),
+            Effect::Greet(awake) => {
+                if let Some(attached) = &self.machine {
+                    attached.arrival.add(words::still_running(&awake));
+                }
+            }
             Effect::SetTimer(timer) => {
+                if matches!(timer, Timer::Linger | Timer::Expected) {
+                    self.vigil.begin();
+                }
                 self.timer = Some(Instant::now() + self.length(timer));
             }
             Effect::CancelTimer => self.timer = None,
@@ -323,17 +361,6 @@ impl Driver {
         if let Err(error) = outcome {
             // It is found again at the next start, which resumes it or says why not.
             tracing::error!(account = %self.account, %error, "can't drop a saved machine");
-        }
-    }
-
-    /// It may have been changed since the machine started.
-    async fn look_up_policy(&mut self) {
-        match self.context.store.by_id(self.account).await {
-            Ok(Some(account)) => self.lifecycle.policy = account.policy,
-            Ok(None) => {}
-            Err(error) => {
-                tracing::error!(account = %self.account, %error, "can't look up the policy")
-            }
         }
     }
 
@@ -391,6 +418,7 @@ impl Driver {
             pid: machine.as_ref().map(|machine| machine.pid),
             base: machine.map(|machine| machine.base.clone()),
             detail: Some(self.why()).filter(|why| !why.is_empty()),
+            paused: self.former.as_ref().and_then(|former| former.paused.clone()),
             terminals: (!left.is_empty())
                 .then(|| left.iter().map(u8::to_string).collect::<Vec<_>>().join(" ")),
             since: 0,
@@ -402,8 +430,9 @@ impl Driver {
 
     fn length(&self, timer: Timer) -> Duration {
         match timer {
-            Timer::Linger => self.linger,
-            Timer::Expected => self.linger.max(EXPECTED_TIMEOUT),
+            Timer::Linger => self.vigil.linger,
+            Timer::Expected => self.vigil.linger.max(EXPECTED_TIMEOUT),
+            Timer::Recheck => self.vigil.recheck(self.lifecycle.held),
             Timer::Grace => self.context.config.machines.stop_timeout(),
             Timer::Kill => KILL_TIMEOUT,
         }
@@ -411,71 +440,6 @@ impl Driver {
 
     fn machine(&self) -> Option<Arc<Machine>> {
         self.machine.as_ref().map(|attached| attached.machine.0.clone())
-    }
-
-    fn publish(&self) {
-        let state = match &self.lifecycle.state {
-            State::Stopped => MachineState::Stopped,
-            State::Starting => MachineState::Starting,
-            State::Running => MachineState::Running,
-            State::Lingering => MachineState::Lingering,
-            State::Saving(_) => MachineState::Saving,
-            State::Saved => MachineState::Saved,
-            State::Resuming => MachineState::Resuming,
-            State::Stopping(_) => MachineState::Stopping,
-            State::Failed(_) => MachineState::Failed,
-        };
-        self.status.send_modify(|status| {
-            if status.state != state {
-                status.since = SystemTime::now();
-            }
-            status.state = state;
-            status.why = self.why();
-            status.machine_pid = self.machine().map(|machine| machine.pid);
-            status.base = self.machine().map(|machine| machine.base.clone());
-            status.sessions = self.lifecycle.admitted;
-            status.machine =
-                self.machine.as_ref().map(|attached| Arc::downgrade(&attached.machine));
-        });
-    }
-
-    fn why(&self) -> String {
-        match &self.lifecycle.state {
-            State::Stopped => self.lifecycle.lost.clone().unwrap_or_default(),
-            State::Saved => match self.saved_bytes {
-                0 => "its memory is saved; the next login goes on with it".into(),
-                bytes => format!(
-                    "its memory is saved ({}); the next login goes on with it",
-                    words::size(bytes)
-                ),
-            },
-            State::Saving(saving) if saving.called_off => {
-                "somebody has come back while it was being saved".into()
-            }
-            State::Saving(saving) => format!("{}; its memory is being saved", saving.cause),
-            State::Starting | State::Resuming => match self.lifecycle.waiting {
-                0 => "somebody has just authenticated".into(),
-                1 => "1 login waits".into(),
-                waiting => format!("{waiting} logins wait"),
-            },
-            State::Running => match self.lifecycle.admitted {
-                1 => "1 session".into(),
-                admitted => format!("{admitted} sessions"),
-            },
-            State::Lingering => {
-                let linger = self.linger.as_secs();
-                match self.lifecycle.policy {
-                    Policy::Save => format!("nobody is logged in; is saved after {linger} s"),
-                    Policy::Keep => "nobody is logged in; its policy is to keep it running".into(),
-                    Policy::Discard => format!("nobody is logged in; stops after {linger} s"),
-                }
-            }
-            State::Stopping(stopping) if stopping.killed => {
-                format!("{}; the guest did not power off and is killed", stopping.cause)
-            }
-            State::Stopping(stopping) => stopping.cause.to_string(),
-            State::Failed(reason) => reason.clone(),
-        }
     }
 }
 
@@ -489,7 +453,7 @@ fn former_of(intent: accounts::Intent) -> start::Former {
         MachineState::Stopped | MachineState::Failed => intent.detail,
         _ => Some(super::INTERRUPTED.into()),
     };
-    start::Former { left, lost }
+    start::Former { left, lost, paused: intent.paused }
 }
 
 async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {

@@ -9,6 +9,7 @@ mod save;
 mod start;
 mod state;
 mod words;
+mod work;
 
 use std::{
     collections::HashMap,
@@ -65,6 +66,15 @@ impl Arrival {
     fn new(words: Option<String>) -> Self {
         Self(Arc::new(Mutex::new(words)))
     }
+
+    /// Something more to say, after what nobody was told yet.
+    fn add(&self, words: String) {
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *said = Some(match said.take() {
+            Some(before) => format!("{before}; {words}"),
+            None => words,
+        });
+    }
 }
 
 impl Lease {
@@ -118,6 +128,8 @@ pub(crate) struct Status {
     pub machine_pid: Option<i32>,
     pub base: Option<String>,
     pub sessions: u32,
+    /// What keeps the machine awake that nobody is logged in to.
+    pub awake: Option<String>,
     pub machine: Option<std::sync::Weak<MachineCell>>,
 }
 
@@ -170,6 +182,15 @@ impl Registry {
         // Also of an account that this service has not seen yet.
         self.handle(account);
         self.stop(account.id, StopCause::Reset).await;
+    }
+
+    /// The account's row has changed; what it says of idle machines counts at once.
+    pub fn reconsider(&self, account: Uuid) {
+        let handle = self.accounts().get(&account).cloned();
+        if let Some(handle) = handle {
+            // With a full mailbox there is somebody logging in.
+            let _ = handle.mailbox.try_send(Request::Reconsider);
+        }
     }
 
     /// Sessions that the account has now.
@@ -228,6 +249,7 @@ impl Registry {
                     machine_pid: status.machine_pid,
                     base: status.base,
                     sessions: status.sessions,
+                    awake: status.awake,
                 };
                 Some((id, status))
             })

@@ -9,7 +9,7 @@ use std::{
 
 use hermitage_guest_proto::Attach;
 use hermitage_storage::{
-    accounts::{Account, Policy},
+    accounts::Account,
     disk::{self, DiskError},
 };
 use tokio::time::{Instant, sleep};
@@ -39,12 +39,13 @@ pub(super) struct Former {
     pub left: Vec<u8>,
     /// Why its memory is gone, if somebody might miss it.
     pub lost: Option<String>,
+    /// What was at work in it when it was saved.
+    pub paused: Option<String>,
 }
 
 pub(super) struct Started {
     pub machine: Arc<Machine>,
-    pub linger: Duration,
-    pub policy: Policy,
+    pub account: Account,
     /// How the machine came to be, for who logs in.
     pub arrival: Option<String>,
 }
@@ -111,11 +112,12 @@ pub(super) async fn start(
     let path = context.state_dir.disk(account.id);
     let disk = open_disk(&path, machines.stale_timeout()).await?;
     let begun = Instant::now();
-    let Former { left, lost } = former;
+    let Former { left, lost, paused } = former;
     let (machine, arrival) = match resume::resume(&context, &account, &disk, left).await? {
         Attempt::Resumed(machine, age, bytes) => {
-            let words = words::resumed(age, bytes, begun.elapsed());
-            (machine, Some(words))
+            let resumed = words::resumed(age, bytes, begun.elapsed());
+            let paused = paused.as_deref().map(words::paused);
+            (machine, Some([resumed].into_iter().chain(paused).collect::<Vec<_>>().join("; ")))
         }
         Attempt::Unusable(reason) => {
             tracing::warn!(account = account.name, reason, "the saved machine can't be resumed");
@@ -133,9 +135,7 @@ pub(super) async fn start(
         how = arrival.as_deref().unwrap_or("cold start"),
         "machine started"
     );
-    let linger =
-        account.linger_s.map_or(machines.linger(), |seconds| Duration::from_secs(seconds.into()));
-    Ok(Started { machine, linger, policy: account.policy, arrival })
+    Ok(Started { machine, account, arrival })
 }
 
 /// A machine of the current base and the disk alone.

@@ -16,184 +16,22 @@
 //!    └───────────────────────────────────────────┴──────────┘  linger over (discard)
 //! ```
 //!
+//! When the linger is over the machine stays Lingering while something keeps it awake: [`idle`].
+//!
 //! A machine that ends by itself, from whichever state, leads through Stopping (until its process is
 //! gone and the disk is free) to Stopped, or to Failed while it was still starting. A login never fails
 //! because of the moment it comes at: during Starting, Resuming and Stopping it waits; a save that only
 //! the linger asked for is called off by it. Whether Resuming ends in the old memory or in a cold start
 //! is the start's business ([`super::start`]): the machine is the account's either way.
 
+mod idle;
+mod parts;
+
 use hermitage_storage::accounts::Policy;
 
-/// Where the account's machine is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
-    Stopped,
-    Starting,
-    /// Its memory is on the disk.
-    Saved,
-    /// A machine is being made of what was saved.
-    Resuming,
-    Running,
-    Lingering,
-    Saving(Saving),
-    Stopping(Stopping),
-    Failed(String),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Saving {
-    pub cause: StopCause,
-    /// The sessions are gone and the save has begun.
-    pub under_way: bool,
-    pub called_off: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stopping {
-    pub cause: StopCause,
-    /// The fork is still under way: it has to come to an end before it can be stopped.
-    pub starting: bool,
-    /// The guest was given its time; now it is killed.
-    pub killed: bool,
-    /// A save is still under way, which has to come to its own end.
-    pub saving: bool,
-    /// Its process is gone.
-    pub gone: bool,
-    /// Its memory is on the disk.
-    pub saved: bool,
-    /// What was saved of its memory is dropped.
-    pub dropped: bool,
-}
-
-impl Stopping {
-    fn for_cause(cause: StopCause) -> Self {
-        let dropped = cause == StopCause::Reset;
-        Self {
-            cause,
-            starting: false,
-            killed: false,
-            saving: false,
-            gone: false,
-            saved: false,
-            dropped,
-        }
-    }
-}
-
-/// Why a machine is stopped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StopCause {
-    /// Nobody is logged in and the linger is over.
-    Idle,
-    /// An operator asked for it.
-    Admin,
-    /// Its memory is to be dropped.
-    Reset,
-    /// The account was disabled or removed.
-    Closed,
-    /// The service stops.
-    Shutdown,
-    /// The machine ends by itself; its process is not gone yet.
-    Died(String),
-}
-
-impl std::fmt::Display for StopCause {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            StopCause::Idle => "nobody is logged in",
-            StopCause::Admin => "an operator stopped this machine",
-            StopCause::Reset => "this machine is started anew from its disk",
-            StopCause::Closed => "this account was disabled",
-            StopCause::Shutdown => "the service is stopping",
-            StopCause::Died(reason) => reason,
-        })
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Somebody has authenticated and will probably want the machine in a moment.
-    Expected,
-    /// Somebody wants the machine.
-    Login,
-    /// Somebody who had been admitted is gone.
-    Leave,
-    /// The machine runs and has its account.
-    Forked,
-    StartFailed(String),
-    /// The save has come to its end.
-    SaveOver(SaveOutcome),
-    /// The machine has ended, but its process still has the disk.
-    Dying(String),
-    /// The machine's process is gone.
-    Ended(String),
-    /// The timer that the last [`Effect::SetTimer`] started has run out.
-    TimerOver,
-    Stop(StopCause),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SaveOutcome {
-    /// The snapshot is published; the machine is paused for good.
-    Done,
-    /// The machine runs on.
-    CalledOff,
-    /// The machine runs on, if it did not end.
-    Failed(String),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Effect {
-    /// Write this to the database before going on.
-    Record(Intent),
-    /// Make a machine, of what was saved if there is something; `Forked` or `StartFailed` follows.
-    Start,
-    /// Save the machine; `SaveOver` follows.
-    Save,
-    /// The save is not wanted any more; `SaveOver` tells whether that came in time.
-    CallOff,
-    /// End the machine that was saved.
-    Release,
-    /// Drop what was saved of the machine's memory.
-    Drop,
-    /// Let in everybody who waits.
-    Admit,
-    /// Turn away everybody who waits.
-    Refuse(String),
-    /// Tell the sessions why the machine goes away under them.
-    EndSessions(String),
-    /// Ask the guest to power off.
-    PowerOff,
-    /// End the machine without the guest's help.
-    Kill,
-    SetTimer(Timer),
-    CancelTimer,
-    /// Whoever waits for the machine's end is answered.
-    Gone,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Timer {
-    Linger,
-    /// How long who has authenticated may take to come.
-    Expected,
-    /// How long sessions may take to leave, or a guest to power off.
-    Grace,
-    /// How long a killed machine may take to be gone.
-    Kill,
-}
-
-/// What the database says about the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Intent {
-    Stopped,
-    Starting,
-    Running,
-    Saving,
-    Saved,
-    Resuming,
-    Stopping,
-}
+pub use parts::{
+    Awake, Effect, Event, Intent, SaveOutcome, Saving, State, StopCause, Stopping, Timer, Work,
+};
 
 /// Saves that may fail before an idle machine is powered off instead.
 const SAVE_ATTEMPTS: u8 = 2;
@@ -208,6 +46,16 @@ pub struct Lifecycle {
     pub waiting: u32,
     /// What happens to the machine when nobody is logged in; kept up to date by the driver.
     pub policy: Policy,
+    /// The end of its hold, if it has one; kept up to date by the driver.
+    pub held: Option<i64>,
+    /// Whether work may keep the machine awake (still); kept up to date by the driver.
+    pub extendable: bool,
+    /// An [`Effect::Look`] is under way.
+    pub looking: bool,
+    /// What keeps the machine awake beyond its linger.
+    pub awake: Option<Awake>,
+    /// What works in the machine and is put to sleep all the same.
+    pub paused: Option<Work>,
     /// Why the next machine will not have the memory of the last one, if somebody might miss it.
     pub lost: Option<String>,
     failed_saves: u8,
@@ -220,6 +68,11 @@ impl Default for Lifecycle {
             admitted: 0,
             waiting: 0,
             policy: Policy::default(),
+            held: None,
+            extendable: false,
+            looking: false,
+            awake: None,
+            paused: None,
             lost: None,
             failed_saves: 0,
         }
@@ -236,6 +89,12 @@ impl Lifecycle {
 
     /// What `event` leads to. An event that means nothing in a state changes nothing.
     pub fn step(self, event: Event) -> Step {
+        let (mut lifecycle, effects) = self.react(event);
+        lifecycle.forget_idleness();
+        (lifecycle, effects)
+    }
+
+    fn react(self, event: Event) -> Step {
         match event {
             Event::Expected => self.expected(),
             Event::Login => self.login(),
@@ -248,6 +107,8 @@ impl Lifecycle {
             Event::TimerOver => self.timer_over(),
             Event::Stop(StopCause::Reset) => self.reset(),
             Event::Stop(cause) => self.stop(cause),
+            Event::Looked(work) => self.looked(work),
+            Event::Reconsider => self.reconsider(),
         }
     }
 
@@ -266,7 +127,8 @@ impl Lifecycle {
             State::Running => self.admit(vec![]),
             State::Lingering => {
                 self.state = State::Running;
-                self.admit(vec![Effect::CancelTimer])
+                let greeting = self.awake.take().map(Effect::Greet);
+                self.admit([Effect::CancelTimer].into_iter().chain(greeting).collect())
             }
             // A save that somebody asked for is waited for; then the machine resumes.
             State::Saving(ref mut saving)
@@ -406,11 +268,7 @@ impl Lifecycle {
 
     fn timer_over(mut self) -> Step {
         match self.state {
-            State::Lingering => match self.policy {
-                // Looked at again later: the policy may have changed by then.
-                Policy::Keep => (self, vec![Effect::SetTimer(Timer::Linger)]),
-                Policy::Save | Policy::Discard => self.put_away(StopCause::Idle),
-            },
+            State::Lingering => self.linger_over(),
             // Sessions that do not leave are not waited for.
             State::Saving(Saving { ref cause, under_way: false, .. }) => {
                 self.lost = Some("your sessions did not end in time to save its memory".into());
@@ -480,11 +338,6 @@ impl Lifecycle {
         let refuse = Effect::Refuse(cause.to_string());
         self.state = State::Stopping(Stopping { starting: true, ..Stopping::for_cause(cause) });
         (self, vec![refuse])
-    }
-
-    fn linger(mut self) -> Step {
-        self.state = State::Lingering;
-        (self, vec![Effect::Record(Intent::Running), Effect::SetTimer(Timer::Linger)])
     }
 
     /// Ends a running machine as its policy says.

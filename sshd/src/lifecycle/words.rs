@@ -1,6 +1,9 @@
-//! How a machine came to be, in a few words for who logs in.
+//! How a machine came to be and why it is awake or asleep, in a few words.
 
 use std::time::Duration;
+
+use super::state::Awake;
+use crate::time;
 
 pub fn resumed(age: Duration, bytes: u64, took: Duration) -> String {
     format!("resumed from {} ago ({}, {} ms)", span(age), size(bytes), took.as_millis())
@@ -8,6 +11,27 @@ pub fn resumed(age: Duration, bytes: u64, took: Duration) -> String {
 
 pub fn cold(why: &str) -> String {
     format!("cold start: {why}; your files are all here")
+}
+
+/// What a resumed machine was doing when it was saved.
+pub fn paused(who: &str) -> String {
+    format!("{who} was paused meanwhile")
+}
+
+/// What kept a machine awake that somebody comes back to.
+pub fn still_running(awake: &Awake) -> String {
+    let who = match awake {
+        Awake::Work(work) => &work.who,
+        Awake::Held(_) => "its operator's hold",
+    };
+    format!("still running: {who} kept this machine awake")
+}
+
+pub fn awake(awake: &Awake) -> String {
+    match awake {
+        Awake::Work(work) => work.to_string(),
+        Awake::Held(until) => format!("held until {} UTC", time::short(*until)),
+    }
 }
 
 pub fn size(bytes: u64) -> String {
@@ -32,7 +56,7 @@ pub fn span(time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::state::Work, *};
 
     #[test]
     fn the_line_is_short() {
@@ -40,6 +64,10 @@ mod tests {
         assert_eq!(line, "resumed from 3 min ago (2.1 MiB, 9 ms)");
         assert_eq!(span(Duration::from_secs(3 * 86_400 + 5)), "3 days");
         assert_eq!(span(Duration::from_secs(9)), "9 s");
+        let work = Work { who: "make (pid 812)".into(), how: "97 % CPU".into() };
+        let line = still_running(&Awake::Work(work));
+        assert_eq!(line, "still running: make (pid 812) kept this machine awake");
+        assert_eq!(awake(&Awake::Held(951_868_800)), "held until 2000-03-01 00:00 UTC");
         assert_eq!(span(Duration::from_secs(40_000)), "11 hours");
         assert_eq!((size(5000), size(500 << 20)), ("5 KiB".into(), "500 MiB".into()));
     }

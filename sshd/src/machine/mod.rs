@@ -18,6 +18,7 @@ mod sleep;
 mod socket;
 mod takeover;
 mod terminals;
+mod work;
 
 use std::{
     collections::HashMap,
@@ -72,6 +73,7 @@ struct Table {
     last_stream: u64,
     last_left: u64,
     steps: sleep::Steps,
+    look: work::Looking,
     sessions: HashMap<SessionId, Waiting>,
     connecting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     terminals: [TerminalState; TERMINALS as usize],
@@ -208,6 +210,7 @@ impl Machine {
             AgentMessage::Frozen => self.frozen(Ok(())),
             AgentMessage::FreezeFailed { reason } => self.frozen(Err(printable(&reason))),
             AgentMessage::Resumed { sessions } => self.resumed(&sessions),
+            AgentMessage::Activity(activity) => self.looked(activity),
         }
     }
 }

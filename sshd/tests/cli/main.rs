@@ -3,5 +3,6 @@
 mod accounts;
 mod bases;
 mod host;
+mod idle;
 mod machines;
 mod service;

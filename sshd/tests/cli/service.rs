@@ -61,6 +61,9 @@ fn the_service_is_told_of_every_change() {
         &["account", "disable", "alice"][..],
         &["account", "enable", "alice"],
         &["account", "passwd", "alice", "--none"],
+        &["account", "policy", "alice", "keep"],
+        &["account", "hold", "alice", "2h"],
+        &["account", "hold", "alice", "--off"],
     ] {
         host.run(command).success();
         assert_eq!(service.asked(), [changed("alice")], "{command:?}");
@@ -104,6 +107,7 @@ fn status_and_accounts_show_what_runs() {
                 machine_pid: Some(4712),
                 base: Some("b".into()),
                 sessions: 1,
+                awake: None,
             }],
         })
     });
@@ -115,6 +119,39 @@ fn status_and_accounts_show_what_runs() {
     let text = host.run(&["account", "show", "alice"]).success().out;
     assert!(text.contains("running since") && text.contains("1 session"), "{text}");
     assert!(host.run(&["status"]).success().out.contains("4712"));
+}
+
+#[test]
+fn status_and_accounts_show_what_keeps_a_machine_awake() {
+    let host = Host::new();
+    host.run(&["account", "add", "alice"]).success();
+    let _service = Service::start(&host, |_| {
+        Reply::Status(Status {
+            version: "0.1.0".into(),
+            pid: 4711,
+            since: 0,
+            listen: vec![],
+            base: None,
+            connections: 0,
+            accounts: vec![AccountStatus {
+                account: "alice".into(),
+                state: "lingering".into(),
+                since: 60,
+                why: "awake: make (pid 812), 97 % CPU; for 3 hours more at most".into(),
+                machine_pid: Some(4712),
+                base: None,
+                sessions: 0,
+                awake: Some("make (pid 812), 97 % CPU".into()),
+            }],
+        })
+    });
+    let awake = "make (pid 812), 97 % CPU";
+    assert_eq!(host.json(&["status"])["accounts"][0]["awake"], awake);
+    assert_eq!(host.json(&["account", "show", "alice"])["machine"]["awake"], awake);
+    for command in [&["status"][..], &["account", "list"], &["account", "show", "alice"]] {
+        let text = host.run(command).success().out;
+        assert!(text.contains("awake: make (pid 812), 97 % CPU; for 3 hours"), "{text}");
+    }
 }
 
 #[test]

@@ -10,13 +10,16 @@ use std::{
         unix::{net::UnixStream, process::CommandExt, process::ExitStatusExt},
     },
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
 use hermitage_guest_proto::{
-    AgentMessage, Decoder, Exec, ExitStatus, HostMessage, LiveSession, OpenTerminal, Program,
-    Window, encode,
+    Activity, AgentMessage, Busy, Decoder, Exec, ExitStatus, HostMessage, LiveSession,
+    OpenTerminal, Program, WaitsFor, Window, encode,
 };
 use hermitage_vmm_proto::End;
 use nix::{
@@ -34,6 +37,7 @@ static STARTING: Mutex<()> = Mutex::new(());
 struct Guest {
     machine: Arc<Machine>,
     sessions: Mutex<HashMap<u64, Started>>,
+    looks: AtomicU32,
 }
 
 struct Started {
@@ -43,7 +47,11 @@ struct Started {
 }
 
 pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
-    let guest = Arc::new(Guest { machine: machine.clone(), sessions: Mutex::default() });
+    let guest = Arc::new(Guest {
+        machine: machine.clone(),
+        sessions: Mutex::default(),
+        looks: AtomicU32::new(0),
+    });
     let mut decoder = Decoder::default();
     let mut account = String::new();
     let mut chunk = [0; 4096];
@@ -72,6 +80,8 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) | HostMessage::DiskRoom { .. } => {}
+                HostMessage::LookAtWork(_) if machine_is("mute") => {}
+                HostMessage::LookAtWork(look) => guest.look_at_work(look.question),
                 HostMessage::Freeze if machine_is("unfrozen") => {
                     let reason = "its disk does not answer".into();
                     guest.say(&AgentMessage::FreezeFailed { reason });
@@ -150,6 +160,28 @@ impl Guest {
         let mut stty = Command::new("stty");
         stty.args(["rows", &rows, "cols", &columns]).stdin(slave);
         stty.status().unwrap();
+    }
+
+    /// "busy" has something to do for ever, "busy2" for two looks.
+    fn look_at_work(&self, question: u64) {
+        let looks = self.looks.fetch_add(1, Ordering::Relaxed);
+        let label = std::env::var("HERMITAGE_LABEL").unwrap();
+        let works = match label.strip_prefix("busy") {
+            Some(count) => count.parse().map_or(true, |count: u32| looks < count),
+            None => false,
+        };
+        let make = Busy {
+            pid: 812,
+            name: "make\x1b[2J".into(),
+            cpu_permille: 900,
+            waits_for: WaitsFor::Nothing,
+        };
+        let idle = Activity { question, ..Activity::default() };
+        let activity = match works {
+            true => Activity { cpu_permille: 970, busy: vec![make], ..idle },
+            false => idle,
+        };
+        self.say(&AgentMessage::Activity(activity));
     }
 
     /// After a save that was called off everything is there; in a resumed machine other shells stand in

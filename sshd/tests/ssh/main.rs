@@ -20,3 +20,4 @@ mod sleep;
 mod streams;
 mod takeover;
 mod terminals;
+mod work;

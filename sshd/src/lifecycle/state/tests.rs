@@ -36,6 +36,7 @@ fn a_login_while_stopping_gets_a_new_machine() {
         Event::Forked,
         Event::Leave,
         Event::TimerOver,
+        Event::Looked(None),
         Event::Login,
         Event::Ended("off".into()),
         failed(),
@@ -70,7 +71,8 @@ fn a_guest_that_does_not_power_off_is_killed() {
 }
 
 /// An account whose machine lingers no more and is being saved.
-const IDLE: [Event; 4] = [Event::Login, Event::Forked, Event::Leave, Event::TimerOver];
+const IDLE: [Event; 5] =
+    [Event::Login, Event::Forked, Event::Leave, Event::TimerOver, Event::Looked(None)];
 
 fn after_idle(events: &[Event]) -> (Lifecycle, Vec<Effect>) {
     run(&[&IDLE, events].concat())
@@ -119,7 +121,8 @@ fn a_save_that_fails_is_tried_again_and_then_told() {
     let (lifecycle, effects) = after_idle(&[failed()]);
     assert_eq!(lifecycle.state, State::Lingering);
     assert!(!effects.contains(&Effect::PowerOff));
-    let (lifecycle, effects) = after_idle(&[failed(), Event::TimerOver, failed()]);
+    let (lifecycle, effects) =
+        after_idle(&[failed(), Event::TimerOver, Event::Looked(None), failed()]);
     assert!(effects.contains(&Effect::PowerOff));
     let (lifecycle, _) = lifecycle.step(Event::Ended("off".into()));
     assert_eq!(lifecycle.state, State::Stopped);
@@ -177,6 +180,98 @@ fn policies_keep_and_discard() {
     assert!(effects.contains(&Effect::PowerOff) && !effects.contains(&Effect::Save));
 }
 
+fn work() -> Work {
+    Work { who: "make (pid 812)".into(), how: "97 % CPU".into() }
+}
+
+/// A lingering machine, after `change`, and what the events lead to.
+fn lingering(change: impl FnOnce(&mut Lifecycle), events: &[Event]) -> (Lifecycle, Vec<Effect>) {
+    let mut lifecycle = run(&[Event::Login, Event::Forked, Event::Leave]).0;
+    change(&mut lifecycle);
+    events.iter().fold((lifecycle, vec![]), |(lifecycle, mut all), event| {
+        let (next, effects) = lifecycle.step(event.clone());
+        all.extend(effects);
+        (next, all)
+    })
+}
+
+#[test]
+fn work_keeps_a_machine_awake_and_is_named_to_who_comes() {
+    let again = [Event::TimerOver, Event::Looked(Some(work()))];
+    let extendable = |lifecycle: &mut Lifecycle| lifecycle.extendable = true;
+    let (lifecycle, effects) = lingering(extendable, &[again.clone(), again].concat());
+    let recheck = Effect::SetTimer(Timer::Recheck);
+    assert_eq!(effects, [Effect::Look, recheck.clone(), Effect::Look, recheck]);
+    assert_eq!(lifecycle.awake, Some(Awake::Work(work())));
+    let (running, effects) = lifecycle.clone().step(Event::Login);
+    let greeting = Effect::Greet(Awake::Work(work()));
+    assert_eq!(effects, [Effect::CancelTimer, greeting, Effect::Admit]);
+    assert_eq!((running.state, running.awake), (State::Running, None));
+    // Done with it, the machine goes to rest.
+    let (idle, _) = lifecycle.step(Event::TimerOver).0.step(Event::Looked(None));
+    assert!(matches!(idle.state, State::Saving(_)));
+    assert_eq!(idle.paused, None);
+}
+
+#[test]
+fn work_beyond_the_limit_is_paused_by_name() {
+    let events = [Event::TimerOver, Event::Looked(Some(work()))];
+    let (lifecycle, effects) = lingering(|_| (), &events);
+    assert!(effects.contains(&Effect::Save));
+    assert_eq!(lifecycle.paused, Some(work()));
+    let (resting, _) = lifecycle.clone().step(done());
+    assert_eq!(resting.paused, Some(work()));
+    let (called_off, _) = lifecycle.step(Event::SaveOver(SaveOutcome::CalledOff));
+    assert_eq!((called_off.state, called_off.paused), (State::Lingering, None));
+}
+
+#[test]
+fn a_login_during_a_look_is_let_in_at_once() {
+    let extendable = |lifecycle: &mut Lifecycle| lifecycle.extendable = true;
+    let (lifecycle, effects) = lingering(extendable, &[Event::TimerOver, Event::Login]);
+    assert_eq!(effects, [Effect::Look, Effect::CancelTimer, Effect::Admit]);
+    // What is found out then is about nothing any more.
+    let (lifecycle, effects) = lifecycle.step(Event::Looked(None));
+    assert_eq!((lifecycle.state, effects), (State::Running, vec![]));
+}
+
+#[test]
+fn a_hold_counts_until_it_ends() {
+    for policy in [Policy::Save, Policy::Discard] {
+        let held = |lifecycle: &mut Lifecycle| {
+            lifecycle.held = Some(99);
+            lifecycle.policy = policy;
+        };
+        let (mut lifecycle, effects) = lingering(held, &[Event::TimerOver]);
+        assert_eq!(effects, [Effect::SetTimer(Timer::Recheck)]);
+        assert_eq!(lifecycle.awake, Some(Awake::Held(99)));
+        // A stop stops all the same.
+        let (stopped, _) = lifecycle.clone().step(Event::Stop(StopCause::Admin));
+        assert!(matches!(stopped.state, State::Saving(_) | State::Stopping(_)));
+        lifecycle.held = None;
+        let (lifecycle, _) = lifecycle.step(Event::TimerOver);
+        let (lifecycle, _) = lifecycle.step(Event::Looked(None));
+        assert!(matches!(lifecycle.state, State::Saving(_) | State::Stopping(_)));
+    }
+}
+
+#[test]
+fn what_an_operator_changes_counts_at_once() {
+    let held = |lifecycle: &mut Lifecycle| lifecycle.held = Some(99);
+    let (mut lifecycle, effects) = lingering(held, &[Event::Reconsider]);
+    assert_eq!(effects, [Effect::SetTimer(Timer::Recheck)]);
+    assert_eq!(lifecycle.awake, Some(Awake::Held(99)));
+    lifecycle.held = None;
+    let (lifecycle, effects) = lifecycle.step(Event::Reconsider);
+    assert_eq!((lifecycle.awake, effects), (None, vec![Effect::SetTimer(Timer::Linger)]));
+    // A hold that comes while it is looked counts before what is seen.
+    let (mut looking, _) = lingering(|_| (), &[Event::TimerOver, Event::Reconsider]);
+    looking.held = Some(99);
+    let (lifecycle, effects) = looking.step(Event::Looked(None));
+    assert_eq!(effects, [Effect::SetTimer(Timer::Recheck)]);
+    assert_eq!(lifecycle.state, State::Lingering);
+}
+
 #[test]
 fn after_a_failure_the_next_login_tries_again() {
     let (lifecycle, effects) =
@@ -201,7 +296,18 @@ fn event() -> impl Strategy<Value = Event> {
         3 => Just(done()),
         1 => Just(failed()),
         2 => Just(Event::SaveOver(SaveOutcome::CalledOff)),
+        2 => Just(Event::Looked(None)),
+        2 => Just(Event::Looked(Some(work()))),
+        1 => Just(Event::Reconsider),
     ]
+}
+
+/// Policy, hold and whether work counts, as an operator and the time may change them.
+fn wishes() -> impl Strategy<Value = (Policy, Option<i64>, bool)> {
+    let policy =
+        prop_oneof![4 => Just(Policy::Save), 1 => Just(Policy::Keep), 1 => Just(Policy::Discard)];
+    let held = prop_oneof![4 => Just(None), 1 => Just(Some(99))];
+    (policy, held, any::<bool>())
 }
 
 /// The world the effects act on, to check the function against: at most one machine, and nobody
@@ -211,6 +317,7 @@ struct World {
     forking: bool,
     machine: bool,
     saving: bool,
+    looking: bool,
     /// The machine's memory is on the disk.
     saved: bool,
     /// Sessions that know that their machine goes away, or is gone.
@@ -230,7 +337,8 @@ impl World {
             Event::Dying(_) | Event::Ended(_) => self.machine,
             Event::TimerOver => self.timer,
             Event::SaveOver(_) => self.saving,
-            Event::Expected | Event::Login | Event::Stop(_) => true,
+            Event::Looked(_) => self.looking,
+            Event::Reconsider | Event::Expected | Event::Login | Event::Stop(_) => true,
         }
     }
 
@@ -251,7 +359,8 @@ impl World {
                 self.saving = false;
                 self.saved |= *outcome == SaveOutcome::Done;
             }
-            Event::Expected | Event::Stop(_) => {}
+            Event::Looked(_) => self.looking = false,
+            Event::Expected | Event::Stop(_) | Event::Reconsider => {}
         }
     }
 
@@ -287,6 +396,11 @@ impl World {
                 assert_eq!(self.recorded, Some(Intent::Stopping));
             }
             Effect::Kill => assert!(self.machine && self.told == self.admitted),
+            Effect::Look => {
+                assert!(self.machine && self.admitted == 0 && !self.saving);
+                self.looking = true;
+            }
+            Effect::Greet(_) => assert!(self.machine && self.waiting > 0),
             Effect::SetTimer(_) => self.timer = true,
             Effect::CancelTimer => self.timer = false,
             Effect::Record(intent) => self.recorded = Some(*intent),
@@ -299,6 +413,8 @@ impl World {
         self.before(&event);
         let (next, effects) = lifecycle.step(event);
         effects.iter().for_each(|effect| self.apply(effect));
+        // A look that nobody waits for any more is given up.
+        self.looking &= next.looking;
         next
     }
 
@@ -307,6 +423,7 @@ impl World {
         Some(match self {
             World { forking: true, .. } => Event::Forked,
             World { saving: true, .. } => done(),
+            World { looking: true, .. } => Event::Looked(Some(work())),
             World { told: 1.., .. } => Event::Leave,
             World { recorded: Some(Intent::Stopping), machine: true, .. }
             | World { saved: true, machine: true, .. } => Event::Ended("off".into()),
@@ -319,15 +436,20 @@ impl World {
 proptest! {
     #[test]
     fn at_most_one_machine_and_nobody_is_forgotten(
-        events in proptest::collection::vec(event(), 0..200)
+        events in proptest::collection::vec((event(), wishes()), 0..200)
     ) {
         let mut world = World::default();
         let mut lifecycle = Lifecycle::default();
-        for event in events.into_iter() {
+        for (event, (policy, held, extendable)) in events.into_iter() {
             if !world.allows(&event) {
                 continue;
             }
+            // As the driver does it, before each event.
+            (lifecycle.policy, lifecycle.held, lifecycle.extendable) = (policy, held, extendable);
             lifecycle = world.step(lifecycle, event);
+            prop_assert_eq!(lifecycle.looking, world.looking);
+            // Nobody is asleep to whom something is due, and nothing is said of a machine in use.
+            prop_assert!(lifecycle.awake.is_none() || lifecycle.state == State::Lingering);
             prop_assert_eq!(lifecycle.waiting, world.waiting);
             prop_assert_eq!(lifecycle.admitted, world.admitted);
             let expected = match &lifecycle.state {
@@ -344,10 +466,12 @@ proptest! {
             }
             // A machine without sessions always has something that ends it.
             if world.machine && world.admitted == 0 && world.waiting == 0 {
-                prop_assert!(world.timer || world.saving, "nothing will stop {:?}", lifecycle.state);
+                prop_assert!(world.timer || world.saving || world.looking, "nothing will stop {:?}", lifecycle.state);
             }
         }
-        // Left alone, it comes to rest: everybody who waits is served, and nothing is half done.
+        // Left alone, and with no wish of an operator, it comes to rest, whatever works in it says:
+        // everybody who waits is served, and nothing is half done.
+        (lifecycle.policy, lifecycle.held, lifecycle.extendable) = (Policy::Save, None, false);
         for _ in 0..50 {
             let Some(event) = world.next() else { break };
             lifecycle = world.step(lifecycle, event);
