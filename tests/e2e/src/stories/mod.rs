@@ -16,6 +16,7 @@ mod session;
 mod sleep;
 mod space;
 mod terminals;
+mod work;
 
 use crate::runner::Test;
 
@@ -37,5 +38,6 @@ pub fn all() -> Vec<Test> {
     all.extend(terminals::TESTS);
     all.extend(sleep::TESTS);
     all.extend(forwarding::TESTS);
+    all.extend(work::TESTS);
     all
 }

@@ -35,7 +35,8 @@ fn back<'a>(alice: &Account<'a>) -> Result<Terminal<'a>> {
 }
 
 fn comes_back(story: &Story) -> Result<()> {
-    let alice = story.account_with("alice", &["--linger 1"])?;
+    // Its counter may be work enough to stay awake for.
+    let alice = story.account_with("alice", &["--linger 1", "--max-linger 0s"])?;
     let mut shell = alice.shell()?;
     let pid = shell.run("kept='a word'; cd /tmp; echo $$")?;
     shell.run(
