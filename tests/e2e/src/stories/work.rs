@@ -38,19 +38,20 @@ fn back<'a>(alice: &Account<'a>) -> Result<Terminal<'a>> {
     alice.login().terminal(None, 80, 24)
 }
 
-/// A program of this name that counts in `~/count` without end, or until a file says so. All its work is
-/// its own: no process is started.
-fn job(name: &str) -> String {
-    format!(
-        "cp /bin/bash ./{name}; ./{name} -c 'n=0; until [ -e stop ]; do n=$((n+1)); \
+/// Starts a program of this name that counts in `~/count` until a file says stop. All its work is its own:
+/// no process is started.
+fn start_job(shell: &mut Terminal, name: &str) -> Result<()> {
+    shell.send(&format!(
+        "cp /bin/bash ./{name}; ./{name} -c 'echo at \"work\"; n=0; until [ -e stop ]; do n=$((n+1)); \
          [ $((n % 500)) = 0 ] && echo $n > count; done; echo finished > result'\n"
-    )
+    ))?;
+    shell.expect("at work", 60).map(drop)
 }
 
 fn finishes(story: &Story) -> Result<()> {
     let alice = story.account_with("alice", &["--linger", "2"])?;
     let mut shell = alice.shell()?;
-    shell.send(&job("make"))?;
+    start_job(&mut shell, "make")?;
     let machine = alice.running_machine()?;
     shell.cut()?;
     let awake = wait_awake(story, &alice)?;
@@ -79,9 +80,9 @@ fn finishes(story: &Story) -> Result<()> {
 fn idle_and_held(story: &Story) -> Result<()> {
     let alice = story.account_with("alice", &["--linger", "2"])?;
     let mut shell = alice.shell()?;
-    shell.run("sleep 1000 & tail -f /dev/null & (while sleep 50; do :; done) &")?;
+    shell.run("sleep 1000 & tail -f /dev/null & (while sleep 50; do :; done) & true")?;
     shell.send("vim -u NONE -N file\n")?;
-    shell.expect("VIM - Vi IMproved", 60)?;
+    shell.expect("[New]", 60)?;
     shell.cut()?;
     let because = wait_saved(story, &alice)?;
     says("why it sleeps", &because, "idle for 2 s")?;
@@ -106,7 +107,7 @@ fn idle_and_held(story: &Story) -> Result<()> {
 fn limited(story: &Story) -> Result<()> {
     let alice = story.account_with("alice", &["--linger", "1", "--max-linger", "4s"])?;
     let mut shell = alice.shell()?;
-    shell.send(&job("crunch"))?;
+    start_job(&mut shell, "crunch")?;
     shell.cut()?;
     let because = wait_saved(story, &alice)?;
     says("why it sleeps", &because, "as long as work may keep it awake; crunch (pid ")?;
