@@ -104,7 +104,8 @@ fn policies_are_kept() {
     assert_eq!(host.json(&["account", "show", "alice"])["policy"], "save");
     for (policy, changed) in [("keep", true), ("keep", false), ("discard", true), ("save", true)] {
         let said = host.json(&["account", "policy", "alice", policy]);
-        assert_eq!(said, json!({ "account": "alice", "policy": policy, "changed": changed }));
+        assert_eq!((&said["account"], &said["policy"]), (&json!("alice"), &json!(policy)));
+        assert_eq!(said["changed"], changed);
         assert_eq!(host.json(&["account", "show", "alice"])["policy"], policy);
     }
     host.run(&["account", "policy", "alice", "sleep"]).fails(2, "save, keep or discard");
