@@ -238,7 +238,7 @@ impl Agent {
                 }
             }
             HostMessage::SetClock(clock) => {
-                if let Err(error) = attach::set_clock(clock) {
+                if let Err(error) = self.booted.clock.set(clock) {
                     log::warn(format_args!("{error:#}"));
                 }
             }
@@ -262,7 +262,7 @@ impl Agent {
         if let Some(account) = &self.account {
             bail!("this machine is {account}'s already");
         }
-        let stages = attach::become_somebody(attach)?;
+        let stages = attach::become_somebody(attach, &self.booted.clock)?;
         self.control.send(&AgentMessage::Awake)?;
         attach::take_disk(attach, stages)?;
         self.account = Some(attach.account.clone());

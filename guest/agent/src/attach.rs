@@ -8,11 +8,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use hermitage_guest_proto::{Attach, Resume, WallClock};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
+use hermitage_guest_proto::{Attach, Resume};
 use nix::unistd;
 
+use crate::clock::HostClock;
 use crate::{account, log, mounts, sys};
 
 /// The account disk's block device.
@@ -23,10 +22,10 @@ const DISK_WAIT: Duration = Duration::from_secs(5);
 
 /// The first half of `attach`: what makes this machine like no other. Invariant 7: the random generator
 /// first, so that nothing that follows can draw what another fork of this base draws.
-pub fn become_somebody(attach: &Attach) -> Result<Stages> {
+pub fn become_somebody(attach: &Attach, clock: &HostClock) -> Result<Stages> {
     let mut stages = Stages::new();
     seed(&attach.entropy)?;
-    set_clock(attach.clock)?;
+    clock.set(attach.clock)?;
     check_hostname(&attach.hostname)?;
     unistd::sethostname(&attach.hostname).context("setting the host name")?;
     if !account::is_login_name(&attach.account) {
@@ -98,15 +97,9 @@ fn seed(entropy: &[u8]) -> Result<()> {
 
 /// Applies what a machine must be told after a save, before its processes go on. Invariant 7: the random
 /// generator first.
-pub fn refresh(resume: &Resume) -> Result<()> {
+pub fn refresh(resume: &Resume, clock: &HostClock) -> Result<()> {
     seed(&resume.entropy)?;
-    set_clock(resume.clock)
-}
-
-pub fn set_clock(clock: WallClock) -> Result<()> {
-    let time = TimeSpec::new(clock.seconds, i64::from(clock.nanoseconds));
-    clock_settime(ClockId::CLOCK_REALTIME, time)
-        .with_context(|| format!("setting the clock to {} s", clock.seconds))
+    clock.set(resume.clock)
 }
 
 /// RFC 1123 §2.1, one label or more; it goes into files and prompts.

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
+use crate::clock::HostClock;
 use crate::{log, mounts, ports, sys, warm};
 
 /// The persistent-memory device that holds root.erofs.
@@ -39,6 +40,7 @@ pub struct Booted {
     pub streams: OwnedFd,
     /// The cgroups' root, whatever is mounted over it later.
     pub cgroups: OwnedFd,
+    pub clock: HostClock,
 }
 
 pub fn boot() -> Result<Booted> {
@@ -88,7 +90,8 @@ pub fn boot() -> Result<Booted> {
     log::info(format_args!("booted, waiting for the host on vsock port {CONTROL_PORT}"));
     // From here on the console is for what is wrong: errors and worse.
     sys::set_console_log_level(4).context("setting the console's log level")?;
-    Ok(Booted { initial_root, ports, control, streams, cgroups })
+    let clock = HostClock::open();
+    Ok(Booted { initial_root, ports, control, streams, cgroups, clock })
 }
 
 /// Loads the initrd's modules in the order its `order` file lists, then frees their memory.
@@ -101,6 +104,8 @@ fn load_modules(dir: &Path) -> Result<()> {
         let module = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         match sys::load_module(&module) {
             Ok(()) | Err(Errno::EEXIST) => {}
+            // This one is not for every host (clock.rs).
+            Err(Errno::ENODEV | Errno::EOPNOTSUPP) if name == "ptp_kvm.ko" => {}
             Err(error) => bail!("loading the module {name}: {error}"),
         }
     }

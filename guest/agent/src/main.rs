@@ -14,6 +14,7 @@ mod agent;
 mod attach;
 mod boot;
 mod buffer;
+mod clock;
 mod control;
 mod environment;
 mod forward;

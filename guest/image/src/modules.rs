@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 /// What a machine needs to be one. Those that Debian builds in are not here; those missing from
 /// `modules.dep` but named in `modules.builtin` are passed over.
-pub const WANTED: [&str; 9] = [
+pub const WANTED: [&str; 10] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
@@ -18,6 +18,8 @@ pub const WANTED: [&str; 9] = [
     "overlay",
     // for the agent's practice disk
     "loop",
+    // the host's time of day
+    "ptp_kvm",
 ];
 
 /// `modules.dep` (modprobe.d's companion, written by depmod): `path: dependency-path …`, the

@@ -37,7 +37,7 @@ impl Agent {
             while let Some(message) = self.control.message()? {
                 match message {
                     HostMessage::Resume(resume) => {
-                        attach::refresh(&resume)?;
+                        attach::refresh(&resume, &self.booted.clock)?;
                         drop(frozen);
                         return self.go_on();
                     }
@@ -58,7 +58,7 @@ impl Agent {
 
     /// For a host that takes back a `Freeze` that had failed.
     pub(super) fn resume(&mut self, resume: &Resume) -> Result<()> {
-        attach::refresh(resume)?;
+        attach::refresh(resume, &self.booted.clock)?;
         self.go_on()
     }
 
