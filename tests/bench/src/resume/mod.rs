@@ -6,6 +6,7 @@
 
 mod compare;
 mod program;
+mod twins;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -64,6 +65,7 @@ pub fn prove(base: &Base, vmm: &Path, extent: Extent) -> anyhow::Result<()> {
     let ram = base.layout.ram_bytes() >> 20;
     println!("machine: {} MiB, {} vCPUs", ram, base.state.vcpus.len());
     proof.tell(|proof, server| proof.idle_shell(server))?;
+    proof.tell(|proof, server| proof.twins(server))?;
     proof.tell(|proof, server| proof.rounds(server, extent))
 }
 

@@ -44,6 +44,11 @@ impl<'a> Account<'a> {
         Login::with_key(self.story, &self.name, &self.key)
     }
 
+    /// With the same key and another login name.
+    pub fn login_as(&self, name: &str) -> Login<'a> {
+        Login::with_key(self.story, name, &self.key)
+    }
+
     pub fn exec(&self, script: &str) -> Result<Ended> {
         self.login().exec(script)
     }

@@ -4,6 +4,7 @@
 pub mod account;
 pub mod host;
 pub mod process;
+pub mod screen;
 pub mod ssh;
 pub mod terminal;
 

@@ -18,7 +18,11 @@ use nix::{
     unistd::{Pid, read, write},
 };
 
-use super::{Story, process::tail};
+use super::{
+    Story,
+    process::tail,
+    screen::{Seen, Watched},
+};
 
 /// Most of what was shown that is kept for looking back.
 const MOST_KEPT: usize = 1 << 20;
@@ -34,6 +38,7 @@ pub struct Terminal<'a> {
     past: Vec<u8>,
     ended: bool,
     marks: u32,
+    watched: Option<Watched>,
 }
 
 impl<'a> Terminal<'a> {
@@ -64,7 +69,30 @@ impl<'a> Terminal<'a> {
             ended: false,
             // A screen that is redrawn shows the marks of the terminal before.
             marks: 1000 * story.world.names.fetch_add(1, Ordering::Relaxed),
+            watched: None,
         })
+    }
+
+    /// Draws all that is shown from now on, on a screen of that size.
+    pub fn watch(mut self, columns: u16, rows: u16) -> Self {
+        self.watched = Some(Watched::new(columns, rows));
+        self
+    }
+
+    /// What a watched terminal shows once it has come to rest. What was shown is matched by no later
+    /// [`expect`](Self::expect).
+    pub fn screen(&mut self) -> Result<Seen> {
+        let rest = self.story.world.patient(Duration::from_millis(700));
+        let mut end = Instant::now() + rest;
+        while Instant::now() < end && !self.ended {
+            self.read_until(end)?;
+            if !self.shown.is_empty() {
+                let shown = std::mem::take(&mut self.shown);
+                self.remember(&shown);
+                end = (Instant::now() + rest).min(self.story.deadline);
+            }
+        }
+        self.watched.as_ref().map(Watched::seen).context("the terminal is not watched")
     }
 
     pub fn send(&mut self, text: &str) -> Result<()> {
@@ -196,7 +224,12 @@ impl<'a> Terminal<'a> {
         let mut buffer = [0; 65536];
         match read(&self.master, &mut buffer) {
             Ok(0) | Err(Errno::EIO) => self.ended = true,
-            Ok(n) => self.shown.extend_from_slice(&buffer[..n]),
+            Ok(n) => {
+                self.shown.extend_from_slice(&buffer[..n]);
+                if let Some(watched) = &mut self.watched {
+                    watched.feed(&buffer[..n]);
+                }
+            }
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             Err(error) => return Err(io::Error::from(error)).context("can't read a terminal"),
         }

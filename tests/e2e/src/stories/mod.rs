@@ -1,6 +1,7 @@
 //! The tests, each a user's or an operator's story.
 
 mod crash;
+mod fidelity;
 mod files;
 mod fork;
 mod forwarding;
@@ -39,5 +40,6 @@ pub fn all() -> Vec<Test> {
     all.extend(sleep::TESTS);
     all.extend(forwarding::TESTS);
     all.extend(work::TESTS);
+    all.extend(fidelity::TESTS);
     all
 }

@@ -24,13 +24,13 @@ fn show(story: &Story, alice: &Account) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("`account show` printed {text:?}"))
 }
 
-fn wait_saved(story: &Story, alice: &Account) -> Result<()> {
+pub fn wait_saved(story: &Story, alice: &Account) -> Result<()> {
     story.wait_for("the machine to be saved", 120, || {
         Ok((show(story, alice)?["machine_state"] == "saved").then_some(()))
     })
 }
 
-fn back<'a>(alice: &Account<'a>) -> Result<Terminal<'a>> {
+pub fn back<'a>(alice: &Account<'a>) -> Result<Terminal<'a>> {
     alice.login().terminal(None, 80, 24)
 }
 
