@@ -13,6 +13,7 @@
 //! removed, durably, before anything may write to the disk again.
 
 use crate::StateDir;
+use crate::faults::{self, Point};
 use crate::publish::{self, NewFile};
 use crate::sparse;
 use nix::errno::Errno;
@@ -141,19 +142,23 @@ pub fn tag(disk: &File) -> io::Result<Option<Tag>> {
 
 /// Puts a tag on a disk, in place of any; it is on the medium on return.
 pub fn set_tag(disk: &File, tag: Tag) -> io::Result<()> {
+    faults::at(Point::PublishTag)?;
     fsetxattr(disk, TAG, &tag, XattrFlags::empty())?;
+    faults::at(Point::PublishTagSync)?;
     disk.sync_all()
 }
 
 /// Removes the tag, if there is one; it is gone from the medium on return.
 pub fn clear_tag(disk: &File) -> io::Result<()> {
+    faults::at(Point::Untag)?;
     match fremovexattr(disk, TAG) {
-        Ok(()) => disk.sync_all(),
         // A removal before a crash of ours may not have reached the medium: still sync.
-        Err(RustixErrno::NODATA) => disk.sync_all(),
-        Err(RustixErrno::OPNOTSUPP) => Ok(()),
-        Err(errno) => Err(errno.into()),
+        Ok(()) | Err(RustixErrno::NODATA) => {}
+        Err(RustixErrno::OPNOTSUPP) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
     }
+    faults::at(Point::UntagSync)?;
+    disk.sync_all()
 }
 
 /// Bytes that a disk takes on the host, as against its size.

@@ -9,6 +9,7 @@
 pub mod accounts;
 pub mod base;
 pub mod disk;
+pub mod faults;
 pub mod image;
 pub mod publish;
 pub mod saved;

@@ -5,17 +5,67 @@
 //! - [`publish`]: tag, then name. A crash in between leaves a tag without a snapshot, which means nothing.
 //! - [`consume`]: the tag goes before the first instruction of the resumed machine. A crash after it
 //!   leaves a snapshot whose tag no disk has: it is never resumed.
+//!
+//! `storage/tests/crash.rs` ends processes and cuts the power between any two of the steps here.
 
 use crate::StateDir;
 use crate::disk::{self, Tag};
+use crate::faults::{self, Point};
 use crate::publish::sync_dir;
+use crate::snapshot::{self, Header};
 use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use uuid::Uuid;
+
+/// What there is of a snapshot, for a disk that is about to be used.
+pub enum Found {
+    /// Taken with exactly what the disk holds. Only its header was checked.
+    Usable(File, Box<Header>),
+    /// Why not, in words for the user.
+    Unusable(String),
+    Nothing,
+}
+
+/// Looks for the account's snapshot. `disk` is locked by the caller: nobody changes either meanwhile.
+pub fn find(state: &StateDir, account: Uuid, disk: &File) -> Found {
+    let path = state.snapshot(account);
+    let file = match faults::at(Point::ResumeFind).and_then(|()| File::open(path)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
+        Err(error) => return Found::Unusable(format!("it can't be opened: {error}")),
+    };
+    let header = match snapshot::read_header(&file) {
+        Ok(header) => header,
+        Err(error) => return Found::Unusable(error.to_string()),
+    };
+    match misfit(state, account, &header, disk) {
+        Some(reason) => Found::Unusable(reason),
+        None => Found::Usable(file, Box::new(header)),
+    }
+}
+
+/// Why a snapshot and this account's disk do not belong together.
+fn misfit(state: &StateDir, account: Uuid, header: &Header, disk: &File) -> Option<String> {
+    let about = &header.description;
+    if about.account != account {
+        return Some("it belongs to another account".into());
+    }
+    match disk::tag(disk) {
+        Err(error) => return Some(format!("the disk's tag can't be read: {error}")),
+        Ok(None) => return Some("the disk was used since your machine was saved".into()),
+        Ok(Some(tag)) if tag != about.disk_tag => {
+            return Some("it was not taken with this disk".into());
+        }
+        Ok(Some(_)) => {}
+    }
+    let base = &about.base;
+    (!state.base(base).is_dir()).then(|| format!("the base {} it needs is gone", base.as_str()))
+}
 
 /// An empty file beside the account's disk, for a snapshot to be written to.
 pub fn create(state: &StateDir, account: Uuid) -> io::Result<File> {
+    faults::at(Point::SaveCreate)?;
     let path = state.new_snapshot(account);
     remove(&path)?;
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
@@ -25,34 +75,69 @@ pub fn create(state: &StateDir, account: Uuid) -> io::Result<File> {
 /// error [`withdraw`] has to be called.
 pub fn publish(state: &StateDir, account: Uuid, tag: Tag) -> io::Result<()> {
     disk::set_tag(&tagged(state, account)?, tag)?;
+    faults::at(Point::PublishRename)?;
     fs::rename(state.new_snapshot(account), state.snapshot(account))?;
-    sync_dir(&state.account_dir(account))
+    faults::at(Point::PublishDirSync)?;
+    sync_dir(&state.account_dir(account))?;
+    faults::at(Point::PublishDone)
 }
 
 /// The snapshot is used up: durable before the machine's first instruction.
 pub fn consume(state: &StateDir, account: Uuid) -> io::Result<()> {
-    disk::clear_tag(&tagged(state, account)?)
+    disk::clear_tag(&tagged(state, account)?)?;
+    faults::at(Point::ConsumeDone)
+}
+
+/// Deletes a snapshot that was used up: `used`, should there be another one by that name already.
+pub fn remove_used(state: &StateDir, account: Uuid, used: &File) -> io::Result<()> {
+    faults::at(Point::ResumeRemove)?;
+    let path = state.snapshot(account);
+    let there = match fs::metadata(&path) {
+        Ok(there) => there,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let used = used.metadata()?;
+    if (there.dev(), there.ino()) == (used.dev(), used.ino()) {
+        remove(&path)?;
+    }
+    faults::at(Point::ResumeRemoved)
 }
 
 /// Takes back whatever there is of a snapshot, finished or not.
 pub fn withdraw(state: &StateDir, account: Uuid) -> io::Result<()> {
-    let disk = tagged(state, account)?;
-    // What is not tagged is worth nothing, so this comes first.
-    if disk::tag(&disk)?.is_some() {
-        disk::clear_tag(&disk)?;
-    }
+    faults::at(Point::WithdrawBegin)?;
+    // What is not tagged is worth nothing, so this comes first. Also when no tag is seen: a process that
+    // died may have removed it without a sync, and the power may fail while the snapshot is still there.
+    disk::clear_tag(&tagged(state, account)?)?;
+    faults::at(Point::WithdrawRemove)?;
     remove(&state.new_snapshot(account))?;
-    remove(&state.snapshot(account))
+    remove(&state.snapshot(account))?;
+    faults::at(Point::WithdrawDone)
+}
+
+/// Before a start from the disk where [`find`] found nothing: whatever may be left of a save means nothing
+/// any more.
+pub fn forget(state: &StateDir, account: Uuid, disk: &File) -> io::Result<()> {
+    // Almost always there is no tag, and this is the login path.
+    match disk::tag(disk) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) | Err(_) => withdraw(state, account),
+    }
 }
 
 /// Keeps a snapshot that can't be resumed for the operator to look at: the last one of each account.
+/// The tag goes first: without it the file can't come back, wherever it lies.
 pub fn set_aside(state: &StateDir, account: Uuid) -> io::Result<()> {
-    fs::rename(state.snapshot(account), state.unusable_snapshot(account))
+    consume(state, account)?;
+    faults::at(Point::AsideRename)?;
+    fs::rename(state.snapshot(account), state.unusable_snapshot(account))?;
+    faults::at(Point::AsideDone)
 }
 
 fn remove(path: &std::path::Path) -> io::Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
@@ -92,6 +177,22 @@ mod tests {
         assert!(state.snapshot(account).exists());
         set_aside(&state, account).unwrap();
         assert!(!state.snapshot(account).exists() && state.unusable_snapshot(account).exists());
+    }
+
+    #[test]
+    fn a_used_snapshot_is_deleted_and_its_successor_is_not() {
+        let (_dir, state, account) = account();
+        let used = create(&state, account).unwrap();
+        publish(&state, account, [1; 16]).unwrap();
+        create(&state, account).unwrap();
+        publish(&state, account, [2; 16]).unwrap();
+        remove_used(&state, account, &used).unwrap();
+        assert!(state.snapshot(account).exists());
+        let used = File::open(state.snapshot(account)).unwrap();
+        for _ in 0..2 {
+            remove_used(&state, account, &used).unwrap();
+            assert!(!state.snapshot(account).exists());
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
 use hermitage_storage::{
     base::{Base, BaseWriter, Description, HostKind},
+    faults,
     image::{self, Image},
     sparse,
 };
@@ -193,6 +194,8 @@ fn host_kind(kvm: &kvm_ioctls::Kvm) -> anyhow::Result<HostKind> {
 fn serve(args: &ForkServer) -> anyhow::Result<()> {
     fork_server::keep_large_buffers_out_of_the_heap();
     let socket = request_socket()?;
+    // Before the sandbox, in which it could open nothing.
+    faults::arm()?;
     match template(args) {
         Ok(template) => {
             fork_server::give_back_free_memory();

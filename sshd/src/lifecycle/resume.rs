@@ -5,16 +5,14 @@
 
 use std::{
     fs::File,
-    io::{self, ErrorKind},
+    io,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use hermitage_storage::{
     accounts::Account,
-    disk::{self, Tag},
-    saved,
-    snapshot::{self, Header},
+    saved::{self, Found},
 };
 
 use super::{driver::Context, start::StartError};
@@ -37,18 +35,28 @@ pub(super) async fn resume(
 ) -> Result<Attempt, StartError> {
     let interrupted = |error: io::Error| StartError::Interrupted(error.to_string());
     let disk_of_check = disk.try_clone().map_err(interrupted)?;
-    let (shared, owner) = (context.clone(), account.clone());
-    let found = blocking(move || Ok(find(&shared, &owner, &disk_of_check))).await;
-    let (file, header) = match found.map_err(interrupted)? {
+    let (shared, id) = (context.clone(), account.id);
+    let look = blocking(move || {
+        let found = saved::find(&shared.state_dir, id, &disk_of_check);
+        let forgotten = match found {
+            Found::Nothing => saved::forget(&shared.state_dir, id, &disk_of_check),
+            _ => Ok(()),
+        };
+        Ok((found, forgotten))
+    });
+    let (found, forgotten) = look.await.map_err(interrupted)?;
+    forgotten.map_err(|source| StartError::SetAside {
+        folder: context.state_dir.account_dir(account.id),
+        source,
+    })?;
+    let (file, header) = match found {
         Found::Usable(file, header) => (file, header),
         Found::Unusable(reason) => return set_aside(context, account, reason).await,
-        Found::Nothing => {
-            forget(context, account, disk).await?;
-            return Ok(Attempt::Nothing);
-        }
+        Found::Nothing => return Ok(Attempt::Nothing),
     };
     let age = age(header.description.created);
     let bytes = header.file_bytes();
+    let used = file.try_clone().map_err(interrupted)?;
     let sleeper = Sleeper {
         label: account.name.clone(),
         base: header.description.base.as_str().to_owned(),
@@ -63,10 +71,10 @@ pub(super) async fn resume(
     let consume = blocking(move || saved::consume(&shared.state_dir, id));
     match wake(&context.forks, sleeper, consume).await {
         Ok(machine) => {
-            let (path, id) = (context.state_dir.snapshot(account.id), account.id);
+            let (shared, id) = (context.clone(), account.id);
             // Nobody waits for it: without its tag it is worth nothing.
             tokio::task::spawn_blocking(move || {
-                if let Err(error) = std::fs::remove_file(path) {
+                if let Err(error) = saved::remove_used(&shared.state_dir, id, &used) {
                     tracing::warn!(account = %id, %error, "can't remove a used snapshot");
                 }
             });
@@ -87,77 +95,13 @@ pub(super) async fn resume(
     }
 }
 
-enum Found {
-    Usable(File, Box<Header>),
-    Unusable(String),
-    Nothing,
-}
-
-fn find(context: &Context, account: &Account, disk: &File) -> Found {
-    let file = match File::open(context.state_dir.snapshot(account.id)) {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
-        Err(error) => return Found::Unusable(format!("it can't be opened: {error}")),
-    };
-    let header = match snapshot::read_header(&file) {
-        Ok(header) => header,
-        Err(error) => return Found::Unusable(error.to_string()),
-    };
-    let tag = match disk::tag(disk) {
-        Ok(tag) => tag,
-        Err(error) => return Found::Unusable(format!("the disk's tag can't be read: {error}")),
-    };
-    match misfit(context, account, &header, tag) {
-        Some(reason) => Found::Unusable(reason),
-        None => Found::Usable(file, Box::new(header)),
-    }
-}
-
-/// Why a snapshot and this account's disk do not belong together.
-fn misfit(
-    context: &Context,
-    account: &Account,
-    header: &Header,
-    tag: Option<Tag>,
-) -> Option<String> {
-    let description = &header.description;
-    if description.account != account.id {
-        return Some("it belongs to another account".into());
-    }
-    match tag {
-        None => return Some("the disk was used since your machine was saved".into()),
-        Some(tag) if tag != description.disk_tag => {
-            return Some("it was not taken with this disk".into());
-        }
-        Some(_) => {}
-    }
-    (!context.state_dir.base(&description.base).is_dir())
-        .then(|| format!("the base {} it needs is gone", description.base.as_str()))
-}
-
-/// Before a start from the disk: whatever may be left of a save means nothing any more.
-async fn forget(context: &Arc<Context>, account: &Account, disk: &File) -> Result<(), StartError> {
-    // Almost always there is nothing, and this is the login path.
-    if matches!(disk::tag(disk), Ok(None)) {
-        return Ok(());
-    }
-    let (shared, id) = (context.clone(), account.id);
-    blocking(move || saved::withdraw(&shared.state_dir, id)).await.map_err(|source| {
-        StartError::SetAside { folder: context.state_dir.account_dir(account.id), source }
-    })
-}
-
 async fn set_aside(
     context: &Arc<Context>,
     account: &Account,
     reason: String,
 ) -> Result<Attempt, StartError> {
     let (shared, id) = (context.clone(), account.id);
-    // The tag first: without it the file can't come back, wherever it lies.
-    let done = blocking(move || {
-        saved::consume(&shared.state_dir, id)?;
-        saved::set_aside(&shared.state_dir, id)
-    });
+    let done = blocking(move || saved::set_aside(&shared.state_dir, id));
     done.await.map_err(|source| StartError::SetAside {
         folder: context.state_dir.account_dir(account.id),
         source,

@@ -23,7 +23,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use hermitage_storage::StateDir;
+use hermitage_storage::{StateDir, faults};
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
@@ -69,6 +69,9 @@ pub struct Server {
 
 /// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    if faults::arm()? {
+        tracing::warn!("{} is set: this service is under a test of crashes", faults::VARIABLE);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let stop = CancellationToken::new();

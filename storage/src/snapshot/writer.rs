@@ -2,6 +2,7 @@
 
 use super::index::Runs;
 use super::{Description, HEADER_BYTES, Header, MAX_STATE, PAGE, SnapshotError, failed};
+use crate::faults::{self, Point};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -51,7 +52,9 @@ impl<'f> Writer<'f> {
 
     fn flush(&mut self) -> Result<(), SnapshotError> {
         self.data_sum.write(&self.buffer);
-        self.file.write_all_at(&self.buffer, self.at).map_err(failed("write page data"))?;
+        faults::at(Point::SavePages)
+            .and_then(|()| self.file.write_all_at(&self.buffer, self.at))
+            .map_err(failed("write page data"))?;
         self.at += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
@@ -81,10 +84,17 @@ impl<'f> Writer<'f> {
             state_sum: XxHash3_128::oneshot(state),
         };
         header.check()?;
-        self.file.write_all_at(&index, header.index_at()).map_err(failed("write the index"))?;
+        faults::at(Point::SaveIndex)
+            .and_then(|()| self.file.write_all_at(&index, header.index_at()))
+            .map_err(failed("write the index"))?;
         self.file.write_all_at(state, header.state_at()).map_err(failed("write the state"))?;
-        self.file.write_all_at(&header.encode(), 0).map_err(failed("write the header"))?;
-        self.file.sync_all().map_err(failed("sync"))?;
+        faults::at(Point::SaveHeader)
+            .and_then(|()| self.file.write_all_at(&header.encode(), 0))
+            .map_err(failed("write the header"))?;
+        faults::at(Point::SaveSync)
+            .and_then(|()| self.file.sync_all())
+            .and_then(|()| faults::at(Point::SaveSynced))
+            .map_err(failed("sync"))?;
         Ok(header)
     }
 }

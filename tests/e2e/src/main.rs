@@ -57,6 +57,9 @@ pub struct Options {
     /// Seed of the random moments; printed, so that a failure can be repeated
     #[arg(long)]
     seed: Option<u64>,
+    /// Rounds of the test that has something die at a point of a save or a resume
+    #[arg(long, default_value_t = 6)]
+    fault_rounds: u32,
     /// MiB that are sent through an exec both ways
     #[arg(long, default_value_t = 64)]
     transfer_mib: usize,

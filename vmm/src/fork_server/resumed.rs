@@ -8,7 +8,10 @@ use std::{
     time::Instant,
 };
 
-use hermitage_storage::snapshot::Run;
+use hermitage_storage::{
+    faults::{self, Point},
+    snapshot::Run,
+};
 use hermitage_vmm_proto::{
     End, GO_LIMIT, MachineEvent, MachineRequest, SocketError, receive, send,
 };
@@ -53,13 +56,18 @@ pub fn make(
         &mut |stage| stages.done(stage),
     )
     .map_err(refused)?;
+    faults::at(Point::ResumeBuilt).map_err(refused)?;
     let restored = MachineEvent::Restored { stages: std::mem::take(&mut stages.list) };
     send(control, &restored, &[]).map_err(|_| End::Stopped)?;
+    let failed = |e: std::io::Error| End::HostError(format!("resume: {e}"));
+    faults::at(Point::ResumeTold).map_err(failed)?;
     wait_for_go(control)?;
+    faults::at(Point::ResumeGo).map_err(failed)?;
     *stages = Stages::since(Instant::now());
     held.mark_stopped().map_err(refused)?;
     let machine = held.run(parts.agent).map_err(|e| End::HostError(format!("resume: {e}")))?;
     stages.done_at("start vCPUs", machine.entered());
+    faults::at(Point::ResumeRuns).map_err(failed)?;
     Ok((machine, resume.runs))
 }
 

@@ -8,6 +8,7 @@ use std::{fs::File, io, os::fd::AsRawFd as _};
 
 use hermitage_storage::{
     base::BaseId,
+    faults::{self, Point},
     snapshot::{Content, Header, PAGE, Run, Snapshot, SnapshotError},
 };
 use vm_memory::{Bytes as _, GuestAddress};
@@ -65,6 +66,8 @@ pub fn load(
 ) -> Result<Resume, ResumeError> {
     let snapshot = Snapshot::open(file)?;
     check_fit(&snapshot.header, base, vcpus, memory)?;
+    faults::at(Point::ResumeChecked)
+        .map_err(|source| ResumeError::Read { pages: snapshot.header.data_pages, source })?;
     stages.done("check snapshot");
     let state = MachineState::decode(&snapshot.state)?;
     if state.vcpus.len() != vcpus {

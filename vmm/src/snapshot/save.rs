@@ -10,6 +10,7 @@ use std::{
 use hermitage_storage::{
     base::BaseId,
     disk::Tag,
+    faults::{self, Point},
     snapshot::{Description, PAGE, Run, SnapshotError, Writer},
 };
 use kvm_bindings::kvm_msr_entry;
@@ -92,7 +93,9 @@ pub fn save(
     let pagemap = Pagemap::new(request.pagemap.try_clone().map_err(PagemapError::Read)?)?;
     let fresh = origin.fresh_msrs;
     let state = machine.pause_and_save(fresh, &mut |stage| stages.done(stage))?;
-    machine.devices.block.sync().map_err(SaveError::Disk)?;
+    faults::at(Point::SaveDisk)
+        .and_then(|()| machine.devices.block.sync())
+        .map_err(SaveError::Disk)?;
     stages.done("sync disk");
     let pieces = pieces(&machine.memory, &pagemap, &origin.resumed_with)?;
     stages.done("find pages");

@@ -88,19 +88,25 @@ impl<'a> Account<'a> {
     /// The process of the account's machine, on the host: whoever has its disk open and is no service.
     pub fn machine(&self) -> Result<Option<i32>> {
         let disk = self.disk();
-        // The service opens the disk too, on its way to the machine.
-        let text = self.story.host().run(&format!(
-            "for fd in $(find /proc/[0-9]*/fd -lname {disk} 2>/dev/null); do \
-               pid=${{fd#/proc/}}; pid=${{pid%%/*}}; \
-               read -r comm < /proc/$pid/comm && [ \"$comm\" != hermitage ] && echo $pid; \
-             done | sort -u"
-        ))?;
+        let text = self.story.host().run(&self.machine_script())?;
         let mut pids = text.split_whitespace();
         match (pids.next(), pids.next()) {
             (None, _) => Ok(None),
             (Some(pid), None) => Ok(Some(pid.parse().context("odd process id")?)),
             (Some(_), Some(_)) => bail!("several processes have {disk} open: {text:?}"),
         }
+    }
+
+    /// Prints that process's id, for a script on the host.
+    pub fn machine_script(&self) -> String {
+        // The service opens the disk too, on its way to the machine.
+        format!(
+            "for fd in $(find /proc/[0-9]*/fd -lname {disk} 2>/dev/null); do \
+               pid=${{fd#/proc/}}; pid=${{pid%%/*}}; \
+               read -r comm < /proc/$pid/comm && [ \"$comm\" != hermitage ] && echo $pid; \
+             done | sort -u",
+            disk = self.disk()
+        )
     }
 
     pub fn running_machine(&self) -> Result<i32> {

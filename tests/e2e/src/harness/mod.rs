@@ -2,6 +2,7 @@
 //! machine. Everything that waits ends at the story's deadline and says what it waited for.
 
 pub mod account;
+pub mod faults;
 pub mod host;
 pub mod process;
 pub mod screen;

@@ -189,6 +189,15 @@ impl<'a> Terminal<'a> {
         Ok((status.code().unwrap_or(-1), String::from_utf8_lossy(&shown).into_owned()))
     }
 
+    /// What is shown for a while, and was not looked at before.
+    pub fn look(&mut self, time: Duration) -> Result<String> {
+        let end = (Instant::now() + time).min(self.story.deadline);
+        while Instant::now() < end && !self.ended && self.shown.len() < MOST_KEPT {
+            self.read_until(end)?;
+        }
+        Ok(String::from_utf8_lossy(&std::mem::take(&mut self.shown)).into_owned())
+    }
+
     /// Reads and forgets what is shown for a while; how much it was.
     pub fn discard(&mut self, time: Duration) -> Result<usize> {
         let end = (Instant::now() + time).min(self.story.deadline);

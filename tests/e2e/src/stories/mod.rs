@@ -1,6 +1,7 @@
 //! The tests, each a user's or an operator's story.
 
 mod crash;
+mod faults;
 mod fidelity;
 mod files;
 mod fork;
@@ -41,5 +42,6 @@ pub fn all() -> Vec<Test> {
     all.extend(forwarding::TESTS);
     all.extend(work::TESTS);
     all.extend(fidelity::TESTS);
+    all.extend(faults::TESTS);
     all
 }
