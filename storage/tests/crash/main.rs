@@ -23,6 +23,7 @@ use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// Where the child finds its account. Set: this process is the child.
 const ACCOUNT: &str = "HERMITAGE_CRASH_ACCOUNT";
@@ -98,6 +99,10 @@ impl<M: Medium> Trial<M> {
     }
 
     fn run(mut self, rounds: u64) {
+        // One trial at a time: between fork and exec a child that the other one starts has a copy of every
+        // descriptor, and with it the lock of a disk that its owner has closed.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let points = points();
         for round in 0..rounds {
             let point = points[round as usize % points.len()];
