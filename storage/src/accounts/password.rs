@@ -1,7 +1,10 @@
 //! Passwords: argon2id, and the same work whether or not there is anything to compare with.
 
-use argon2::password_hash::{self, PasswordHasher, PasswordVerifier, phc::PasswordHash};
-use argon2::{Algorithm, Argon2, Params, Version};
+use argon2::password_hash::{
+    self, PasswordHasher,
+    phc::{Output, PasswordHash},
+};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 
 /// OWASP's first recommendation for argon2id: 19 MiB, two passes, one lane.
 const MEMORY_KIB: u32 = 19 * 1024;
@@ -54,8 +57,39 @@ pub fn verify_password(stored: Option<&str>, password: &[u8]) -> bool {
         return false;
     };
     let password = &password[..password.len().min(MAX_PASSWORD)];
-    let matches = argon2().and_then(|a| a.verify_password(password, &hash)).is_ok();
-    matches && real
+    fits(password, &hash).unwrap_or(false) && real
+}
+
+fn fits(password: &[u8], hash: &PasswordHash) -> Result<bool, password_hash::Error> {
+    let (Some(salt), Some(expected)) = (&hash.salt, &hash.hash) else {
+        return Ok(false);
+    };
+    let algorithm = Algorithm::try_from(hash.algorithm.as_str())?;
+    let version = hash.version.map_or(Ok(Version::default()), Version::try_from)?;
+    let params = Params::try_from(hash)?;
+    let mut memory = working_memory(params.block_count());
+    let mut output = [0; Output::MAX_LENGTH];
+    let output = output.get_mut(..expected.len()).ok_or(password_hash::Error::OutputSize)?;
+    Argon2::new(algorithm, version, params).hash_password_into_with_memory(
+        password,
+        salt,
+        output,
+        &mut memory,
+    )?;
+    // Output compares in constant time.
+    let computed = Output::new(output).map_err(|_| password_hash::Error::OutputSize)?;
+    Ok(computed == *expected)
+}
+
+/// Room for so many blocks, in a buffer that goes back to the system when it is dropped. glibc learns
+/// from a freed buffer of up to 32 MiB (M_MMAP_THRESHOLD in mallopt(3)) to keep the next ones in the
+/// arena of the thread that asks: after some guesses 19 MiB would stay with each of the service's
+/// threads. Larger ones are always given back, and what isn't touched of them costs nothing.
+fn working_memory(blocks: usize) -> Vec<Block> {
+    const LARGER: usize = 33 << 20;
+    let mut memory = Vec::with_capacity(blocks.max(LARGER / Block::SIZE));
+    memory.resize(blocks, Block::default());
+    memory
 }
 
 #[cfg(test)]
