@@ -33,10 +33,13 @@ const QUIET_LIMIT: Duration = Duration::from_secs(60);
 /// before the snapshot is shared by all forks anyway; each gets its own seed at once.
 /// `init_on_alloc=0`: free pages are zero in the base; writing zeroes over them again costs a private
 /// page each. `tsc=nowatchdog`: kvm-clock is watched by nobody, and waking up twice a second to watch the
-/// TSC is not free. `pci=conf1`: see [`crate::devices::bus::PCI_ADDRESS_PORT`]. `panic=-1`: a panic ends the machine at once.
+/// TSC is not free. `pci=conf1`: see [`crate::devices::bus::PCI_ADDRESS_PORT`].
+/// `page_reporting_order=4`: free memory is reported in blocks of 64 KiB and more, not of 2 MiB and more, which
+/// a machine that has run for a while has few of. `panic=-1`: a panic ends the machine at once.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k no_timer_check \
     transparent_hugepage=never random.trust_cpu=off init_on_alloc=0 mitigations=auto \
-    tsc=nowatchdog nowatchdog pci=conf1 audit=0 selinux=0 apparmor=0";
+    tsc=nowatchdog nowatchdog pci=conf1 audit=0 selinux=0 apparmor=0 \
+    page_reporting.page_reporting_order=4";
 
 pub struct Config {
     pub kernel: PathBuf,

@@ -17,4 +17,4 @@ pub mod working_set;
 
 /// Version of what is written to `state.bin` ([`base_state::BaseState`]). Any change of
 /// what is saved or of its order is a new version.
-pub const SNAPSHOT_VERSION: u32 = 3;
+pub const SNAPSHOT_VERSION: u32 = 4;

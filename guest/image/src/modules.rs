@@ -7,10 +7,11 @@ use anyhow::{Context, Result, bail};
 
 /// What a machine needs to be one. Those that Debian builds in are not here; those missing from
 /// `modules.dep` but named in `modules.builtin` are passed over.
-pub const WANTED: [&str; 10] = [
+pub const WANTED: [&str; 11] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "nd_e820",
     "nd_pmem",

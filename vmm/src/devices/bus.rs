@@ -1,7 +1,7 @@
 //! Where devices lie: ports and memory windows.
 
 /// virtio devices described to the guest: terminals, streams, account disk.
-pub const VIRTIO_DEVICES: u32 = 3;
+pub const VIRTIO_DEVICES: u32 = 4;
 
 /// Writing SLP_EN with [`crate::boot::acpi::S5`] here powers the machine off (ACPI 6.5 §4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;

@@ -57,6 +57,7 @@ pub fn make(
     )
     .map_err(refused)?;
     faults::at(Point::ResumeBuilt).map_err(refused)?;
+    held.set_resumed();
     let restored = MachineEvent::Restored { stages: std::mem::take(&mut stages.list) };
     send(control, &restored, &[]).map_err(|_| End::Stopped)?;
     let failed = |e: std::io::Error| End::HostError(format!("resume: {e}"));

@@ -26,8 +26,8 @@ use crate::{
         },
         serial::{BASE_PORT, SerialConsole, SerialConsoleState},
         virtio::{
-            Block, Console, Fault, Interrupt, StateError, Transport, TransportState, VirtioDevice,
-            Vsock,
+            Balloon, Block, Console, Fault, Interrupt, StateError, Transport, TransportState,
+            VirtioDevice, Vsock,
         },
     },
     memory::{
@@ -41,6 +41,7 @@ pub struct Devices {
     pub console: Transport<Console>,
     pub vsock: Transport<Vsock>,
     pub block: Transport<Block>,
+    pub balloon: Transport<Balloon>,
     pub serial: Mutex<SerialConsole>,
     /// Used while booting only: not part of the state.
     pci_address: AtomicU32,
@@ -52,6 +53,7 @@ pub struct DeviceStates {
     pub console: TransportState<<Console as VirtioDevice>::State>,
     pub vsock: TransportState<<Vsock as VirtioDevice>::State>,
     pub block: TransportState<<Block as VirtioDevice>::State>,
+    pub balloon: TransportState<<Balloon as VirtioDevice>::State>,
     pub serial: SerialConsoleState,
 }
 
@@ -59,8 +61,9 @@ pub struct DeviceStates {
 const CONSOLE: u32 = 0;
 const VSOCK: u32 = 1;
 const BLOCK: u32 = 2;
+const BALLOON: u32 = 3;
 const SERIAL: Key = Key { owner: owner::SERIAL, token: 0 };
-const _: () = assert!(BLOCK + 1 == VIRTIO_DEVICES);
+const _: () = assert!(BALLOON + 1 == VIRTIO_DEVICES);
 
 /// An input of the I/O APIC.
 struct Line {
@@ -109,6 +112,7 @@ impl Devices {
                 line(VSOCK),
             ),
             block: Transport::new(Block::new(), memory.clone(), line(BLOCK)),
+            balloon: Transport::new(Balloon::new(), memory.clone(), line(BALLOON)),
             serial: Mutex::new(SerialConsole::new(
                 Arc::new(line_of(vm, SERIAL_GSI)),
                 poller.clone(),
@@ -144,6 +148,12 @@ impl Devices {
                 memory.clone(),
                 line(BLOCK),
             )?,
+            balloon: Transport::restore(
+                state.balloon.clone(),
+                Balloon::new(),
+                memory.clone(),
+                line(BALLOON),
+            )?,
             serial: Mutex::new(SerialConsole::restore(
                 &state.serial,
                 Arc::new(line_of(vm, SERIAL_GSI)),
@@ -168,6 +178,7 @@ impl Devices {
         self.console.resume()?;
         self.vsock.resume()?;
         self.block.resume()?;
+        self.balloon.resume()?;
         Ok(())
     }
 
@@ -184,6 +195,7 @@ impl Devices {
             console: self.console.save()?,
             vsock: self.vsock.save()?,
             block: self.block.save()?,
+            balloon: self.balloon.save()?,
             serial: lock(&self.serial).save(),
         })
     }
@@ -210,6 +222,7 @@ impl Exits for Devices {
             Some((CONSOLE, offset)) => self.console.read(offset, data),
             Some((VSOCK, offset)) => self.vsock.read(offset, data),
             Some((BLOCK, offset)) => self.block.read(offset, data),
+            Some((BALLOON, offset)) => self.balloon.read(offset, data),
             // Nobody answers: all ones, as on a real bus.
             _ => data.fill(0xff),
         }
@@ -220,6 +233,7 @@ impl Exits for Devices {
             Some((CONSOLE, offset)) => self.console.write(offset, data),
             Some((VSOCK, offset)) => self.vsock.write(offset, data),
             Some((BLOCK, offset)) => self.block.write(offset, data),
+            Some((BALLOON, offset)) => self.balloon.write(offset, data),
             // Nobody listens; writes to the read-only root image end here too.
             _ => Ok(()),
         };
@@ -274,7 +288,8 @@ mod tests {
         assert_eq!(window(MMIO_START), Some((CONSOLE, 0)));
         assert_eq!(window(MMIO_START + 0x1050), Some((VSOCK, 0x50)));
         assert_eq!(window(MMIO_START + 0x2fff), Some((BLOCK, 0xfff)));
-        assert_eq!(window(MMIO_START + 0x3000), None);
+        assert_eq!(window(MMIO_START + 0x3000), Some((BALLOON, 0)));
+        assert_eq!(window(MMIO_START + 0x4000), None);
         assert_eq!(window(MMIO_START - 1), None);
     }
 }

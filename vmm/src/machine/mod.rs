@@ -315,6 +315,11 @@ pub struct Held {
 }
 
 impl Held {
+    /// It is made of a snapshot, not only of the base.
+    pub fn set_resumed(&self) {
+        self.devices.balloon.set_resumed();
+    }
+
     /// Tells the guest that its clock has stood still, so that it does not take a CPU for stuck.
     pub fn mark_stopped(&self) -> Result<(), MachineError> {
         Ok(self.fds.iter().try_for_each(kvm::mark_stopped)?)

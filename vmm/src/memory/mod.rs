@@ -5,6 +5,7 @@
 //! file's own pages, the same ones for every machine.
 
 pub mod layout;
+pub mod release;
 
 use std::{fs::File, io, os::fd::AsRawFd as _, sync::Arc};
 

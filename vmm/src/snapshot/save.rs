@@ -97,7 +97,8 @@ pub fn save(
         .and_then(|()| machine.devices.block.sync())
         .map_err(SaveError::Disk)?;
     stages.done("sync disk");
-    let pieces = pieces(&machine.memory, &pagemap, &origin.resumed_with)?;
+    let former = machine.devices.balloon.left_of(&origin.resumed_with);
+    let pieces = pieces(&machine.memory, &pagemap, &former)?;
     stages.done("find pages");
     let mut writer = Writer::new(&request.file)?;
     let mut copier = Copier::new(&machine.memory);

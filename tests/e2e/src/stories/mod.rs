@@ -6,6 +6,7 @@ mod fidelity;
 mod files;
 mod fork;
 mod forwarding;
+mod free_memory;
 mod identity;
 mod jail;
 mod login;
@@ -43,5 +44,6 @@ pub fn all() -> Vec<Test> {
     all.extend(work::TESTS);
     all.extend(fidelity::TESTS);
     all.extend(faults::TESTS);
+    all.extend(free_memory::TESTS);
     all
 }

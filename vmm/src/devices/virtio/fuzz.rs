@@ -21,7 +21,7 @@ use hermitage_vmm_proto::stream_pair;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    Block, Console, Fault, StateError, Transport, TransportState, VirtioDevice, Vsock,
+    Balloon, Block, Console, Fault, StateError, Transport, TransportState, VirtioDevice, Vsock,
     testing::{Dice, Driver, Line, MEMORY, descriptor},
     transport::register,
 };
@@ -44,6 +44,30 @@ trait Subject: VirtioDevice {
     /// Checks that nothing has grown over its bound.
     fn check(device: &Transport<Self>);
     fn finish(_device: &Transport<Self>) {}
+}
+
+impl Subject for Balloon {
+    fn fresh(_poller: &Arc<Poller>) -> Self {
+        Self::new()
+    }
+
+    fn host(device: &Transport<Self>, dice: &mut Dice) -> Result<(), Fault> {
+        if dice.one_in(10) {
+            device.set_resumed();
+        }
+        assert!(device.left_of(&[]).is_empty());
+        Ok(())
+    }
+
+    fn event(_device: &Transport<Self>, _event: &Event) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn request(_device: &Transport<Self>, dice: &mut Dice) -> Vec<u8> {
+        dice.bytes(16)
+    }
+
+    fn check(_device: &Transport<Self>) {}
 }
 
 impl Subject for Console {
@@ -413,4 +437,9 @@ fn fuzz_vsock() {
 #[test]
 fn fuzz_block() {
     fuzz::<Block>();
+}
+
+#[test]
+fn fuzz_balloon() {
+    fuzz::<Balloon>();
 }

@@ -4,9 +4,10 @@
 //! device cannot make sense of becomes a [`Fault`], which ends that machine and nothing else.
 //!
 //! [`Transport`] has the registers, the interrupt and the lock; a [`VirtioDevice`] has what is
-//! particular to console, vsock or block. Top-down: [`transport`] → [`console`], [`vsock`], [`block`]
-//! → [`queue`] → [`chain`] → [`io`], the one file with raw pointers into guest memory.
+//! particular to console, vsock, block or balloon. Top-down: [`transport`] → [`console`], [`vsock`],
+//! [`block`], [`balloon`] → [`queue`] → [`chain`] → [`io`], the one file with raw pointers into guest memory.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
@@ -20,6 +21,7 @@ mod fuzz;
 #[cfg(test)]
 mod testing;
 
+pub use balloon::Balloon;
 pub use block::{Block, BlockStats};
 pub use console::{Console, ConsoleStats};
 pub use transport::{Context, Transport, TransportState, VirtioDevice};

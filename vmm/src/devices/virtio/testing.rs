@@ -81,7 +81,11 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// Goes through initialisation (virtio 1.2 §3.1.1) with all features offered.
     pub fn start(device: D) -> Self {
-        let memory = memory();
+        Self::start_in(device, memory())
+    }
+
+    /// The same with a memory that begins as [`memory`]'s.
+    pub fn start_in(device: D, memory: GuestMemory) -> Self {
         let line = Line::default();
         let transport = Transport::new(device, memory.clone(), line.clone());
         let mut driver = Self {
