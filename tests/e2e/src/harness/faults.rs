@@ -40,7 +40,8 @@ impl<'a> Faults<'a> {
     /// What is to happen; it replaces what was planned and has not happened.
     pub fn plan(&self, lines: &[&str]) -> Result<()> {
         let plan: String = lines.iter().map(|line| format!("{line} 0\n")).collect();
-        self.story.host().run(&format!("printf '{plan}' > {}/plan", self.dir)).map(drop)
+        let script = format!("echo plan 0 - >> {0}/log; printf '{plan}' > {0}/plan", self.dir);
+        self.story.host().run(&script).map(drop)
     }
 
     /// Plans a death at a point, after something else that leads there.
@@ -69,7 +70,7 @@ impl<'a> Faults<'a> {
             .host()
             .run(&format!(
                 "end=$(( $(date +%s) + {patience} ))
-                 until grep -Eq '^{name} [0-9]+ (kill|hang)$' {dir}/log; do
+                 until tac {dir}/log | sed '/^plan/q' | grep -E '^{name} [0-9]+ (kill|hang)$' >&2; do
                    [ $(date +%s) -lt $end ] || {{ tail -n 30 {dir}/log >&2; exit 9; }}
                    sleep 0.05
                  done

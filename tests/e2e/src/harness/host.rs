@@ -34,10 +34,21 @@ impl<'a> Host<'a> {
     /// change it; a function makes bash read all of it before it begins.
     pub fn start(&self, script: &str) -> Result<Running> {
         let whole = format!("main() {{\n{script}\n}}\nmain </dev/null\nexit $?\n");
+        self.bash(script, Input::Bytes(whole.into_bytes()))
+    }
+
+    /// Starts a bash script of one line that reads what is then written to it.
+    pub fn talk(&self, line: &str) -> Result<Running> {
+        let mut running = self.bash(line, Input::Pipe)?;
+        running.write(format!("{line}\n").as_bytes())?;
+        Ok(running)
+    }
+
+    fn bash(&self, script: &str, input: Input) -> Result<Running> {
         let mut command = Command::new("sh");
         command.arg("-c").arg(format!("{} \"$@\"", self.story.world.options.exec));
         command.args(["e2e", "bash", "-s"]);
-        process::start(&format!("on the host: {script}"), command, Input::Bytes(whole.into_bytes()))
+        process::start(&format!("on the host: {script}"), command, input)
     }
 
     /// Runs `hermitage ARGUMENTS --json` and parses what it prints.

@@ -66,7 +66,7 @@ fn serve(story: &Story, alice: &Account) -> Result<Running> {
 }
 
 /// `ssh -N` with something forwarded, in the background.
-fn forward(alice: &Account, arguments: &[&str]) -> Result<Running> {
+pub(super) fn forward(alice: &Account, arguments: &[&str]) -> Result<Running> {
     let mut command = alice.login().option("-oLogLevel=INFO").client("ssh")?;
     command.args(["-N", "-oExitOnForwardFailure=yes"]);
     command.args(arguments).arg(alice.login().destination());

@@ -35,9 +35,7 @@ fn goes_back(story: &Story) -> Result<()> {
     ensure!(large >= TAKEN_MIB, "only {large} MiB are saved of a machine that holds {TAKEN_MIB}");
 
     // These pages are the snapshot's now, not the process's own.
-    let mut shell = alice.shell()?;
-    shell.expect("resumed from ", 90)?;
-    shell.run("pkill python3")?;
+    alice.output("pkill python3")?;
     story.wait_for("what the program held to be no longer saved", 120, || {
         alice.stop_machine()?;
         let small = snapshot_mib(story, &alice)?;

@@ -136,10 +136,15 @@ fn forwarding(story: &Story) -> Result<()> {
         ensure!(ended.stdout.is_empty(), "{target} answered: {:?}", ended.out());
         ensure!(ended.code() != Some(0), "a connection to {target} went through");
     }
-    let command =
-        alice.login().ssh(&["-oExitOnForwardFailure=yes", "-R", "0:127.0.0.1:22", "-N"])?;
-    let ended = process::run("ssh -R", command, Input::Nothing, story.within(60))?;
-    ensure!(ended.code() != Some(0), "the host listens for alice");
+    // What is asked to listen does so in the machine.
+    let listeners = || story.host().run("ss -Hltnx | awk '{ print $1, $5 }' | sort");
+    let before = listeners()?;
+    let mut client = super::forwarding::forward(&alice, &["-R", "0:127.0.0.1:22"])?;
+    story.wait_for("the forward", 60, || {
+        Ok(client.errors_so_far()?.contains("Allocated port ").then_some(()))
+    })?;
+    same("what listens on the host", listeners()?, before)?;
+    client.kill();
     alice.output("true").map(drop)
 }
 
