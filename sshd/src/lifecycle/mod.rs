@@ -208,18 +208,44 @@ impl Registry {
         }
     }
 
-    /// Stops every machine at once, and starts no more. Returns how many were not gone in time.
-    pub async fn shutdown(&self, bound: Duration) -> usize {
+    /// Stops every machine at once, and starts no more. What is not saved within `saving` is powered off,
+    /// for which there is `stopping`. Returns how many were not gone by then.
+    pub async fn shutdown(&self, saving: Duration, stopping: Duration) -> usize {
         self.inner.closing.store(true, Ordering::Release);
         let accounts: Vec<Uuid> = self.accounts().keys().copied().collect();
-        let mut stopping = tokio::task::JoinSet::new();
+        let mut left = tokio::task::JoinSet::new();
         for account in accounts {
             let registry = self.clone();
-            stopping.spawn(async move { registry.stop(account, StopCause::Shutdown).await });
+            left.spawn(async move {
+                registry.stop(account, StopCause::Shutdown).await;
+                account
+            });
         }
-        let all = async { while stopping.join_next().await.is_some() {} };
-        let _ = timeout(bound, all).await;
-        stopping.len()
+        let all = async { while left.join_next().await.is_some() {} };
+        if timeout(saving, all).await.is_ok() {
+            return 0;
+        }
+        let mut late = tokio::task::JoinSet::new();
+        for account in self.running() {
+            tracing::warn!(%account, "no time left to save this machine; powering it off");
+            let registry = self.clone();
+            late.spawn(async move { registry.stop(account, StopCause::OutOfTime).await });
+        }
+        let all = async {
+            while late.join_next().await.is_some() {}
+            while left.join_next().await.is_some() {}
+        };
+        let _ = timeout(stopping, all).await;
+        left.len().max(late.len())
+    }
+
+    /// Accounts that have a machine.
+    fn running(&self) -> Vec<Uuid> {
+        let has = |handle: &Handle| {
+            let state = handle.status.borrow().state;
+            !matches!(state, MachineState::Stopped | MachineState::Saved | MachineState::Failed)
+        };
+        self.accounts().iter().filter(|(_, handle)| has(handle)).map(|(id, _)| *id).collect()
     }
 
     /// The account's running machine, if it has one.

@@ -214,6 +214,7 @@ impl Lifecycle {
                 (self, vec![Effect::Release, Effect::SetTimer(Timer::Kill)])
             }
             _ if cause == StopCause::Reset => self.power_off(cause),
+            _ if cause == StopCause::OutOfTime => self.out_of_time(),
             SaveOutcome::CalledOff | SaveOutcome::Failed(_)
                 if cause == StopCause::Idle && self.waiting > 0 =>
             {
@@ -288,6 +289,20 @@ impl Lifecycle {
             State::Stopped | State::Saved | State::Failed(_) => (self, vec![Effect::Gone]),
             State::Starting | State::Resuming => self.stop_start(cause),
             State::Running | State::Lingering => self.put_away(cause),
+            State::Saving(ref mut saving)
+                if cause == StopCause::OutOfTime && saving.cause != StopCause::Reset =>
+            {
+                self.waiting = 0;
+                let refuse = Effect::Refuse(cause.to_string());
+                if !saving.under_way {
+                    let (lifecycle, mut effects) = self.out_of_time();
+                    effects.insert(0, refuse);
+                    return (lifecycle, effects);
+                }
+                let call_off = (!saving.called_off).then_some(Effect::CallOff);
+                (saving.cause, saving.called_off) = (cause, true);
+                (self, call_off.into_iter().chain([refuse]).collect())
+            }
             State::Saving(Saving { cause: ref mut now, .. })
             | State::Stopping(Stopping { cause: ref mut now, .. }) => {
                 // Logins that came since then wait for a new machine, which this forbids as well.
@@ -342,7 +357,8 @@ impl Lifecycle {
 
     /// Ends a running machine as its policy says.
     fn put_away(mut self, cause: StopCause) -> Step {
-        if cause == StopCause::Reset || self.policy == Policy::Discard {
+        let unsaved = matches!(cause, StopCause::Reset | StopCause::OutOfTime);
+        if unsaved || self.policy == Policy::Discard {
             return self.power_off(cause);
         }
         let under_way = self.admitted == 0;
@@ -356,6 +372,12 @@ impl Lifecycle {
         };
         self.state = State::Saving(Saving { cause, under_way, called_off: false });
         (self, effects)
+    }
+
+    /// What can't be saved in the time that is left is powered off, with its disk synced.
+    fn out_of_time(mut self) -> Step {
+        self.lost = Some("the service had no time to save your machine's memory".into());
+        self.power_off(StopCause::OutOfTime)
     }
 
     fn power_off(mut self, cause: StopCause) -> Step {

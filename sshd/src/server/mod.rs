@@ -205,8 +205,9 @@ impl Service {
 
 impl Server {
     async fn shut_down(&self) {
-        let bound = self.config.machines.save_timeout() + STOP_MARGIN;
-        let left = self.registry.shutdown(bound).await;
+        let machines = &self.config.machines;
+        let stopping = machines.stop_timeout() + STOP_MARGIN;
+        let left = self.registry.shutdown(machines.save_timeout(), stopping).await;
         if left > 0 {
             tracing::error!(left, "machines did not stop in time; they end with this process");
         }

@@ -285,3 +285,32 @@ fn a_service_killed_at_any_moment_of_a_save_leaves_no_stale_memory() {
         service.admin(&Request::ResetAccount { account: "slowsave".into() });
     }
 }
+
+#[test]
+fn what_does_not_fit_into_the_services_end_is_stopped_and_the_rest_is_saved() {
+    let machines = "save_timeout = 1";
+    let mut service = Service::with(Options { machines, ..Options::default() });
+    let users = ["alice", "bob", "carol", "slowsave"];
+    let accounts = users.map(|name| service.account(name));
+    let mut shells = users.map(|name| Shell::open(&service, name));
+    for shell in &mut shells {
+        shell.run("kept=yes; echo don''e", "done");
+    }
+    service.signal(Signal::SIGTERM);
+    for shell in &mut shells {
+        shell.expect("the service is stopping");
+    }
+    assert!(service.wait().success());
+    service.run();
+    for (user, account) in users.iter().zip(&accounts) {
+        let fits = *user != "slowsave";
+        assert_eq!(snapshot(&service, account).exists(), fits, "{user}");
+        let mut shell = Shell::open(&service, user);
+        if fits {
+            shell.run("echo -$kept-$RESUMED-", "-yes-");
+        } else {
+            let line = shell.expect("; your files are all here");
+            assert!(line.contains("cold start"), "{line:?}");
+        }
+    }
+}

@@ -69,6 +69,8 @@ pub enum StopCause {
     Closed,
     /// The service stops.
     Shutdown,
+    /// The service stops and can't wait for a save any longer: files are what counts now.
+    OutOfTime,
     /// The machine ends by itself; its process is not gone yet.
     Died(String),
 }
@@ -81,6 +83,7 @@ impl std::fmt::Display for StopCause {
             StopCause::Reset => "this machine is started anew from its disk",
             StopCause::Closed => "this account was disabled",
             StopCause::Shutdown => "the service is stopping",
+            StopCause::OutOfTime => "the service is stopping and has no time left",
             StopCause::Died(reason) => reason,
         })
     }

@@ -143,6 +143,25 @@ fn sessions_leave_before_a_machine_is_saved() {
 }
 
 #[test]
+fn what_is_not_saved_in_time_is_powered_off() {
+    let stop = |cause| Event::Stop(cause);
+    let (late, _) = run(&[Event::Login, Event::Forked, stop(StopCause::Shutdown)]);
+    // Before the save: sessions have not left.
+    let (lifecycle, effects) = late.clone().step(stop(StopCause::OutOfTime));
+    assert!(effects.contains(&Effect::PowerOff));
+    assert!(lifecycle.lost.unwrap().contains("no time"));
+    // During the save: called off, then powered off; one that was done after all counts.
+    let (saving, _) = late.step(Event::Leave);
+    let (saving, effects) = saving.step(stop(StopCause::OutOfTime));
+    assert!(effects.contains(&Effect::CallOff), "{effects:?}");
+    let (off, effects) = saving.clone().step(Event::SaveOver(SaveOutcome::CalledOff));
+    assert!(effects.contains(&Effect::PowerOff), "{effects:?}");
+    assert_eq!(off.step(Event::Ended("off".into())).0.state, State::Stopped);
+    let (saved, _) = saving.step(done());
+    assert_eq!(saved.step(Event::Ended("off".into())).0.state, State::Saved);
+}
+
+#[test]
 fn a_reset_drops_what_was_saved_whenever_it_comes() {
     let reset = || Event::Stop(StopCause::Reset);
     let end = || Event::Ended("off".into());
@@ -292,6 +311,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => Just(Event::TimerOver),
         1 => Just(Event::Stop(StopCause::Admin)),
         1 => Just(Event::Stop(StopCause::Shutdown)),
+        1 => Just(Event::Stop(StopCause::OutOfTime)),
         1 => Just(Event::Stop(StopCause::Reset)),
         3 => Just(done()),
         1 => Just(failed()),
