@@ -72,3 +72,7 @@ ALTER TABLE accounts ADD COLUMN max_linger_s INTEGER CHECK (max_linger_s >= 0);
 ALTER TABLE accounts ADD COLUMN hold_until INTEGER;
 -- What was at work in the machine when it was saved.
 ALTER TABLE machines ADD COLUMN paused TEXT;
+
+-- section 4
+-- What a login by the key may do: options as before a key in an authorized_keys file; empty: anything.
+ALTER TABLE keys ADD COLUMN options TEXT NOT NULL DEFAULT '';

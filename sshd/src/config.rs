@@ -69,6 +69,10 @@ pub struct Ssh {
     pub password_checks: usize,
     /// Milliseconds a failed attempt takes at least.
     pub failure_delay_ms: u64,
+    /// File with the public keys of the authorities whose certificates log in. None: no certificate does.
+    pub user_ca_keys: Option<PathBuf>,
+    /// File with keys, fingerprints, and certificates' serials and ids, that open nothing.
+    pub revoked_keys: Option<PathBuf>,
 }
 
 impl Default for Ssh {
@@ -93,6 +97,8 @@ impl Default for Ssh {
             accept_env: vec![],
             password_checks: 4,
             failure_delay_ms: 400,
+            user_ca_keys: None,
+            revoked_keys: None,
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::{path::Path, sync::Arc};
 
 use hermitage_storage::accounts::{
-    Account, Accounts, AccountsError, Intent, MachineState, NewSession,
+    Account, Accounts, AccountsError, Intent, KeyOptions, MachineState, NewSession,
 };
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -41,14 +41,18 @@ impl Store {
         on(&self.reading, move |accounts| accounts.by_id(id)).await
     }
 
-    /// The open account of that name, if this key logs in to it. An unknown name costs the same two
-    /// look-ups.
-    pub async fn by_key(&self, name: &str, blob: Vec<u8>) -> Result<Option<Account>, StoreError> {
+    /// The open account of that name, if this key logs in to it, and what the key may do there. An unknown
+    /// name costs the same two look-ups.
+    pub async fn by_key(
+        &self,
+        name: &str,
+        blob: Vec<u8>,
+    ) -> Result<Option<(Account, KeyOptions)>, StoreError> {
         let name = name.to_owned();
         on(&self.reading, move |accounts| {
             let account = accounts.by_name(&name)?;
             let id = account.as_ref().map_or(Uuid::nil(), |account| account.id);
-            Ok(if accounts.key_opens(id, &blob)? { account } else { None })
+            Ok(account.zip(accounts.key_options(id, &blob)?))
         })
         .await
     }

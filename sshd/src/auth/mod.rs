@@ -5,38 +5,93 @@
 //! Names are not to be found out: an unknown user, a disabled account, an account without a password
 //! and a wrong password all verify one argon2id hash and take the same time.
 
+mod certificates;
+mod refusal;
+
+pub use certificates::Trust;
+pub use refusal::Refusal;
+
 use std::{
+    net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use hermitage_storage::accounts::{Account, MAX_PASSWORD, verify_password};
+use hermitage_storage::accounts::{Account, KeyOptions, MAX_PASSWORD, verify_password};
+use russh::keys::Certificate;
 use tokio::sync::Semaphore;
 
 use crate::store::Store;
 
+/// Who is let in by a key or a certificate, and what for.
+#[derive(Debug)]
+pub struct Admission {
+    pub account: Account,
+    pub options: KeyOptions,
+}
+
 #[derive(Clone)]
 pub struct Authenticator {
     store: Store,
+    trust: Trust,
     /// Hashing is slow on purpose; this bounds the memory and the cores it takes.
     hashing: Arc<Semaphore>,
     failure_delay: Duration,
 }
 
 impl Authenticator {
-    pub fn new(store: Store, password_checks: usize, failure_delay: Duration) -> Self {
-        Self { store, hashing: Arc::new(Semaphore::new(password_checks)), failure_delay }
+    pub fn new(
+        store: Store,
+        trust: Trust,
+        password_checks: usize,
+        failure_delay: Duration,
+    ) -> Self {
+        let hashing = Arc::new(Semaphore::new(password_checks));
+        Self { store, trust, hashing, failure_delay }
     }
 
-    /// Whether this key (blob as on the wire) may try a signature, and as whom.
-    pub async fn key(&self, user: &str, blob: Vec<u8>) -> Option<Account> {
-        match self.store.by_key(user, blob).await {
-            Ok(account) => account,
-            Err(error) => {
-                tracing::error!(%error, "can't look up a key");
-                None
-            }
+    /// Whether an offered key may turn out to be a certificate's.
+    pub fn takes_certificates(&self) -> bool {
+        self.trust.authorities.is_some()
+    }
+
+    /// Whether this key (blob as on the wire) may be used now and from there, and for what.
+    pub async fn key(
+        &self,
+        user: &str,
+        blob: Vec<u8>,
+        source: IpAddr,
+    ) -> Result<Admission, Refusal> {
+        let found = self.store.by_key(user, blob.clone()).await;
+        let found = found.map_err(|error| Refusal::LookUp(error.to_string()))?;
+        let (account, options) = found.ok_or(Refusal::Unknown)?;
+        if !options.allows_source(source) {
+            return Err(Refusal::Source(source));
         }
+        if options.expired(i64::try_from(now()).unwrap_or(i64::MAX)) {
+            return Err(Refusal::Expired);
+        }
+        if self.trust.revoked.is_some() {
+            let trust = self.trust.clone();
+            on_files(move || trust.check_key(&blob)).await?;
+        }
+        Ok(Admission { account, options })
+    }
+
+    /// Whether this certificate, whose owner has proved to be it, may be used now and from there.
+    pub async fn certificate(
+        &self,
+        user: &str,
+        certificate: &Certificate,
+        source: IpAddr,
+    ) -> Result<Admission, Refusal> {
+        let (trust, certificate) = (self.trust.clone(), certificate.clone());
+        let name = user.to_owned();
+        let options = on_files(move || trust.judge(&certificate, &name, source, now())).await?;
+        let account = self.store.by_name(user).await;
+        let account = account.map_err(|error| Refusal::LookUp(error.to_string()))?;
+        let account = account.filter(Account::is_open).ok_or(Refusal::Unknown)?;
+        Ok(Admission { account, options })
     }
 
     /// The account whose password this is.
@@ -88,6 +143,19 @@ impl Authenticator {
     }
 }
 
+/// Files are read on threads made for that.
+async fn on_files<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    let called = tokio::task::spawn_blocking(call).await;
+    called.map_err(|error| Refusal::LookUp(error.to_string()))?
+}
+
+/// Seconds since 1970. A clock before that is taken as the end of time: nothing is valid then.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |time| time.as_secs())
+}
+
 #[cfg(test)]
 mod tests {
     use hermitage_storage::accounts::{AccountName, Accounts, NewAccount, hash_password};
@@ -109,7 +177,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_is_refused_costs_the_same() {
         let dir = tempfile::tempdir().unwrap();
-        let authenticator = Authenticator::new(accounts(&dir), 1, Duration::ZERO);
+        let authenticator = Authenticator::new(accounts(&dir), Trust::default(), 1, Duration::ZERO);
         let users = ["alice", "nobody-here", "keysonly", "off"];
         let hash = hash_password(b"something").unwrap();
         let hashing = (0..5).map(|_| {
@@ -134,7 +202,7 @@ mod tests {
     async fn a_failure_takes_its_time_and_a_success_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let delay = Duration::from_secs(2);
-        let authenticator = Authenticator::new(accounts(&dir), 1, delay);
+        let authenticator = Authenticator::new(accounts(&dir), Trust::default(), 1, delay);
         let begun = Instant::now();
         assert_eq!(authenticator.password("alice", "right").await.unwrap().name, "alice");
         assert!(begun.elapsed() < delay);
@@ -145,7 +213,7 @@ mod tests {
     #[tokio::test]
     async fn a_giant_password_is_no_password() {
         let dir = tempfile::tempdir().unwrap();
-        let authenticator = Authenticator::new(accounts(&dir), 1, Duration::ZERO);
+        let authenticator = Authenticator::new(accounts(&dir), Trust::default(), 1, Duration::ZERO);
         assert!(authenticator.password("alice", &"x".repeat(1 << 20)).await.is_none());
     }
 }

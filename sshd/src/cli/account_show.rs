@@ -237,6 +237,7 @@ pub fn key_json(key: &StoredKey) -> Value {
         "type": key.key_type,
         "fingerprint": key.fingerprint,
         "comment": key.comment,
+        "options": key.options,
         "added": time::rfc3339(key.added),
     })
 }
@@ -245,10 +246,11 @@ pub fn key_table(keys: &[StoredKey]) -> String {
     if keys.is_empty() {
         return "no keys".to_owned();
     }
-    let mut table = table(["KEY", "FINGERPRINT", "COMMENT", "ADDED"]);
+    let mut table = table(["KEY", "FINGERPRINT", "COMMENT", "ADDED", "OPTIONS"]);
     for key in keys {
         let (comment, added) = (key.comment.clone(), time::short(key.added));
-        table.add_row([key.key_type.clone(), key.fingerprint.clone(), comment, added]);
+        let (fingerprint, options) = (key.fingerprint.clone(), key.options.clone());
+        table.add_row([key.key_type.clone(), fingerprint, comment, added, options]);
     }
     table.trim_fmt()
 }

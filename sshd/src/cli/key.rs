@@ -6,7 +6,7 @@ use super::output::count;
 use super::{NotFound, admin};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use hermitage_storage::accounts::{Change, PublicKey, StoredKey, parse_keys};
+use hermitage_storage::accounts::{KeyOptions, PublicKey, StoredKey, parse_keys};
 use serde_json::json;
 use std::fs::File;
 use std::io::{self, Read};
@@ -21,12 +21,19 @@ pub enum Command {
     #[command(after_help = "\
 Examples:
   hermitage account key add alice ~/.ssh/id_ed25519.pub
-  ssh-add -L | hermitage account key add alice -")]
+  ssh-add -L | hermitage account key add alice -
+  hermitage account key add alice backup.pub --options 'restrict,command=\"borg serve\"'
+
+A line may have options before its key, as in an authorized_keys file; docs/ssh.md has those that are kept.
+Others are refused.")]
     Add {
         name: String,
         /// Files with public keys, one a line (- for standard input)
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+        /// What the keys may do, as before a key in an authorized_keys file
+        #[arg(long, value_name = "OPTIONS", value_parser = KeyOptions::parse)]
+        options: Option<KeyOptions>,
     },
     /// List the keys of an account
     List { name: String },
@@ -47,7 +54,7 @@ Examples:
 
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Add { name, files } => add(context, &name, &files),
+        Command::Add { name, files, options } => add(context, &name, &files, options.as_ref()),
         Command::List { name } => list(context, &name),
         Command::Remove { name, which } => remove(context, &name, &which),
     }
@@ -69,17 +76,28 @@ pub fn read(file: &Path) -> anyhow::Result<Vec<PublicKey>> {
     read().with_context(|| format!("reading public keys from {shown}"))
 }
 
-fn add(context: &Context, name: &str, files: &[PathBuf]) -> anyhow::Result<()> {
+fn add(
+    context: &Context,
+    name: &str,
+    files: &[PathBuf],
+    options: Option<&KeyOptions>,
+) -> anyhow::Result<()> {
     let mut accounts = context.accounts()?;
     let account = accounts.named(name)?;
     let mut keys = Vec::new();
     for file in files {
         keys.extend(read(file)?);
     }
-    let mut added = 0;
-    for key in &keys {
-        added += usize::from(accounts.add_key(account.id, key)? == Change::Done);
+    if let Some(options) = options {
+        if let Some(key) = keys.iter().find(|key| !key.options().is_empty()) {
+            bail!(
+                "{} has options of its own; give them by --options or with the key",
+                key.fingerprint()
+            );
+        }
+        keys = keys.into_iter().map(|key| key.with_options(options.clone())).collect();
     }
+    let added = accounts.add_keys(account.id, &keys)?;
     admin::account_changed(context, name);
     let keys = accounts.keys(account.id)?;
     let object = json!({
@@ -141,6 +159,7 @@ mod tests {
             fingerprint: format!("SHA256:{fingerprint}"),
             comment: comment.into(),
             added: 0,
+            options: String::new(),
         }
     }
 

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::{
     handler::{ChannelState, ClientHandler},
+    permits,
     words::shortage,
 };
 use crate::{
@@ -69,6 +70,12 @@ impl ClientHandler {
             ChannelState::Stream { closed, .. } => !closed.is_cancelled(),
             ChannelState::Idle(_) | ChannelState::Running(_) => true,
         });
+        if let Ok(to) = &to
+            && let Err(reason) = permits::connect(&self.options, to)
+        {
+            tracing::info!(peer = %self.peer, ?to, reason, "does not forward");
+            return reply.reject(permits::prohibited(reason)).await;
+        }
         let Some(forwards) = self.forwards(connection) else { return };
         let (to, permit) = match (to, forwards.permit()) {
             (Ok(to), Ok(permit)) => (to, permit),
@@ -117,6 +124,9 @@ impl ClientHandler {
         port: Option<&mut u32>,
         connection: &mut Connection,
     ) -> Result<bool, russh::Error> {
+        if let Err(reason) = permits::listen(&self.options, &at) {
+            return self.refuse_to_listen(&reason, connection);
+        }
         let Some(forwards) = self.forwards(connection) else { return Ok(false) };
         let asked = timeout(LISTEN_TIMEOUT, forwards.listen(at, listener.clone())).await;
         let listening = match asked.unwrap_or_else(|_| Err("the machine takes too long".into())) {

@@ -5,10 +5,10 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use hermitage_guest_proto::{Window, forward::Place};
-use hermitage_storage::accounts::Account;
+use hermitage_storage::accounts::{Account, KeyOptions};
 use russh::{
     Channel, ChannelId, ChannelWriteHalf, Sig,
-    keys::Algorithm,
+    keys::Certificate,
     server::{
         Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session as Connection,
         VerifiedPublicKey,
@@ -25,6 +25,7 @@ use super::{
     listener::offend,
     login_name::{self, Wishes},
     penalties::Offence,
+    permits,
     words::{again, shortage, shown, signal_name, window},
 };
 use crate::forward::{Forwards, Listener, Listening};
@@ -42,6 +43,8 @@ pub struct ClientHandler {
     failures: u32,
     /// Who authenticated last; settled once authentication has succeeded.
     pub(super) account: Option<Account>,
+    /// What the key or the certificate of that login permits.
+    pub(super) options: KeyOptions,
     /// What that login asked for, or why that can't be.
     pub(super) wishes: Result<Wishes, String>,
     pub(super) channels: HashMap<ChannelId, ChannelState>,
@@ -99,6 +102,7 @@ impl ClientHandler {
             entry,
             failures: 0,
             account: None,
+            options: KeyOptions::default(),
             wishes,
             channels,
             forwards: None,
@@ -108,7 +112,7 @@ impl ClientHandler {
     }
 
     /// A failed attempt. Offers of keys are none: an agent offers all it has.
-    fn failed(&mut self, user: &str, method: &str) -> Auth {
+    pub(super) fn failed(&mut self, user: &str, method: &str) -> Auth {
         self.failures += 1;
         tracing::warn!(peer = %self.peer, user = shown(user), method, "failed login");
         offend(&self.server, self.peer, Offence::Failure);
@@ -152,14 +156,19 @@ impl ClientHandler {
         let (window, window_changes) = watch::channel(setup.window);
         let (signals, signals_received) = mpsc::channel(SIGNALS);
         let closed = self.gone.token().child_token();
+        let mut env = setup.env.into_pairs();
+        let (kind, wishes) = match permits::program(&self.options, kind, &mut env) {
+            Ok(kind) => (kind, self.wishes.clone()),
+            Err(reason) => (Kind::Shell, Err(reason)),
+        };
         let session = Session {
             account,
-            wishes: self.wishes.clone(),
+            wishes,
             source: self.peer.to_string(),
             link: self.entry.link(),
             kind,
             pty: setup.pty,
-            env: setup.env.into_pairs(),
+            env,
             agent: setup.agent.then(|| self.forwards(connection)).flatten(),
             client: Client {
                 input: setup.input.clone(),
@@ -201,13 +210,7 @@ impl Handler for ClientHandler {
         user: &str,
         offer: PublicKeyOffer<'_>,
     ) -> Result<Auth, Self::Error> {
-        // SHA-1 signatures are worth nothing (RFC 8332); the client tries the key again with SHA-2.
-        if *offer.algorithm == (Algorithm::Rsa { hash: None }) {
-            return Ok(again());
-        }
-        let Ok(blob) = offer.public_key.to_bytes() else { return Ok(again()) };
-        let known = self.server.authenticator.key(login_name::parse(user).0, blob).await;
-        Ok(if known.is_some() { Auth::Accept } else { again() })
+        Ok(self.key_offered(user, offer).await)
     }
 
     async fn auth_publickey(
@@ -215,18 +218,15 @@ impl Handler for ClientHandler {
         user: &str,
         key: VerifiedPublicKey<'_>,
     ) -> Result<Auth, Self::Error> {
-        let (name, wishes) = login_name::parse(user);
-        let account = match key.public_key.to_bytes() {
-            Ok(blob) if *key.algorithm != (Algorithm::Rsa { hash: None }) => {
-                self.server.authenticator.key(name, blob).await
-            }
-            _ => None,
-        };
-        let Some(account) = account else { return Ok(self.failed(user, "publickey")) };
-        let fingerprint = key.public_key.fingerprint(Default::default());
-        tracing::info!(peer = %self.peer, account = account.name, %fingerprint, "login by key");
-        (self.account, self.wishes) = (Some(account), wishes);
-        Ok(Auth::Accept)
+        Ok(self.key_verified(user, key).await)
+    }
+
+    async fn auth_openssh_certificate(
+        &mut self,
+        user: &str,
+        certificate: &Certificate,
+    ) -> Result<Auth, Self::Error> {
+        Ok(self.certificate_verified(user, certificate).await)
     }
 
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
@@ -319,9 +319,10 @@ impl Handler for ClientHandler {
         modes: &[(russh::Pty, u32)],
         connection: &mut Connection,
     ) -> Result<(), Self::Error> {
+        let permitted = self.options.pty;
         let plausible = term.len() <= MAX_TERM && term.bytes().all(|byte| byte.is_ascii_graphic());
         match self.setup(channel) {
-            Some(setup) if setup.pty.is_none() && plausible => {
+            Some(setup) if setup.pty.is_none() && plausible && permitted => {
                 let modes = modes
                     .iter()
                     .map(|(mode, value)| (*mode as u8, *value))
@@ -426,7 +427,8 @@ impl Handler for ClientHandler {
         channel: ChannelId,
         _connection: &mut Connection,
     ) -> Result<bool, Self::Error> {
-        Ok(self.setup(channel).map(|setup| setup.agent = true).is_some())
+        let permitted = self.options.agent_forwarding;
+        Ok(permitted && self.setup(channel).map(|setup| setup.agent = true).is_some())
     }
 
     async fn signal(

@@ -1,5 +1,6 @@
 //! `hermitage serve`: start-up checks, the listeners, and an end in order.
 
+mod admission;
 mod connections;
 mod crypto;
 mod environment;
@@ -8,6 +9,7 @@ mod handler;
 mod listener;
 mod login_name;
 mod penalties;
+mod permits;
 mod stream;
 mod words;
 
@@ -34,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminSocket},
-    auth::Authenticator,
+    auth::{Authenticator, Trust},
     config::Config,
     lifecycle::{self, Registry, StopCause},
     machine::ForkServers,
@@ -118,6 +120,11 @@ impl Service {
                 state_dir.bases_dir().display()
             );
         }
+        let trust = Trust {
+            authorities: config.ssh.user_ca_keys.clone(),
+            revoked: config.ssh.revoked_keys.clone(),
+        };
+        trust.check().context("ssh.user_ca_keys and ssh.revoked_keys have to name usable files")?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;
         let listeners = config
@@ -150,6 +157,7 @@ impl Service {
         let server = Arc::new(Server {
             authenticator: Authenticator::new(
                 store.clone(),
+                trust,
                 ssh.password_checks,
                 Duration::from_millis(ssh.failure_delay_ms),
             ),

@@ -158,6 +158,33 @@ fn keys_are_listed_and_taken_away() {
 }
 
 #[test]
+fn keys_keep_their_options() {
+    let host = Host::new();
+    let mut lines = KEYS.lines().filter(|line| !line.starts_with('#'));
+    let (first, second) = (lines.next().unwrap(), lines.next().unwrap());
+    let line = format!("restrict,command=\"borg serve\" {first}\n");
+    host.run_with(&["account", "add", "alice", "--key", "-"], &line).success();
+    let options = |number: usize| {
+        host.json(&["account", "key", "list", "alice"])["keys"][number]["options"].clone()
+    };
+    assert_eq!(options(0), "restrict,command=\"borg serve\"");
+    let add = ["account", "key", "add", "alice", "-"];
+    host.run_with(&[&add[..], &["--options", "no-pty"]].concat(), second).success();
+    assert_eq!(options(1), "no-pty");
+    let table = host.run(&["account", "key", "list", "alice"]).success().out;
+    assert!(table.contains("OPTIONS") && table.contains("borg serve"), "{table}");
+
+    // All of a list or nothing, and nothing that would be dropped in silence.
+    let both = format!("{}\n{first}\n", lines.next().unwrap());
+    host.run_with(&add, &both).fails(1, "with the options restrict");
+    assert_eq!(options(2), Value::Null);
+    host.run_with(&add, &format!("cert-authority {first}")).fails(1, "ssh.user_ca_keys");
+    host.run_with(&add, &format!("no-ptty {first}")).fails(1, "line 1");
+    host.run_with(&[&add[..], &["--options", "no-ptty"]].concat(), second).fails(2, "no-ptty");
+    host.run_with(&[&add[..], &["--options", "pty"]].concat(), &line).fails(1, "of its own");
+}
+
+#[test]
 fn a_removed_account_keeps_its_disk_until_purge() {
     let host = Host::new();
     host.install_vmm(1);

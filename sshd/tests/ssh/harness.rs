@@ -81,6 +81,13 @@ impl Service {
         Self { dir, child: None, port: 0 }
     }
 
+    /// More lines of `[ssh]`, for what is to be known of the service's folder first.
+    pub fn configure(&self, ssh: &str) {
+        let path = self.path("hermitage.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replacen("[ssh]\n", &format!("[ssh]\n{ssh}\n"), 1)).unwrap();
+    }
+
     pub fn run(&mut self) {
         let child = self.serve_command().spawn().unwrap();
         self.child = Some(child);
@@ -150,6 +157,16 @@ impl Service {
         }
         command.args(["-o", "BatchMode=yes", "-p"]).arg(self.port.to_string());
         command
+    }
+
+    /// `ssh -W` with one key; it says why it is refused.
+    pub fn through(&self, key: &str, to: &str, user: &str) -> String {
+        let mut command = Command::new("ssh");
+        // The first value of an option counts.
+        command.args(["-o", "LogLevel=INFO", "-o", "BatchMode=yes", "-W", to]);
+        self.client_options(&mut command);
+        command.arg("-i").arg(self.path(key)).arg("-p").arg(self.port.to_string()).arg(at(user));
+        stderr(&finish(&mut command))
     }
 
     /// The options that all OpenSSH clients share.

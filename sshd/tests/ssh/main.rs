@@ -4,6 +4,7 @@
 //! lab.
 
 mod algorithms;
+mod certificates;
 mod ends;
 mod fake_agent;
 mod fake_fork_server;
@@ -11,6 +12,7 @@ mod fake_forwarder;
 mod fake_machine;
 mod forwarding;
 mod harness;
+mod key_options;
 mod limits;
 mod login;
 mod penalties;

@@ -38,7 +38,7 @@ fn serve() {
         tracing_subscriber::fmt()
             .with_env_filter(
                 tracing_subscriber::EnvFilter::try_from_default_env()
-                    .unwrap_or_else(|_| "hermitage=debug".into()),
+                    .unwrap_or_else(|_| "hermitage=debug,russh=warn".into()),
             )
             .with_ansi(false)
             .with_writer(std::io::stderr)

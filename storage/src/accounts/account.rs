@@ -1,9 +1,10 @@
 //! Accounts and their keys: what the administrator decides.
 
 use super::database::{Accounts, AccountsError, now};
+use super::stored_keys::insert_key;
 use super::{AccountName, PublicKey};
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
-use rusqlite::{OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{OptionalExtension, Row, TransactionBehavior, params};
 use uuid::Uuid;
 
 /// Size of an account's disk where nothing else was asked for.
@@ -114,15 +115,6 @@ impl NewAccount {
             max_linger_s: None,
         }
     }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredKey {
-    pub key_type: String,
-    pub blob: Vec<u8>,
-    pub fingerprint: String,
-    pub comment: String,
-    pub added: i64,
 }
 
 /// Whether a call found something to change: commands can be repeated.
@@ -253,63 +245,6 @@ impl Accounts {
         let sql = "DELETE FROM accounts WHERE id = ?1 AND removed IS NOT NULL";
         known(id, self.db.execute(sql, [id.to_string()])?)
     }
-
-    /// In the order they were added.
-    pub fn keys(&self, id: Uuid) -> Result<Vec<StoredKey>, AccountsError> {
-        let mut statement = self.db.prepare_cached(
-            "SELECT type, blob, fingerprint, comment, added FROM keys WHERE account = ?1 ORDER BY id",
-        )?;
-        let rows = statement.query_map([id.to_string()], |row| {
-            Ok(StoredKey {
-                key_type: row.get(0)?,
-                blob: row.get(1)?,
-                fingerprint: row.get(2)?,
-                comment: row.get(3)?,
-                added: row.get(4)?,
-            })
-        })?;
-        Ok(rows.collect::<Result<_, _>>()?)
-    }
-
-    /// May this key (blob as on the wire, RFC 4253 §6.6) log in to the account? Also asks whether the
-    /// account is open.
-    pub fn key_opens(&self, id: Uuid, blob: &[u8]) -> Result<bool, AccountsError> {
-        let mut statement = self.db.prepare_cached(
-            "SELECT EXISTS (SELECT 1 FROM keys JOIN accounts ON accounts.id = keys.account \
-             WHERE account = ?1 AND blob = ?2 AND NOT disabled AND removed IS NULL)",
-        )?;
-        Ok(statement.query_row(params![id.to_string(), blob], |row| row.get(0))?)
-    }
-
-    pub fn add_key(&mut self, id: Uuid, key: &PublicKey) -> Result<Change, AccountsError> {
-        let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let change = insert_key(&tx, id, key)?;
-        tx.commit()?;
-        Ok(change)
-    }
-
-    /// `fingerprint` as [`super::fingerprint`] makes it.
-    pub fn remove_key(&self, id: Uuid, fingerprint: &str) -> Result<Change, AccountsError> {
-        let sql = "DELETE FROM keys WHERE account = ?1 AND fingerprint = ?2";
-        let changed = self.db.execute(sql, params![id.to_string(), fingerprint])?;
-        Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
-    }
-}
-
-fn insert_key(tx: &Transaction, id: Uuid, key: &PublicKey) -> Result<Change, AccountsError> {
-    let changed = tx.execute(
-        "INSERT INTO keys (account, type, blob, fingerprint, comment, added) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (account, blob) DO NOTHING",
-        params![
-            id.to_string(),
-            key.key_type(),
-            key.blob(),
-            key.fingerprint(),
-            key.comment(),
-            now()
-        ],
-    )?;
-    Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
 }
 
 fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {

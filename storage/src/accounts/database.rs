@@ -1,5 +1,6 @@
 //! The database file: opening it, and bringing its schema forward.
 
+use super::OptionError;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -36,6 +37,16 @@ pub enum AccountsError {
     NameTaken(String),
     #[error("there is no account \"{0}\" (hermitage account list shows which there are)")]
     Unknown(String),
+    #[error(
+        "the key {key} is there already, with {}; take it away first to give it others",
+        shown(options)
+    )]
+    OtherOptions { key: String, options: String },
+    #[error(
+        "the options of the key {key} are not understood, so it opens nothing; take it away and add it \
+         again: {source}"
+    )]
+    Options { key: String, source: OptionError },
     #[error("the limit {what} can't be {value}")]
     Limit { what: &'static str, value: u64 },
     #[error("the accounts database: {0}")]
@@ -134,6 +145,10 @@ fn migrate(db: &mut Connection, path: &Path, sections: &[&str]) -> Result<(), Ac
 
 fn version(db: &Connection) -> Result<i64, rusqlite::Error> {
     db.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+fn shown(options: &str) -> String {
+    if options.is_empty() { "no options".into() } else { format!("the options {options}") }
 }
 
 /// Now, as the database keeps it.

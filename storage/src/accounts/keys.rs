@@ -1,14 +1,15 @@
-//! OpenSSH public keys, as people paste them: `TYPE BASE64 COMMENT`, one a line.
+//! OpenSSH public keys, as people paste them: `[OPTIONS] TYPE BASE64 [COMMENT]`, one a line.
 //!
 //! The blob is taken apart far enough (RFC 4253 §6.6, RFC 5656 §3.1, RFC 8709 §4, OpenSSH's PROTOCOL.u2f)
 //! to know that it is a whole key of the named type: a key that was cut while pasting is refused when it
 //! is added, where somebody can do something about it, and not at a login.
 
+use super::key_options::{self, KeyOptions, OptionError};
 use base64ct::{Base64, Base64Unpadded, Encoding};
 use sha2::{Digest, Sha256};
 use std::fmt;
 
-/// Longest line: an RSA key of 16384 bits has some 2,800 characters.
+/// Longest line: an RSA key of 16384 bits has some 2,800 characters, and options up to 8 KiB.
 const MAX_LINE: usize = 16 * 1024;
 /// Most keys of one file.
 pub const MAX_KEYS: usize = 256;
@@ -22,6 +23,7 @@ pub struct PublicKey {
     key_type: KeyType,
     blob: Vec<u8>,
     comment: String,
+    options: KeyOptions,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,10 +54,14 @@ pub enum KeyError {
     #[error("{} bytes on one line; at most {MAX_LINE} are allowed", .0)]
     TooLong(usize),
     #[error(
-        "the line starts with \"{0}\", which is no key type known here (ssh-ed25519, ecdsa-sha2-…, ssh-rsa, \
-         sk-…); options before the type are not supported"
+        "\"{0}\" is no key type known here (ssh-ed25519, ecdsa-sha2-…, ssh-rsa, sk-…), and no option that \
+         comes before one"
     )]
     UnknownType(String),
+    #[error("there is no key after the options")]
+    NoKey,
+    #[error(transparent)]
+    Options(#[from] OptionError),
     #[error("\"{0}\" is a certificate; give the plain public key")]
     Certificate(String),
     #[error("DSA keys are not accepted; make one with: ssh-keygen -t ed25519")]
@@ -78,6 +84,8 @@ pub enum KeyFileError {
     Line { line: usize, source: KeyError },
     #[error("there is no key in it")]
     Empty,
+    #[error("line {0}: that key is in it before, with other options")]
+    Twice(usize),
     #[error("more than {MAX_KEYS} keys")]
     TooMany,
 }
@@ -89,8 +97,11 @@ pub fn parse_keys(text: &str) -> Result<Vec<PublicKey>, KeyFileError> {
         let key = PublicKey::parse_line(line)
             .map_err(|source| KeyFileError::Line { line: index + 1, source })?;
         let Some(key) = key else { continue };
-        if keys.iter().any(|known| known.blob == key.blob) {
-            continue;
+        match keys.iter().find(|known| known.blob == key.blob) {
+            None => {}
+            Some(known) if known.options == key.options => continue,
+            // Which of them was meant? In an authorized_keys file one may widen the other.
+            Some(_) => return Err(KeyFileError::Twice(index + 1)),
         }
         if keys.len() == MAX_KEYS {
             return Err(KeyFileError::TooMany);
@@ -113,6 +124,7 @@ impl PublicKey {
         if line.starts_with("-----BEGIN") || line.starts_with("PuTTY-User-Key-File") {
             return Err(KeyError::PrivateKey);
         }
+        let (options, line) = split_options(line)?;
         let (word, rest) = split_word(line);
         let (key_type, name) = named(word)?;
         let (base64, comment) = split_word(rest);
@@ -124,7 +136,7 @@ impl PublicKey {
             .map_err(|_| KeyError::NotBase64(name))?;
         check(key_type, name, &blob)?;
         let comment = comment.chars().filter(|c| !c.is_control()).take(256).collect();
-        Ok(Some(Self { key_type, blob, comment }))
+        Ok(Some(Self { key_type, blob, comment, options }))
     }
 
     /// `ssh-ed25519`, …
@@ -146,6 +158,15 @@ impl PublicKey {
         self
     }
 
+    /// What a login by it may do.
+    pub fn options(&self) -> &KeyOptions {
+        &self.options
+    }
+
+    pub fn with_options(self, options: KeyOptions) -> Self {
+        Self { options, ..self }
+    }
+
     pub fn fingerprint(&self) -> String {
         fingerprint(&self.blob)
     }
@@ -153,6 +174,9 @@ impl PublicKey {
 
 impl fmt::Display for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.options.is_empty() {
+            write!(f, "{} ", self.options)?;
+        }
         write!(f, "{} {}", self.key_type(), Base64::encode_string(&self.blob))?;
         if self.comment.is_empty() { Ok(()) } else { write!(f, " {}", self.comment) }
     }
@@ -166,6 +190,25 @@ pub fn fingerprint(blob: &[u8]) -> String {
 impl KeyType {
     fn name(self) -> &'static str {
         TYPES.iter().find(|(key_type, _)| *key_type == self).map_or("", |(_, name)| name)
+    }
+}
+
+/// A line that doesn't start with a key type starts with options (sshd(8)).
+fn split_options(line: &str) -> Result<(KeyOptions, &str), KeyError> {
+    let first = named(split_word(line).0);
+    let Err(KeyError::UnknownType(_)) = first else { return Ok((KeyOptions::default(), line)) };
+    let end = key_options::end_of_options(line);
+    let options = match KeyOptions::parse(&line[..end]) {
+        Ok(options) => options,
+        // A lone word is as likely to be meant as a type.
+        Err(OptionError::Unknown(_)) if !line[..end].contains([',', '=']) => {
+            return first.map(|_| (KeyOptions::default(), line));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match line[end..].trim_start() {
+        "" => Err(KeyError::NoKey),
+        key => Ok((options, key)),
     }
 }
 

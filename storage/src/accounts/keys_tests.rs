@@ -43,7 +43,11 @@ fn refusals_say_what_was_given() {
     assert_eq!(refused("-----BEGIN OPENSSH PRIVATE KEY-----"), KeyError::PrivateKey);
     assert_eq!(refused("ssh-dss AAAA"), KeyError::Dsa);
     assert!(matches!(refused("ssh-ed25519-cert-v01@openssh.com AAAA"), KeyError::Certificate(_)));
-    assert!(matches!(refused(&format!("no-pty {ED25519}")), KeyError::UnknownType(_)));
+    assert!(matches!(refused(&format!("no-ptty {ED25519}")), KeyError::UnknownType(_)));
+    assert!(matches!(refused(&format!("no-ptty,pty {ED25519}")), KeyError::Options(_)));
+    assert!(matches!(refused("ssh-foo,pty AAAA"), KeyError::Options(_)));
+    assert_eq!(refused("no-pty"), KeyError::NoKey);
+    assert!(matches!(refused("no-pty ssh-dss AAAA"), KeyError::Dsa));
     assert_eq!(refused("ssh-ed25519"), KeyError::NoBlob("ssh-ed25519"));
     assert_eq!(refused(&format!("{ED25519}!")), KeyError::NotBase64("ssh-ed25519"));
     assert!(matches!(refused(&ED25519[..ED25519.len() - 4]), KeyError::Malformed { .. }));
@@ -56,6 +60,17 @@ fn refusals_say_what_was_given() {
     assert_eq!(parse_keys("# nothing\n"), Err(KeyFileError::Empty));
     let message = parse_keys(&format!("{ED25519}\nrubbish\n")).unwrap_err().to_string();
     assert!(message.starts_with("line 2: ") && message.contains("\"rubbish\""), "{message}");
+}
+
+#[test]
+fn options_before_a_key_are_its_own() {
+    let line = format!("restrict,command=\"borg serve --path '/a b'\" \t{ED25519} alice@laptop");
+    let key = PublicKey::parse_line(&line).unwrap().unwrap();
+    assert_eq!(key.options().command.as_deref(), Some("borg serve --path '/a b'"));
+    assert!(!key.options().pty && key.comment() == "alice@laptop");
+    assert_eq!(PublicKey::parse_line(&key.to_string()).unwrap().unwrap(), key);
+    let twice = format!("{ED25519}\nrestrict {ED25519}\n");
+    assert_eq!(parse_keys(&twice), Err(KeyFileError::Twice(2)));
 }
 
 proptest! {

@@ -5,9 +5,10 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 2] = [
+const SCHEMAS: [&str; 3] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
+    include_str!("../../testdata/accounts-schema-3.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -34,12 +35,12 @@ fn what_there_was_is_there_after_every_migration() {
         let bob = accounts.named("bob").unwrap();
         assert_eq!((bob.linger_s, bob.disabled, bob.max_sessions), (Some(5), true, 4));
         assert_eq!(accounts.removed("carol").unwrap().len(), 1);
-        assert!(accounts.key_opens(ALICE, &[0, 0, 0, 11]).unwrap());
+        // Keys had no options: they open what they did.
+        let options = accounts.key_options(ALICE, &[0, 0, 0, 11]).unwrap();
+        assert_eq!(options, Some(KeyOptions::default()));
         assert_eq!(accounts.sessions(ALICE, 9).unwrap()[0].id, 7);
         // What came with later versions says what it said before there was such a thing.
-        for account in [&alice, &bob] {
-            assert_eq!((account.max_linger_s, account.hold_until), (None, None));
-        }
+        assert_eq!((alice.max_linger_s, alice.hold_until), (None, None));
         assert_eq!(accounts.intent(ALICE).unwrap().unwrap().paused, None);
         // And takes new values.
         assert_eq!(accounts.set_hold(ALICE, Some(9)).unwrap(), Change::Done);
@@ -68,4 +69,14 @@ fn policies_and_left_terminals_of_schema_2_stay() {
     assert_eq!(intent.terminals.as_deref(), Some("3 0"));
     let policy = |name: &str| accounts.named(name).unwrap().policy;
     assert_eq!((policy("alice"), policy("bob")), (Policy::Keep, Policy::Discard));
+    assert_eq!(accounts.named("bob").unwrap().hold_until, None);
+}
+
+#[test]
+fn holds_and_limits_of_schema_3_stay() {
+    let (_dir, accounts) = brought_forward(SCHEMAS[2]);
+    let account = |name: &str| accounts.named(name).unwrap();
+    assert_eq!((account("alice").max_linger_s, account("alice").hold_until), (None, None));
+    assert_eq!((account("bob").max_linger_s, account("bob").hold_until), (Some(900), Some(1)));
+    assert_eq!(account("bob").policy, Policy::Discard);
 }

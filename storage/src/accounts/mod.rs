@@ -10,23 +10,30 @@
 
 mod account;
 mod database;
+mod endpoint;
 mod idle;
+mod key_options;
 mod keys;
 mod machines;
 mod name;
 mod password;
 mod sessions;
+mod source_pattern;
+mod stored_keys;
 
 pub use account::{
     Account, Change, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount, Policy,
-    StoredKey,
 };
 pub use database::{Accounts, AccountsError, BUSY};
+pub use endpoint::Endpoint;
+pub use key_options::{KeyOptions, OptionError};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
 pub use password::{MAX_PASSWORD, PasswordError, hash_password, verify_password};
 pub use sessions::{NewSession, SessionRecord};
+pub use source_pattern::SourcePattern;
+pub use stored_keys::StoredKey;
 #[cfg(test)]
 mod migration_tests;
 #[cfg(test)]
