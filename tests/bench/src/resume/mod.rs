@@ -136,7 +136,11 @@ impl Proof<'_> {
         alive.machine.running()?;
         alive.machine.attached()?;
         let mut program = Program::start(&mut alive.machine, extent.memory)?;
-        let mut neighbour = Neighbour::start(self, server)?;
+        // For a few rounds it is not worth the time.
+        let mut neighbour = match extent.rounds >= NEIGHBOUR {
+            true => Some(Neighbour::start(self, server)?),
+            false => None,
+        };
         let mut sizes = Vec::new();
         for round in 0..extent.rounds {
             program.work(&mut alive.machine, round)?;
@@ -149,7 +153,9 @@ impl Proof<'_> {
             let saved = self.save(&mut alive)?;
             progress!("round {round}: {} bytes, {} pages", saved.bytes, saved.pages);
             sizes.push(saved.bytes);
-            if round % NEIGHBOUR == 1 {
+            if round % NEIGHBOUR == 1
+                && let Some(neighbour) = &mut neighbour
+            {
                 neighbour.visit(self, server)?;
             }
             if round + 1 == extent.rounds && extent.flips > 0 {
@@ -165,7 +171,8 @@ impl Proof<'_> {
         }
         program.timer_fired(&mut alive.machine)?;
         self.print(extent);
-        println!("  another account's machine resumed in between {} times", neighbour.visits());
+        let visits = neighbour.map_or(0, |neighbour| neighbour.visits());
+        println!("  another account's machine resumed in between {visits} times");
         print_sizes(&sizes)?;
         alive.machine.power_off()?;
         server.end(alive.machine)
