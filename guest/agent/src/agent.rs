@@ -26,7 +26,7 @@ use crate::spawn::{self, Run, Standard};
 use crate::streams::{PATIENCE, Streams};
 use crate::sys::{self, Poller, Readiness};
 use crate::terminal::{Pty, Terminal};
-use crate::work::Work;
+use crate::work::{self, Work};
 use crate::{log, poweroff, signals};
 
 /// Sessions at once; terminals are fewer. A bound for a host that loses count.
@@ -233,8 +233,9 @@ impl Agent {
                 None => log::warn(format_args!("the host asks for the unknown signal {name:?}")),
             },
             HostMessage::Hangup { session } => {
+                let processes: Vec<_> = work::processes(&self.booted.cgroups).collect();
                 if let Some(session) = self.session(session) {
-                    session.hang_up();
+                    session.hang_up(&processes);
                 }
             }
             HostMessage::SetClock(clock) => {
@@ -414,7 +415,7 @@ impl Agent {
 
     fn power_off(&mut self, grace: Duration) -> ! {
         // Interactive shells ignore SIGTERM, but not the end of their terminal.
-        self.sessions.iter_mut().for_each(Session::hang_up);
+        self.sessions.iter_mut().for_each(|session| session.hang_up(&[]));
         poweroff::in_order(&self.booted.initial_root, grace)
     }
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use hermitage_guest_proto::{Activity, Busy, LookAtWork, MAX_BUSY, MAX_WINDOW_MS, WaitsFor};
 
+pub use look::processes;
 use look::{Look, Seen};
 
 /// Below this much of a processor a process is not worth naming, in thousandths.

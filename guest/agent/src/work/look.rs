@@ -47,26 +47,10 @@ impl Look {
         let mut look = Self {
             processes: Vec::new(),
             // Its own is that of relaying what others print.
-            reaped: stat(1).map_or(0, |init| init.reaped),
+            reaped: stat(Pid::from_raw(1)).map_or(0, |init| init.reaped),
             connections: Connections::look(),
         };
-        let mut pids = Vec::new();
-        if let Ok(root) = cgroups.as_fd().try_clone_to_owned() {
-            let mut left = MOST_CGROUPS;
-            collect(&root, DEEPEST, &mut left, &mut pids);
-        }
-        for pid in pids {
-            // Threads of the kernel, and this program, belong to no session.
-            if pid <= 1 || getsid(Some(Pid::from_raw(pid))).map_or(0, Pid::as_raw) == 0 {
-                continue;
-            }
-            if let Some(stat) = stat(pid) {
-                look.processes.push(stat.seen());
-            }
-            if look.processes.len() >= MOST {
-                break;
-            }
-        }
+        look.processes = processes(cgroups).filter_map(stat).map(Stat::seen).take(MOST).collect();
         look
     }
 
@@ -79,6 +63,20 @@ impl Look {
     pub fn ticks(&self) -> u64 {
         self.reaped + self.processes.iter().map(|seen| seen.ticks).sum::<u64>()
     }
+}
+
+/// The user's processes.
+pub fn processes(cgroups: impl AsFd) -> impl Iterator<Item = Pid> {
+    let mut pids = Vec::new();
+    if let Ok(root) = cgroups.as_fd().try_clone_to_owned() {
+        let mut left = MOST_CGROUPS;
+        collect(&root, DEEPEST, &mut left, &mut pids);
+    }
+    // Threads of the kernel, and this program, belong to no session.
+    let of_a_session = |pid: &Pid| {
+        pid.as_raw() > 1 && getsid(Some(*pid)).is_ok_and(|session| session.as_raw() != 0)
+    };
+    pids.into_iter().map(Pid::from_raw).filter(of_a_session)
 }
 
 /// The processes of a cgroup and of those below it. What can't be read (a threaded cgroup, one that is
@@ -134,10 +132,10 @@ impl Stat {
     }
 }
 
-fn stat(pid: i32) -> Option<Stat> {
+fn stat(pid: Pid) -> Option<Stat> {
     // The name may be any bytes but the last parenthesis ends it.
     let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parse(pid.try_into().ok()?, &String::from_utf8_lossy(&bytes))
+    parse(pid.as_raw().try_into().ok()?, &String::from_utf8_lossy(&bytes))
 }
 
 /// Fields as numbered in proc_pid_stat(5): state 3, utime 14, stime 15, cutime 16, cstime 17, starttime 22.
@@ -180,7 +178,7 @@ mod tests {
     #[test]
     fn this_process_is_read_from_the_real_proc() {
         let pid = std::process::id();
-        let stat = stat(pid as i32).unwrap();
+        let stat = stat(Pid::from_raw(pid as i32)).unwrap();
         assert_eq!(stat.pid, pid);
         assert!(b"RSD".contains(&stat.state) && stat.started > 0, "{stat:?}");
     }
