@@ -2,6 +2,8 @@
 //! and what the operator allows. Others could change what the login shell runs before the user's own
 //! files are read.
 
+use std::net::SocketAddr;
+
 /// Always accepted. TERM comes with the pty as well.
 const ACCEPTED: [&str; 4] = ["LANG", "LC_*", "TERM", "COLORTERM"];
 
@@ -37,9 +39,25 @@ impl Env {
         true
     }
 
-    pub fn into_pairs(self) -> Vec<(String, String)> {
+    /// With these over what the client has said.
+    pub fn into_pairs(mut self, ours: &[(String, String)]) -> Vec<(String, String)> {
+        self.0.retain(|(name, _)| !ours.iter().any(|(known, _)| known == name));
+        self.0.extend_from_slice(ours);
         self.0
     }
+}
+
+/// Where a session comes from, in the variables that sshd(8) has for it (ENVIRONMENT in ssh(1)): prompts,
+/// editors and scripts tell by them that they are far away.
+pub fn connection(peer: SocketAddr, local: Option<SocketAddr>) -> Vec<(String, String)> {
+    // A socket for both families shows an IPv4 client as ::ffff:192.0.2.1.
+    let (from, port) = (peer.ip().to_canonical(), peer.port());
+    let Some(local) = local else { return Vec::new() };
+    let (to, here) = (local.ip().to_canonical(), local.port());
+    vec![
+        ("SSH_CLIENT".into(), format!("{from} {port} {here}")),
+        ("SSH_CONNECTION".into(), format!("{from} {port} {to} {here}")),
+    ]
 }
 
 fn matches(pattern: &str, name: &str) -> bool {
@@ -63,7 +81,23 @@ mod tests {
         assert!(!env.set("LC_X=Y", "x", &[]));
         assert!(!env.set("LANG", "a\0b", &[]));
         assert!(env.set("GIT_AUTHOR", "alice", &["GIT_*".into()]));
-        assert_eq!(env.into_pairs().len(), 3);
+        assert_eq!(env.into_pairs(&[]).len(), 3);
+    }
+
+    #[test]
+    fn the_ends_of_the_connection_are_ours_to_say() {
+        let peer = "[::ffff:192.0.2.1]:50000".parse().unwrap();
+        let ours = connection(peer, "[::ffff:192.0.2.9]:22".parse().ok());
+        let mut env = Env::default();
+        assert!(env.set("SSH_CLIENT", "10.0.0.1 1 22", &["SSH_*".into()]));
+        let pairs = env.into_pairs(&ours);
+        let value = |name: &str| {
+            let mut values =
+                pairs.iter().filter(|(known, _)| known == name).map(|(_, v)| v.as_str());
+            (values.next(), values.next())
+        };
+        assert_eq!(value("SSH_CLIENT"), (Some("192.0.2.1 50000 22"), None));
+        assert_eq!(value("SSH_CONNECTION"), (Some("192.0.2.1 50000 192.0.2.9 22"), None));
     }
 
     #[test]

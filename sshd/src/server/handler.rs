@@ -38,6 +38,8 @@ const MAX_TERM: usize = 64;
 pub struct ClientHandler {
     pub(super) server: Arc<Server>,
     pub(super) peer: SocketAddr,
+    /// What programs are told of the connection.
+    ends: Vec<(String, String)>,
     pub(super) inflow: Arc<Inflow>,
     pub(super) entry: Arc<Entry>,
     failures: u32,
@@ -89,6 +91,7 @@ impl ClientHandler {
     pub fn new(
         server: Arc<Server>,
         peer: SocketAddr,
+        ends: Vec<(String, String)>,
         inflow: Arc<Inflow>,
         entry: Arc<Entry>,
     ) -> Self {
@@ -98,6 +101,7 @@ impl ClientHandler {
         Self {
             server,
             peer,
+            ends,
             inflow,
             entry,
             failures: 0,
@@ -156,7 +160,7 @@ impl ClientHandler {
         let (window, window_changes) = watch::channel(setup.window);
         let (signals, signals_received) = mpsc::channel(SIGNALS);
         let closed = self.gone.token().child_token();
-        let mut env = setup.env.into_pairs();
+        let mut env = setup.env.into_pairs(&self.ends);
         let (kind, wishes) = match permits::program(&self.options, kind, &mut env) {
             Ok(kind) => (kind, self.wishes.clone()),
             Err(reason) => (Kind::Shell, Err(reason)),

@@ -18,6 +18,7 @@ use tokio::{
 use super::{
     Server,
     connections::{Place, Refusal, source},
+    environment,
     handler::ClientHandler,
     penalties::Offence,
     stream::{Stream, Switch},
@@ -84,9 +85,10 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
         Ok(link) => entry.set_link(link),
         Err(error) => tracing::debug!(%peer, %error, "can't set socket options"),
     }
+    let ends = environment::connection(peer, tcp.local_addr().ok());
     let inflow = Arc::new(Inflow::default());
     let (stream, switch) = Stream::new(tcp, inflow.clone());
-    let handler = ClientHandler::new(server.clone(), peer, inflow, entry.clone());
+    let handler = ClientHandler::new(server.clone(), peer, ends, inflow, entry.clone());
     let grace = sleep(Duration::from_secs(server.config.ssh.login_grace));
     tokio::pin!(grace);
 

@@ -162,6 +162,9 @@ fn environment(story: &Story) -> Result<()> {
     ensure!(!env.contains("evil") && !env.contains("FOO="), "too much passed: {env}");
     ensure!(has(&format!("USER={}", alice.name)), "no USER: {env}");
     ensure!(has(&format!("HOME=/home/{}", alice.name)), "no HOME: {env}");
+    let here = env.lines().find_map(|line| line.strip_prefix("SSH_CONNECTION="));
+    let here: Vec<&str> = here.unwrap_or_default().split(' ').collect();
+    ensure!(here.len() == 4 && here[1].parse::<u16>().is_ok(), "SSH_CONNECTION is {here:?}");
     let mut shell = alice.shell()?;
     same("TERM on a terminal", shell.run("echo $TERM")?.trim(), "xterm-256color")
 }
