@@ -88,6 +88,7 @@ fn end_to_end(
     selection: &Selection,
 ) -> Result<(Tally, bool)> {
     note("end-to-end tests");
+    tools::install_clients(&layout.step_log());
     step("build the end-to-end suite", || build_package(layout, "e2e"))?;
     // Some stories have it look into machines' memory.
     step("build the benchmark", || build_package(layout, "bench"))?;

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::process::{privileged, run_logged};
-use crate::steps::step;
+use crate::steps::{note, step};
 
 /// Tool and the Debian package that has it.
 const TOOLS: &[(&str, &str)] = &[
@@ -50,6 +50,39 @@ pub fn install_missing(emulated: bool, log: &Path) -> Result<()> {
         run_logged(apt().arg("update"), log)?;
         run_logged(apt().args(["install", "--yes", "--no-install-recommends"]).args(&missing), log)
     })
+}
+
+/// SSH clients that the end-to-end tests try, each with its Debian package. A test whose client can't be
+/// had is skipped, and says so.
+const CLIENTS: &[(&str, &str)] = &[
+    ("git", "git"),
+    ("curl", "curl"),
+    ("plink", "putty-tools"),
+    ("dbclient", "dropbear-bin"),
+    ("sshfs", "sshfs"),
+];
+
+/// Python's clients have no program to look for.
+const PYTHON_CLIENTS: &[(&str, &str)] = &[
+    ("/usr/lib/python3/dist-packages/paramiko", "python3-paramiko"),
+    ("/usr/lib/python3/dist-packages/asyncssh", "python3-asyncssh"),
+];
+
+/// Installs what of them is missing, as far as that is possible.
+pub fn install_clients(log: &Path) {
+    let programs = CLIENTS.iter().filter(|(tool, _)| find(tool).is_none());
+    let modules = PYTHON_CLIENTS.iter().filter(|(folder, _)| !Path::new(folder).exists());
+    let missing: Vec<&str> = programs.chain(modules).map(|(_, package)| *package).collect();
+    if missing.is_empty() || find("apt-get").is_none() {
+        return;
+    }
+    let installed = step(&format!("install clients to test with: {}", missing.join(" ")), || {
+        run_logged(apt().arg("update"), log)?;
+        run_logged(apt().args(["install", "--yes", "--no-install-recommends"]).args(&missing), log)
+    });
+    if let Err(error) = installed {
+        note(&format!("tests of those clients are skipped: {error:#}"));
+    }
 }
 
 fn apt() -> Command {

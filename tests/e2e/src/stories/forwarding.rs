@@ -5,6 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream},
     os::unix::net::UnixStream,
+    path::PathBuf,
     process::Command,
     time::Duration,
 };
@@ -66,18 +67,18 @@ fn serve(story: &Story, alice: &Account) -> Result<Running> {
 }
 
 /// `ssh -N` with something forwarded, in the background.
-pub(super) fn forward(alice: &Account, arguments: &[&str]) -> Result<Running> {
+pub fn forward(alice: &Account, arguments: &[&str]) -> Result<Running> {
     let mut command = alice.login().option("-oLogLevel=INFO").client("ssh")?;
     command.args(["-N", "-oExitOnForwardFailure=yes"]);
     command.args(arguments).arg(alice.login().destination());
     process::start(&format!("ssh -N {}", arguments.join(" ")), command, Input::Nothing)
 }
 
-fn free_port() -> Result<u16> {
+pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn connect(story: &Story, port: u16) -> Result<TcpStream> {
+pub fn connect(story: &Story, port: u16) -> Result<TcpStream> {
     let stream = story
         .wait_for("the local port", 60, || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
     stream.set_read_timeout(Some(story.world.patient(Duration::from_secs(60))))?;
@@ -177,7 +178,7 @@ fn inward(story: &Story) -> Result<()> {
 }
 
 /// Asks a proxy for a connection by name (RFC 1928).
-fn by_proxy(stream: &mut TcpStream, host: &str, port: u16) -> Result<()> {
+pub fn by_proxy(stream: &mut TcpStream, host: &str, port: u16) -> Result<()> {
     stream.write_all(&[5, 1, 0])?;
     let mut method = [0; 2];
     stream.read_exact(&mut method)?;
@@ -233,10 +234,10 @@ fn outward(story: &Story) -> Result<()> {
     same("answers in the machine", alice.output(&script)?, wanted)?;
     // Many at once.
     let script = format!(
-        "for n in $(seq 30); do (echo $n | nc -N 127.0.0.1 {far} | tail -1) & done | sort -n | \
+        "for n in $(seq 10); do (echo $n | nc -N 127.0.0.1 {far} | tail -1) & done | sort -n | \
          tr '\\n' ' '; wait"
     );
-    let wanted: Vec<String> = (1..=30).map(|n| n.to_string()).collect();
+    let wanted: Vec<String> = (1..=10).map(|n| n.to_string()).collect();
     same("many answers", alice.output(&script)?.trim(), wanted.join(" ").as_str())?;
 
     let taken = forward(&alice, &["-R", &format!("{far}:127.0.0.1:{port}")])?;
@@ -250,16 +251,22 @@ fn outward(story: &Story) -> Result<()> {
     })
 }
 
-fn agent(story: &Story) -> Result<()> {
-    let alice = story.account("alice")?;
-    let (socket, key) = (story.path("agent"), alice.key.display().to_string());
+/// A key agent with that account's key, as long as it is kept, and its socket.
+pub fn key_agent(story: &Story, account: &Account) -> Result<(Running, PathBuf)> {
+    let socket = story.path("agent");
     let mut command = Command::new("ssh-agent");
     command.args(["-D", "-a"]).arg(&socket);
-    let _agent = process::start("ssh-agent", command, Input::Nothing)?;
+    let agent = process::start("ssh-agent", command, Input::Nothing)?;
     story.wait_for("the agent", 30, || Ok(socket.exists().then_some(())))?;
     let mut add = Command::new("ssh-add");
-    add.arg("-q").arg(&key).env("SSH_AUTH_SOCK", &socket);
+    add.arg("-q").arg(&account.key).env("SSH_AUTH_SOCK", &socket);
     process::run("ssh-add", add, Input::Nothing, story.within(30))?.success()?;
+    Ok((agent, socket))
+}
+
+fn agent(story: &Story) -> Result<()> {
+    let alice = story.account("alice")?;
+    let (_agent, socket) = key_agent(story, &alice)?;
 
     let with_agent = |script: &str| {
         let mut command = alice.login().ssh(&["-A", "-T"])?;
@@ -289,15 +296,13 @@ fn agent(story: &Story) -> Result<()> {
 
 fn wakes(story: &Story) -> Result<()> {
     let alice = story.account_with("alice", &["--linger", "1"])?;
-    let mut server = serve(story, &alice)?;
     let port = free_port()?;
     let mut client = forward(&alice, &["-L", &format!("{port}:localhost:7000")])?;
     drop(connect(story, port)?);
-    server.kill();
     let gone =
         |what: &str| story.wait_for(what, 90, || Ok(alice.machine()?.is_none().then_some(())));
     gone("the machine to be put away beside an idle -L")?;
-    // Nobody listens there any more, but the machine that says so had to be woken for it.
+    // Nobody listens there, but the machine that says so had to be woken for it.
     let mut stream = connect(story, port)?;
     let mut got = Vec::new();
     let _ = stream.read_to_end(&mut got);
@@ -309,7 +314,7 @@ fn wakes(story: &Story) -> Result<()> {
     story.wait_for("the listener", 60, || {
         Ok(alice.output("ss -ltn")?.contains(":9000").then_some(()))
     })?;
-    story.sleep(Duration::from_secs(4));
+    story.sleep(Duration::from_secs(3));
     alice.running_machine().context("beside a -R")?;
     story.host().run(&format!("hermitage account stop {}", alice.name))?;
     story.wait_for("the client to be told", 60, || Ok(client.has_ended()?.then_some(())))?;

@@ -1,6 +1,8 @@
 //! The tests, each a user's or an operator's story.
 
+mod clients;
 mod crash;
+mod editor;
 mod faults;
 mod fidelity;
 mod files;
@@ -13,6 +15,7 @@ mod login;
 mod machine;
 mod malformed;
 mod operator;
+mod other_clients;
 mod pressure;
 mod resume;
 mod session;
@@ -45,5 +48,8 @@ pub fn all() -> Vec<Test> {
     all.extend(fidelity::TESTS);
     all.extend(faults::TESTS);
     all.extend(free_memory::TESTS);
+    all.extend(clients::TESTS);
+    all.extend(other_clients::TESTS);
+    all.extend(editor::TESTS);
     all
 }
