@@ -151,6 +151,8 @@ fn writes_wait(story: &Story) -> Result<()> {
         alice.login().start("cp /dev/shm/bytes other && sync other", Input::Nothing)?;
     waits(story, &mut writer)?;
     drop((writer, shell));
+    // By an operator: who waits for the disk is at work, and keeps the machine awake.
+    alice.stop_machine()?;
     story.wait_for("a machine whose writes wait to be ended", 60, || {
         Ok(alice.machine()?.is_none().then_some(()))
     })?;
