@@ -8,6 +8,7 @@ use std::{
 
 use hermitage_storage::accounts::parse_keys;
 
+use crate::fake_security_key;
 use crate::harness::{Service, at, finish, stderr, stdout};
 
 /// The ten name-lists of the server's SSH_MSG_KEXINIT (RFC 4253 §7.1).
@@ -78,6 +79,26 @@ fn keys_of_every_kind_log_in_but_no_sha1_signature() {
     let mut sha1 = service.ssh_with_keys(&["rsa3072"]);
     sha1.args(["-o", "PubkeyAcceptedAlgorithms=ssh-rsa", &at("alice"), "echo in"]);
     assert_eq!(finish(&mut sha1).status.code(), Some(255));
+}
+
+#[test]
+fn security_keys_log_in() {
+    let service = Service::start();
+    let account = service.account("alice");
+    let dir = service.path("");
+    for (name, kind, lies) in [
+        ("ed25519", "sk-ssh-ed25519@openssh.com", false),
+        ("ecdsa", "sk-ecdsa-sha2-nistp256@openssh.com", false),
+        ("liar", "sk-ssh-ed25519@openssh.com", true),
+    ] {
+        let (key, agent) = fake_security_key::plug_in(&dir, name, kind, lies);
+        service.accounts().add_key(account.id, &key).unwrap();
+        let mut ssh = service.ssh_with_keys(&[&format!("{name}.pub")]);
+        let output = finish(ssh.env("SSH_AUTH_SOCK", agent).args([&at("alice"), "echo in"]));
+        // How it was used is part of what it signs.
+        let expected = if lies { "" } else { "in\n" };
+        assert_eq!(stdout(&output), expected, "{kind}: {}", stderr(&output));
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{fs, process::Command};
 
+use crate::fake_security_key;
 use crate::harness::{Options, Service, at, finish, stderr, stdout};
 
 /// A service that trusts `ca`, and revokes what is in `revoked`; `user` is a key of nobody.
@@ -117,15 +118,27 @@ fn certificates_of_every_kind_of_key_log_in() {
         let output = login(&service, &[&at("alice"), "echo in"]);
         assert_eq!(stdout(&output), "in\n", "{kind}: {}", stderr(&output));
     }
-    // An authority that signs with SHA-1 is none.
+    // The security key signs, and is known by its certificate only.
+    fs::remove_file(service.path("user")).unwrap();
+    let kind = "sk-ssh-ed25519@openssh.com";
+    let (_, agent) = fake_security_key::plug_in(&service.path(""), "user", kind, false);
+    certify(&service, "ca", &["-n", "alice"]);
+    let mut ssh = service.ssh_with_keys(&["user.pub"]);
+    ssh.arg("-o").arg(format!("CertificateFile={}", service.path("user-cert.pub").display()));
+    let output = finish(ssh.env("SSH_AUTH_SOCK", agent).args([&at("alice"), "echo in"]));
+    assert_eq!(stdout(&output), "in\n", "{kind}: {}", stderr(&output));
+}
+
+#[test]
+fn an_authority_that_signs_with_sha1_is_none() {
+    let service = start();
     let mut keygen = Command::new("ssh-keygen");
     keygen.args(["-q", "-t", "rsa", "-b", "3072", "-N", "", "-f"]).arg(service.path("rsa-ca"));
     assert!(keygen.status().unwrap().success());
     fs::copy(service.path("rsa-ca.pub"), service.path("ca.pub")).unwrap();
     certify(&service, "rsa-ca", &["-n", "alice"]);
     assert_eq!(stdout(&login(&service, &[&at("alice"), "echo in"])), "in\n");
-    certify(&service, "rsa-ca", &["-n", "alice", "-t", "ssh-rsa"]);
-    assert_eq!(login(&service, &[&at("alice"), "echo in"]).status.code(), Some(255));
+    refused(&service, "rsa-ca", &["-n", "alice", "-t", "ssh-rsa"], "signed with SHA-1");
 }
 
 #[test]

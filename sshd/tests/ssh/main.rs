@@ -10,6 +10,7 @@ mod fake_agent;
 mod fake_fork_server;
 mod fake_forwarder;
 mod fake_machine;
+mod fake_security_key;
 mod forwarding;
 mod harness;
 mod key_options;
