@@ -9,7 +9,6 @@
 //! "always".
 
 use std::{
-    collections::HashSet,
     fs::File,
     io::{self, Read as _},
     net::IpAddr,
@@ -19,7 +18,7 @@ use std::{
 use hermitage_storage::accounts::{KeyOptions, PublicKey, SourcePattern, fingerprint, parse_keys};
 use russh::keys::{Algorithm, Certificate, ssh_key::public::KeyData};
 
-use super::Refusal;
+use super::{Refusal, revoked::Revoked};
 
 /// Longest file of authorities or revoked keys.
 const MAX_FILE: u64 = 4 << 20;
@@ -86,14 +85,7 @@ impl Trust {
         for blob in [&key, &authority] {
             revoked.check_key(blob)?;
         }
-        let (serial, id) = (certificate.serial(), certificate.key_id());
-        // 0: the authority does not number its certificates.
-        if serial != 0 && revoked.serials.contains(&serial) {
-            return Err(Refusal::Revoked(format!("serial {serial}")));
-        }
-        if revoked.ids.contains(id) {
-            return Err(Refusal::Revoked(format!("id {}", shown(id))));
-        }
+        revoked.check_certificate(&authority, certificate.serial(), certificate.key_id())?;
         Ok(options)
     }
 
@@ -113,7 +105,8 @@ impl Trust {
 
 fn authorities(path: &Path) -> Result<Vec<PublicKey>, Refusal> {
     let refused = |reason: String| Refusal::Parse { path: path.into(), reason };
-    let keys = parse_keys(&read(path)?).map_err(|error| refused(error.to_string()))?;
+    let text = String::from_utf8(read(path)?).map_err(|_| refused("it is no text".into()))?;
+    let keys = parse_keys(&text).map_err(|error| refused(error.to_string()))?;
     match keys.iter().find(|key| !key.options().is_empty()) {
         // Nothing would keep them.
         Some(key) => Err(refused(format!(
@@ -155,72 +148,22 @@ fn options(certificate: &Certificate) -> Result<KeyOptions, Refusal> {
     Ok(options)
 }
 
-#[derive(Debug, Default)]
-struct Revoked {
-    keys: HashSet<Vec<u8>>,
-    fingerprints: HashSet<String>,
-    serials: HashSet<u64>,
-    ids: HashSet<String>,
-}
-
-impl Revoked {
-    /// Lines of public keys, and of `serial: N`, `id: NAME` and `SHA256:…` as in the specification of
-    /// ssh-keygen(1), "KEY REVOCATION LISTS".
-    fn parse(text: &str) -> Result<Self, String> {
-        if text.starts_with("SSHKRL") {
-            return Err(
-                "this is a binary key revocation list; list the keys, fingerprints, serials \
-                        and ids as text"
-                    .into(),
-            );
-        }
-        let mut revoked = Self::default();
-        for (number, line) in (1..).zip(text.lines()) {
-            let line = line.trim();
-            if let Some(serial) = line.strip_prefix("serial:") {
-                let serial = serial.trim().parse();
-                revoked.serials.insert(serial.map_err(|error| format!("line {number}: {error}"))?);
-            } else if let Some(id) = line.strip_prefix("id:") {
-                revoked.ids.insert(id.trim().to_owned());
-            } else if line.starts_with("SHA256:") {
-                revoked.fingerprints.insert(line.trim_end_matches('=').to_owned());
-            } else if let Some(key) =
-                PublicKey::parse_line(line).map_err(|error| format!("line {number}: {error}"))?
-            {
-                if !key.options().is_empty() {
-                    return Err(format!("line {number}: a revoked key has no options"));
-                }
-                revoked.keys.insert(key.blob().to_owned());
-            }
-        }
-        Ok(revoked)
-    }
-
-    fn check_key(&self, blob: &[u8]) -> Result<(), Refusal> {
-        let print = fingerprint(blob);
-        match self.keys.contains(blob) || self.fingerprints.contains(&print) {
-            true => Err(Refusal::Revoked(print)),
-            false => Ok(()),
-        }
-    }
-}
-
 fn blob(key: &KeyData) -> Result<Vec<u8>, Refusal> {
     russh::keys::PublicKey::new(key.clone(), "").to_bytes().map_err(|_| Refusal::Encode)
 }
 
-fn read(path: &Path) -> Result<String, Refusal> {
+fn read(path: &Path) -> Result<Vec<u8>, Refusal> {
     let failed = |source| Refusal::Read { path: path.into(), source };
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let file = File::open(path).map_err(failed)?;
-    let length = file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
+    let length = file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(failed)?;
     if length as u64 > MAX_FILE {
         return Err(failed(io::Error::other(format!("it has more than {MAX_FILE} bytes"))));
     }
-    Ok(text)
+    Ok(bytes)
 }
 
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(64).flat_map(char::escape_default).collect()
 }
 

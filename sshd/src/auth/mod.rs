@@ -6,7 +6,9 @@
 //! and a wrong password all verify one argon2id hash and take the same time.
 
 mod certificates;
+mod krl;
 mod refusal;
+mod revoked;
 
 pub use certificates::Trust;
 pub use refusal::Refusal;
