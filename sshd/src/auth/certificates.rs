@@ -80,8 +80,8 @@ impl Trust {
         if !options.allows_source(source) {
             return Err(Refusal::Source(source));
         }
+        let key = acceptable(certificate.public_key())?;
         let revoked = self.revoked()?;
-        let key = blob(certificate.public_key())?;
         for blob in [&key, &authority] {
             revoked.check_key(blob)?;
         }
@@ -146,6 +146,14 @@ fn options(certificate: &Certificate) -> Result<KeyOptions, Refusal> {
         }
     }
     Ok(options)
+}
+
+/// A key that would be taken without a certificate, too: an authority may have signed a short one.
+fn acceptable(key: &KeyData) -> Result<Vec<u8>, Refusal> {
+    let line = russh::keys::PublicKey::new(key.clone(), "").to_openssh();
+    let key = PublicKey::parse_line(&line.map_err(|_| Refusal::Encode)?);
+    let key = key.map_err(|error| Refusal::Value("key", error.to_string()))?;
+    key.map(|key| key.blob().to_owned()).ok_or(Refusal::Encode)
 }
 
 fn blob(key: &KeyData) -> Result<Vec<u8>, Refusal> {

@@ -35,7 +35,11 @@ impl Desk {
         let ca = self.path(ca).display().to_string();
         let all = [&["-q", "-s", &ca, "-I", "the id", "-z", "7"], options].concat();
         self.keygen(&all, "alice.pub");
-        let text = fs::read_to_string(self.path("alice-cert.pub")).unwrap();
+        self.certificate("alice")
+    }
+
+    fn certificate(&self, name: &str) -> Certificate {
+        let text = fs::read_to_string(self.path(&format!("{name}-cert.pub"))).unwrap();
         Certificate::from_openssh(&text).unwrap()
     }
 
@@ -66,6 +70,10 @@ fn a_certificate_is_for_its_names_and_of_its_authority() {
 
     assert!(refused(&desk.trust(), &desk.sign("ca", &[])).contains("nobody"));
     assert!(refused(&desk.trust(), &desk.sign("ca", &["-h", "-n", "alice"])).contains("host"));
+    desk.keygen(&["-q", "-t", "rsa", "-b", "1024", "-N", "", "-f"], "short");
+    let ca = desk.path("ca").display().to_string();
+    desk.keygen(&["-q", "-s", &ca, "-I", "x", "-n", "alice"], "short.pub");
+    assert!(refused(&desk.trust(), &desk.certificate("short")).contains("1024 bits"));
     let strange = desk.sign("stranger", &["-n", "alice"]);
     assert!(refused(&desk.trust(), &strange).contains("no authority here"));
 }

@@ -92,7 +92,7 @@ impl Authenticator {
         let options = on_files(move || trust.judge(&certificate, &name, source, now())).await?;
         let account = self.store.by_name(user).await;
         let account = account.map_err(|error| Refusal::LookUp(error.to_string()))?;
-        let account = account.filter(Account::is_open).ok_or(Refusal::Unknown)?;
+        let account = account.filter(Account::is_open).ok_or(Refusal::NoAccount)?;
         Ok(Admission { account, options })
     }
 

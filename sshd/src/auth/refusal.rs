@@ -5,6 +5,8 @@ use std::{io, net::IpAddr, path::PathBuf};
 pub enum Refusal {
     #[error("it is no key of an open account of that name")]
     Unknown,
+    #[error("there is no open account of that name")]
+    NoAccount,
     #[error("it may not be used from {0}")]
     Source(IpAddr),
     #[error("its time is over")]
