@@ -11,6 +11,7 @@ mod forwarding;
 mod free_memory;
 mod identity;
 mod jail;
+mod keys;
 mod login;
 mod machine;
 mod malformed;
@@ -51,5 +52,6 @@ pub fn all() -> Vec<Test> {
     all.extend(clients::TESTS);
     all.extend(other_clients::TESTS);
     all.extend(editor::TESTS);
+    all.extend(keys::TESTS);
     all
 }
