@@ -76,6 +76,11 @@ fn keys_of_every_kind_log_in_but_no_sha1_signature() {
         let output = finish(service.ssh_with_keys(&[&name]).args([&at("alice"), "echo in"]));
         assert_eq!(stdout(&output), "in\n", "{name}: {}", stderr(&output));
     }
+    for algorithm in ["rsa-sha2-256", "rsa-sha2-512"] {
+        let mut rsa = service.ssh_with_keys(&["rsa3072"]);
+        rsa.args(["-o", &format!("PubkeyAcceptedAlgorithms={algorithm}"), &at("alice"), "echo in"]);
+        assert_eq!(stdout(&finish(&mut rsa)), "in\n", "{algorithm}");
+    }
     let mut sha1 = service.ssh_with_keys(&["rsa3072"]);
     sha1.args(["-o", "PubkeyAcceptedAlgorithms=ssh-rsa", &at("alice"), "echo in"]);
     assert_eq!(finish(&mut sha1).status.code(), Some(255));

@@ -2,6 +2,8 @@
 
 use std::{fs, process::Command};
 
+use hermitage_storage::accounts::parse_keys;
+
 use crate::fake_security_key;
 use crate::harness::{Options, Service, at, finish, stderr, stdout};
 
@@ -85,6 +87,35 @@ fn a_certificate_that_is_not_good_for_it_is_refused_with_its_reason() {
         fs::copy(service.path(key), service.path("revoked")).unwrap();
         refused(&service, "ca", &["-n", "alice"], "is revoked");
     }
+}
+
+/// Who has a certificate of somewhere else for a key that is known here logs in by the key.
+#[test]
+fn a_certificate_that_is_not_taken_leaves_its_key() {
+    let with = start();
+    let without = Service::prepare(Options::default());
+    for name in ["other-ca", "user", "user.pub"] {
+        fs::copy(with.path(name), without.path(name)).unwrap();
+    }
+    let mut without = without;
+    without.account("alice");
+    without.run();
+    for service in [&with, &without] {
+        let line = fs::read_to_string(service.path("user.pub")).unwrap();
+        let account = service.accounts().named("alice").unwrap();
+        for key in parse_keys(&line).unwrap() {
+            service.accounts().add_key(account.id, &key).unwrap();
+        }
+        certify(service, "other-ca", &["-n", "alice", "-O", "force-command=echo forced"]);
+        let only = "PubkeyAcceptedAlgorithms=ssh-ed25519-cert-v01@openssh.com";
+        let refused = login(service, &["-o", only, &at("alice"), "echo in"]);
+        assert_eq!((refused.status.code(), stdout(&refused)), (Some(255), String::new()));
+        let output = login(service, &[&at("alice"), "echo in"]);
+        assert_eq!(stdout(&output), "in\n", "{}", stderr(&output));
+        assert!(!service.log().contains("failed login"), "{}", service.log());
+    }
+    assert!(with.log().contains("no authority here"));
+    assert!(without.log().contains("ssh.user_ca_keys names no file"));
 }
 
 #[test]
