@@ -40,7 +40,7 @@ fn comes_back(story: &Story) -> Result<()> {
     let mut shell = alice.shell()?;
     let pid = shell.run("kept='a word'; cd /tmp; echo $$")?;
     shell.run(
-        "(n=0; while :; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done) & exec 7<>/tmp/open",
+        "(n=0; while :; do n=$((n+1)); echo $n > ~/n; mv ~/n ~/count; sleep 0.2; done) & exec 7<>/tmp/open",
     )?;
     let boot = shell.run("cat /proc/sys/kernel/random/boot_id")?;
     let mut last = 0;
