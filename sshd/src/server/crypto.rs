@@ -101,7 +101,7 @@ pub fn methods() -> MethodSet {
     MethodSet::from([MethodKind::PublicKey, MethodKind::Password].as_slice())
 }
 
-/// No SHA-1, no finite-field or NIST key exchange, post-quantum first. MACs without encrypt-then-MAC come
+/// No SHA-1, no finite-field or NIST key exchange, post-quantum first. A MAC without encrypt-then-MAC comes
 /// last, for libssh2 before 1.11 (curl, libgit2 and PHP of Debian 12, Ubuntu 22.04), which has no other.
 fn preferred() -> Preferred {
     Preferred {
@@ -130,12 +130,7 @@ fn preferred() -> Preferred {
             cipher::AES_128_GCM,
             cipher::AES_256_CTR,
         ]),
-        mac: Cow::Borrowed(&[
-            mac::HMAC_SHA256_ETM,
-            mac::HMAC_SHA512_ETM,
-            mac::HMAC_SHA256,
-            mac::HMAC_SHA512,
-        ]),
+        mac: Cow::Borrowed(&[mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM, mac::HMAC_SHA256]),
         compression: Cow::Borrowed(&[compression::NONE]),
     }
 }

@@ -66,6 +66,12 @@ pub struct Options {
     /// How many times longer than on real hardware to wait
     #[arg(long, default_value_t = 1.0)]
     patience: f64,
+    /// Folder with Python modules that the system does not have (ssh-audit)
+    #[arg(long, value_name = "DIR")]
+    python_modules: Option<PathBuf>,
+    /// Files that rsync copies there and back
+    #[arg(long, default_value_t = 40)]
+    files: usize,
     /// Folder for results.json and a log of every failure
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,

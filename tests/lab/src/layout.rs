@@ -80,6 +80,11 @@ impl Layout {
         self.own().join("exchange.raw")
     }
 
+    /// Python modules that tests use and Debian does not have.
+    pub fn python_modules(&self) -> PathBuf {
+        self.shared().join("python")
+    }
+
     pub fn results(&self) -> PathBuf {
         self.shared().join("results")
     }

@@ -88,7 +88,7 @@ fn end_to_end(
     selection: &Selection,
 ) -> Result<(Tally, bool)> {
     note("end-to-end tests");
-    tools::install_clients(&layout.step_log());
+    tools::install_clients(&layout.python_modules(), &layout.step_log());
     step("build the end-to-end suite", || build_package(layout, "e2e"))?;
     // Some stories have it look into machines' memory.
     step("build the benchmark", || build_package(layout, "bench"))?;
@@ -120,6 +120,8 @@ fn end_to_end(
         .args(["--run-dir", &serving.run_dir(), "--state-dir", &serving.state_path()])
         .args(["--patience", if serving.is_native() { "1" } else { EMULATED_PATIENCE }])
         .args((!serving.is_native()).then_some("--emulated"))
+        .arg("--python-modules")
+        .arg(layout.python_modules())
         .arg("--results")
         .arg(&results)
         .args(&selection.arguments)

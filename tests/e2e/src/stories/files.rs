@@ -79,8 +79,8 @@ fn rsync(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
     let (there, back) = (story.path("there"), story.path("back"));
     fs::create_dir(&there)?;
-    for n in 0..40 {
-        fs::write(there.join(format!("file {n}")), format!("content {n}\n").repeat(n))?;
+    for n in 0..story.world.options.files {
+        fs::write(there.join(format!("file {n}")), format!("content {n}\n").repeat(n % 40))?;
     }
     let client = alice.login().client("ssh")?;
     let mut shell = vec!["ssh".to_owned()];

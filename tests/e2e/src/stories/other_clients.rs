@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use crate::{
     harness::{
@@ -20,13 +21,14 @@ use crate::{
     runner::{Test, skip, test},
 };
 
-pub const TESTS: [Test; 6] = [
+pub const TESTS: [Test; 7] = [
     test("client_putty", 120, putty),
     test("client_dropbear", 120, dropbear),
     test("client_curl", 120, curl),
     test("client_sshfs", 120, sshfs),
     test("client_paramiko", 120, paramiko),
     test("client_asyncssh", 120, asyncssh),
+    test("ssh_audit_finds_what_is_known", 60, audit),
 ];
 
 /// Debian's own: other Pythons don't have its modules.
@@ -295,4 +297,44 @@ asyncio.run(main())
 "#;
     let told = python(story, "asyncssh", &program.replace("LOCAL", &local.to_string()), &alice)?;
     same("what asyncssh saw", told.as_str(), "True\nTERM\n200000\nthrough it\n")
+}
+
+/// What ssh-audit has against us; docs/ssh.md says why it stays.
+const KNOWN: [(&str, &str, &str); 3] = [
+    ("kex", "curve25519-sha256", BEFORE_QUANTA),
+    ("kex", "curve25519-sha256@libssh.org", BEFORE_QUANTA),
+    ("mac", "hmac-sha2-256", "using encrypt-and-MAC mode"),
+];
+const BEFORE_QUANTA: &str = "does not provide protection against post-quantum attacks";
+
+fn audit(story: &Story) -> Result<()> {
+    let options = &story.world.options;
+    let Some(modules) = options.python_modules.as_ref().filter(|at| at.join("ssh_audit").exists())
+    else {
+        return skip(
+            "there is no ssh-audit (--python-modules; `cargo lab test` takes it from PyPI)",
+        );
+    };
+    let mut command = Command::new(PYTHON);
+    command.env("PYTHONPATH", modules).args(["-m", "ssh_audit", "--json", "--skip-rate-test"]);
+    command.args(["-p", &port(story), &options.ssh_host]);
+    // Its status is that of the worst it has found.
+    let told = process::run("ssh-audit", command, Input::Nothing, story.within(60))?;
+    let report: Value = serde_json::from_slice(&told.stdout)
+        .with_context(|| format!("ssh-audit's report: {}{}", told.out(), told.err()))?;
+    let mut found = Vec::new();
+    for kind in ["kex", "key", "enc", "mac"] {
+        let algorithms = report[kind].as_array().context("no algorithms")?;
+        ensure!(!algorithms.is_empty(), "ssh-audit has seen no {kind}");
+        for algorithm in algorithms {
+            for grade in ["fail", "warn"] {
+                for words in algorithm["notes"][grade].as_array().into_iter().flatten() {
+                    let (name, words) = (algorithm["algorithm"].as_str(), words.as_str());
+                    found.push((kind, name.unwrap_or_default(), words.unwrap_or_default()));
+                }
+            }
+        }
+    }
+    same("what ssh-audit has against us", found.as_slice(), &KNOWN)?;
+    same("known vulnerabilities", report["cves"].as_array().map(Vec::len), Some(0))
 }
