@@ -37,7 +37,7 @@ fn deaths(story: &Story) -> Result<()> {
     let mut counts: BTreeMap<String, (u64, u64)> = BTreeMap::new();
     let (mut resumed, mut cold) = (0, 0);
     let mut shell = back(&alice)?.0;
-    let mut boot = shell.run(BOOT)?;
+    let mut boot = shell.run(BOOT)?.trim().to_owned();
     for round in 1..=rounds {
         if deck.is_empty() {
             deck = self::deck(story);
