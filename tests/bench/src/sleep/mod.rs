@@ -33,7 +33,7 @@ use crate::{
     wait::Deadline,
 };
 
-/// What the third issue asks for; `docs/bench.md` has where the time goes.
+/// The goals of `docs/bench.md`, which has where the time goes.
 const DIFF_GOAL: u64 = 4 << 20;
 const SAVE_GOAL: f64 = 2.0;
 const RESUME_GOAL: f64 = 1.2;
