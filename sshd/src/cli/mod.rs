@@ -14,6 +14,7 @@ mod base_removal;
 mod console;
 mod context;
 mod doctor;
+mod hostkey;
 mod image;
 mod key;
 mod output;
@@ -95,6 +96,15 @@ enum Command {
     /// Guest images: the kernel and root file system that bases are booted from
     #[command(subcommand)]
     Image(image::Command),
+    /// Show this host's key, as users, known_hosts files and the DNS need it
+    #[command(after_help = "\
+Examples:
+  hermitage hostkey shell.example.org
+  hermitage hostkey shell.example.org --json | jq -r .known_hosts >> /etc/ssh/ssh_known_hosts")]
+    Hostkey {
+        /// The name that users log in to [default: this machine's]
+        host: Option<String>,
+    },
     /// Attach to the serial console of an account's running machine
     #[command(after_help = "Leave with Ctrl-], or with ~. at the start of a line.")]
     Console {
@@ -151,6 +161,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Base(command) => base::run(&context, command),
         Command::Snapshot(command) => snapshot::run(&context, command),
         Command::Image(command) => image::run(&context, command),
+        Command::Hostkey { host } => hostkey::run(&context, host),
         Command::Console { account } => console::run(&context, &account),
     }
 }

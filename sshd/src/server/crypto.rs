@@ -38,11 +38,22 @@ pub enum HostKeyError {
 
 /// Reads the host key, or makes it at the first start.
 pub fn host_key(path: &Path) -> Result<PrivateKey, HostKeyError> {
+    match read_host_key(path)? {
+        Some(key) => Ok(key),
+        None => make_host_key(path)
+            .map_err(|reason| HostKeyError::Make { path: path.into(), reason: reason.to_string() }),
+    }
+}
+
+/// The host key, if it was made already.
+pub fn read_host_key(path: &Path) -> Result<Option<PrivateKey>, HostKeyError> {
     let unreadable = |reason: String| HostKeyError::Read { path: path.into(), reason };
     match std::fs::read_to_string(path) {
-        Ok(text) => PrivateKey::from_openssh(&text).map_err(|error| unreadable(error.to_string())),
-        Err(error) if error.kind() == ErrorKind::NotFound => make_host_key(path)
-            .map_err(|reason| HostKeyError::Make { path: path.into(), reason: reason.to_string() }),
+        Ok(text) => match PrivateKey::from_openssh(&text) {
+            Ok(key) => Ok(Some(key)),
+            Err(error) => Err(unreadable(error.to_string())),
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(unreadable(error.to_string())),
     }
 }

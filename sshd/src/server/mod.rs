@@ -14,6 +14,7 @@ mod stream;
 mod words;
 
 pub use connections::Entry;
+pub use crypto::{HostKeyError, read_host_key};
 pub use login_name::Wishes;
 
 use std::{

@@ -3,6 +3,7 @@
 mod accounts;
 mod bases;
 mod host;
+mod hostkey;
 mod idle;
 mod machines;
 mod service;
