@@ -69,6 +69,8 @@ pub struct Ssh {
     pub password_checks: usize,
     /// Milliseconds a failed attempt takes at least.
     pub failure_delay_ms: u64,
+    /// File with what clients are shown before they log in.
+    pub banner: Option<PathBuf>,
     /// File with the public keys of the authorities whose certificates log in. None: no certificate does.
     pub user_ca_keys: Option<PathBuf>,
     /// File with keys, fingerprints, and certificates' serials and ids, that open nothing.
@@ -97,6 +99,7 @@ impl Default for Ssh {
             accept_env: vec![],
             password_checks: 4,
             failure_delay_ms: 400,
+            banner: None,
             user_ca_keys: None,
             revoked_keys: None,
         }

@@ -193,7 +193,7 @@ mod tests {
         use hermitage::config::Config;
         const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
         // What has no default is there as an example.
-        let examples = ["libexec_dir", "user_ca_keys", "revoked_keys"];
+        let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys"];
         let setting = |line: &str| {
             let name = line.strip_prefix('#').and_then(|line| line.split_once(" = "));
             name.is_some_and(|(name, _)| !name.contains(' ') && !examples.contains(&name))

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    Server,
+    Server, banner,
     connections::Entry,
     environment,
     forwarding::tcp,
@@ -204,6 +204,18 @@ impl ClientHandler {
 
 impl Handler for ClientHandler {
     type Error = russh::Error;
+
+    async fn authentication_banner(&mut self) -> Result<Option<String>, Self::Error> {
+        let Some(path) = self.server.config.ssh.banner.clone() else { return Ok(None) };
+        match tokio::task::spawn_blocking(move || banner::read(&path)).await {
+            Ok(Ok(text)) if !text.is_empty() => Ok(Some(text)),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "ssh.banner can't be shown");
+                Ok(None)
+            }
+            _ => Ok(None),
+        }
+    }
 
     async fn auth_none(&mut self, _user: &str) -> Result<Auth, Self::Error> {
         Ok(again())

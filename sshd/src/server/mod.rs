@@ -1,6 +1,7 @@
 //! `hermitage serve`: start-up checks, the listeners, and an end in order.
 
 mod admission;
+mod banner;
 mod connections;
 mod crypto;
 mod environment;
@@ -125,6 +126,11 @@ impl Service {
             authorities: config.ssh.user_ca_keys.clone(),
             revoked: config.ssh.revoked_keys.clone(),
         };
+        if let Some(path) = &config.ssh.banner {
+            banner::read(path).with_context(|| {
+                format!("ssh.banner names {}, which can't be shown", path.display())
+            })?;
+        }
         trust.check().context("ssh.user_ca_keys and ssh.revoked_keys have to name usable files")?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;

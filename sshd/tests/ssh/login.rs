@@ -125,3 +125,30 @@ fn environment_passes_by_list() {
         finish(command.args([&at("alice"), "echo $LC_TEST,$GIT_AUTHOR_NAME,$LD_PRELOAD,$PATH"]));
     assert_eq!(stdout(&output), "a b,Al,,/usr/bin:/bin:/usr/sbin:/sbin\n", "{}", stderr(&output));
 }
+
+#[test]
+fn a_banner_is_shown_before_the_login_and_keeps_nobody_out() {
+    let mut service = Service::prepare(Options::default());
+    let banner = service.path("banner");
+    std::fs::write(&banner, "").unwrap();
+    service.configure(&format!("banner = {banner:?}"));
+    service.account("alice");
+    service.run();
+    let login = || {
+        let mut ssh = std::process::Command::new("ssh");
+        ssh.args(["-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]);
+        ssh.arg("-o").arg(format!("UserKnownHostsFile={}", service.path("known_hosts").display()));
+        ssh.arg("-p").arg(service.port.to_string()).arg("-i").arg(service.path("id"));
+        finish(ssh.args([&at("alice"), "echo in"]))
+    };
+    for text in ["For members only.", "Closed on Sundays."] {
+        std::fs::write(&banner, format!("{text}\n")).unwrap();
+        let output = login();
+        assert_eq!(stdout(&output), "in\n", "{}", stderr(&output));
+        assert!(stderr(&output).contains(&format!("{text}\r\n")), "{}", stderr(&output));
+    }
+    // Without the file a login goes on without its words, and the log says so.
+    std::fs::remove_file(&banner).unwrap();
+    assert!(login().status.success());
+    assert!(service.log().contains("ssh.banner can't be shown"));
+}
