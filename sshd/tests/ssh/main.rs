@@ -6,6 +6,7 @@
 mod algorithms;
 mod certificates;
 mod ends;
+mod endurance;
 mod fake_agent;
 mod fake_fork_server;
 mod fake_forwarder;
