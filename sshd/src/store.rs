@@ -93,6 +93,11 @@ impl Store {
         .await
     }
 
+    /// When the account's last shell was started, and from which address and port.
+    pub async fn last_shell(&self, account: Uuid) -> Result<Option<(i64, String)>, StoreError> {
+        on(&self.reading, move |accounts| accounts.last_shell(account)).await
+    }
+
     pub async fn session_ended(&self, id: i64, outcome: String) -> Result<(), StoreError> {
         on(&self.writing, move |accounts| accounts.session_ended(id, &outcome)).await
     }

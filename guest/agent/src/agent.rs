@@ -308,7 +308,7 @@ impl Agent {
         let environment = environment(&user, Some(&terminal), &open.env);
         let run = match &open.command {
             Some(command) => Run::Command(command),
-            None => Run::LoginShell,
+            None => Run::LoginShell { greeting: &open.greeting },
         };
         let leader =
             spawn::spawn(&user, &run, &environment, &Standard::Terminal(pty.slave.as_fd()))?;
@@ -353,7 +353,7 @@ impl Agent {
         spawn::set_blocking(stdio, true).context("a stream")?;
         spawn::set_blocking(stderr, true).context("a stream")?;
         let run = match &exec.program {
-            Program::Shell => Run::LoginShell,
+            Program::Shell => Run::LoginShell { greeting: "" },
             Program::Command(command) => Run::Command(command),
             Program::Sftp => Run::Program(Path::new(SFTP_SERVER)),
             Program::Forwarder => Run::Forwarder,

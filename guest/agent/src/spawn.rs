@@ -27,7 +27,8 @@ pub enum Standard<'fd> {
 /// What to run.
 pub enum Run<'a> {
     /// The user's shell as a login shell; reads commands from its standard input.
-    LoginShell,
+    /// On a terminal it comes after the greeting and the message of the day.
+    LoginShell { greeting: &'a str },
     /// The user's shell with `-c`.
     Command(&'a [u8]),
     /// A program of the image.
@@ -41,7 +42,10 @@ pub fn spawn(user: &User, run: &Run, environment: &[CString], standard: &Standar
     let invocation = Invocation::new(user, run)?;
     let home = CString::new(user.home.as_os_str().as_bytes()).context("the home directory")?;
     let groups: Vec<Gid> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
-    let greet = matches!((run, standard), (Run::LoginShell, Standard::Terminal(_)));
+    let greeting = match (run, standard) {
+        (Run::LoginShell { greeting }, Standard::Terminal(_)) => Some(*greeting),
+        _ => None,
+    };
 
     sys::start(|| {
         if let Err(what) = become_session(standard, user, &groups) {
@@ -51,8 +55,8 @@ pub fn spawn(user: &User, run: &Run, environment: &[CString], standard: &Standar
         if unistd::chdir(home.as_c_str()).is_err() {
             let _ = unistd::chdir("/");
         }
-        if greet {
-            message_of_the_day(&user.home);
+        if let Some(greeting) = greeting {
+            greet(&user.home, greeting);
         }
         let _ = unistd::execve(&invocation.path, &invocation.arguments, environment);
         fail("cannot run the program")
@@ -70,11 +74,11 @@ impl Invocation {
         let path = match run {
             Run::Program(path) => path,
             Run::Forwarder => Path::new("/proc/self/exe"),
-            Run::LoginShell | Run::Command(_) => usable_shell(&user.shell),
+            Run::LoginShell { .. } | Run::Command(_) => usable_shell(&user.shell),
         };
         let name = path.file_name().map(OsStrExt::as_bytes).unwrap_or(b"sh");
         let arguments = match run {
-            Run::LoginShell => vec![CString::new([b"-", name].concat())?],
+            Run::LoginShell { .. } => vec![CString::new([b"-", name].concat())?],
             Run::Command(command) => {
                 let command = CString::new(*command).context("the command contains a NUL byte")?;
                 vec![CString::new(name)?, c"-c".to_owned(), command]
@@ -118,15 +122,20 @@ fn become_session(standard: &Standard, user: &User, groups: &[Gid]) -> Result<()
     unistd::setresuid(uid, uid, uid).map_err(|_| "setuid")
 }
 
-/// /etc/motd, as sshd prints it: for logins on a terminal, unless ~/.hushlogin says not to.
-fn message_of_the_day(home: &Path) {
+/// The host's line and /etc/motd, as sshd prints them: for logins on a terminal, unless ~/.hushlogin says not to.
+fn greet(home: &Path, greeting: &str) {
     if unistd::access(&home.join(".hushlogin"), AccessFlags::F_OK).is_ok() {
         return;
     }
     let mut text = [0; 4096];
     let count = File::open("/etc/motd").and_then(|mut file| file.read(&mut text)).unwrap_or(0);
     // Not through std's stdout: its buffer is the parent's.
-    let _ = unistd::write(std::io::stdout().as_fd(), &text[..count]);
+    let stdout = std::io::stdout();
+    if !greeting.is_empty() {
+        let _ = unistd::write(stdout.as_fd(), greeting.as_bytes());
+        let _ = unistd::write(stdout.as_fd(), b"\n");
+    }
+    let _ = unistd::write(stdout.as_fd(), &text[..count]);
 }
 
 /// In the child: says why on the session's standard error; the exit code is the shell's for "could
@@ -165,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_login_shell_is_told_by_its_name_and_a_command_is_one_argument() {
-        let login = Invocation::new(&user("/bin/sh"), &Run::LoginShell).unwrap();
+        let login = Invocation::new(&user("/bin/sh"), &Run::LoginShell { greeting: "" }).unwrap();
         assert_eq!(login.arguments, [c"-sh".to_owned()]);
         let command = Invocation::new(&user("/bin/sh"), &Run::Command(b"echo \xff; id")).unwrap();
         assert_eq!(command.arguments[1], c"-c".to_owned());
@@ -176,7 +185,7 @@ mod tests {
     #[test]
     fn a_shell_that_is_gone_does_not_lock_her_out() {
         for shell in ["/no/such/shell", "", "bash", "/etc/passwd"] {
-            let login = Invocation::new(&user(shell), &Run::LoginShell).unwrap();
+            let login = Invocation::new(&user(shell), &Run::LoginShell { greeting: "" }).unwrap();
             assert!(login.path.to_bytes().ends_with(b"sh"), "{shell}: {:?}", login.path);
             assert!(login.path.to_bytes().starts_with(b"/bin/"), "{shell}: {:?}", login.path);
         }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of these messages. It is part of what a base snapshot is keyed by: host and agent of one
 /// base always speak the same one, so there is no negotiation.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -171,6 +171,8 @@ pub struct OpenTerminal {
     pub env: Vec<(String, String)>,
     /// None: the account's login shell. Some: given to the login shell with `-c`.
     pub command: Option<Vec<u8>>,
+    /// A line for before the message of the day; none if empty.
+    pub greeting: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

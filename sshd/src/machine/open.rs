@@ -51,6 +51,8 @@ pub struct TerminalSpec {
     pub modes: Vec<(u8, u32)>,
     pub env: Vec<(String, String)>,
     pub command: Option<Vec<u8>>,
+    /// A line for before the message of the day.
+    pub greeting: String,
 }
 
 /// A program on a terminal. Dropping it leaves a shell on its terminal; another program is hung up, and
@@ -98,6 +100,7 @@ impl Machine {
                     modes: spec.modes,
                     env: spec.env,
                     command: spec.command,
+                    greeting: spec.greeting,
                 })
             })
             .await?;

@@ -174,6 +174,7 @@ impl ClientHandler {
             pty: setup.pty,
             env,
             agent: setup.agent.then(|| self.forwards(connection)).flatten(),
+            greeting: String::new(),
             client: Client {
                 input: setup.input.clone(),
                 window: window_changes,

@@ -11,6 +11,7 @@ mod output;
 mod relay;
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -18,10 +19,11 @@ use std::{
 use hermitage_guest_proto::{ExitStatus, Program, Window};
 use hermitage_storage::accounts::Account;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use input::{Inflow, InputQueue, WINDOW};
 pub use output::{Output, pump};
@@ -34,6 +36,7 @@ use crate::{
     machine::{Claim, OpenError, Taken, Terminal, TerminalSpec},
     server::Wishes,
     store::Store,
+    time,
 };
 
 /// Signals that a program may have waiting; more are dropped.
@@ -87,6 +90,8 @@ pub struct Session {
     pub env: Vec<(String, String)>,
     /// Whose key agent its program may use.
     pub agent: Option<Forwards>,
+    /// For a new shell on a terminal.
+    pub greeting: String,
     pub client: Client,
     pub output: Output,
 }
@@ -139,15 +144,20 @@ pub async fn run(registry: Registry, store: Store, mut session: Session) {
     let kind = session.kind.name();
     let (name, source) = (session.account.name.clone(), session.source.clone());
     tracing::info!(account = name, source, kind, pty = session.pty.is_some(), "session");
-    // Beside the session: nobody waits for the log's fsync.
+    // Beside the session: nobody waits for the log's fsync. What was before is read before.
+    let (tell, last) = oneshot::channel();
     let started = tokio::spawn({
         let (store, account, source) = (store.clone(), session.account.id, source.clone());
-        async move { store.session_started(account, source, kind).await }
+        async move {
+            // Who asked may be gone.
+            let _ = tell.send(last_login(&store, account).await);
+            store.session_started(account, source, kind).await
+        }
     });
 
     let closed = session.client.closed.clone();
     let outcome = tokio::select! {
-        outcome = attend(&registry, &mut session) => outcome,
+        outcome = attend(&registry, &mut session, last) => outcome,
         () = closed.cancelled() => Outcome::ClientGone,
     };
     // Nobody takes input any more; it must not hold up the connection's other channels.
@@ -170,8 +180,28 @@ pub async fn run(registry: Registry, store: Store, mut session: Session) {
     }
 }
 
+/// A line as sshd(8) and login(1) have it: somebody who was not here then should know. Empty at the first login.
+async fn last_login(store: &Store, account: Uuid) -> String {
+    match store.last_shell(account).await {
+        Ok(Some((when, from))) => {
+            let from =
+                from.parse::<SocketAddr>().map_or(from, |at| at.ip().to_canonical().to_string());
+            format!("Last login: {} UTC from {from}", time::short(when))
+        }
+        Ok(None) => String::new(),
+        Err(error) => {
+            tracing::warn!(%error, "can't read the sessions log");
+            String::new()
+        }
+    }
+}
+
 /// From the machine to the program's end.
-async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
+async fn attend(
+    registry: &Registry,
+    session: &mut Session,
+    last: oneshot::Receiver<String>,
+) -> Outcome {
     let wishes = match &session.wishes {
         Ok(wishes) => *wishes,
         Err(reason) => return Outcome::Lost(reason.clone()),
@@ -187,11 +217,16 @@ async fn attend(registry: &Registry, session: &mut Session) -> Outcome {
         }
     }
     let mut again = true;
+    let mut last = Some(last);
     loop {
         let lease = match registry.login(&session.account).await {
             Ok(lease) => lease,
             Err(error) => return error.into(),
         };
+        if let Some(last) = last.take() {
+            // Read long ago: a machine takes longer than the database.
+            session.greeting = last.await.unwrap_or_default();
+        }
         let served = tokio::select! {
             // A machine that is taken away says so, rather than what its end looks like from here.
             biased;
@@ -232,8 +267,10 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
                 source: session.source.clone(),
                 link: session.link.clone(),
             };
-            let mut terminal =
-                terminal(lease, pty, env, command, window, wishes.new_terminal, &claim).await?;
+            let (term, modes) = (pty.term.clone(), pty.modes.clone());
+            let greeting = session.greeting.clone();
+            let spec = TerminalSpec { term, window, modes, env, command, greeting };
+            let mut terminal = terminal(lease, spec, wishes.new_terminal, &claim).await?;
             let taken = std::mem::replace(&mut terminal.taken, Taken::never());
             return Ok(tokio::select! {
                 biased;
@@ -269,21 +306,16 @@ async fn agent_socket(session: &Session, env: &mut Vec<(String, String)>) -> Opt
 /// is wanted.
 async fn terminal(
     lease: &Lease,
-    pty: &Pty,
-    env: Vec<(String, String)>,
-    command: Option<Vec<u8>>,
-    window: Window,
+    spec: TerminalSpec,
     new: bool,
     claim: &Claim,
 ) -> Result<Terminal, OpenError> {
-    if command.is_none()
+    if spec.command.is_none()
         && !new
-        && let Some(terminal) = lease.machine.take_up(window, claim).await?
+        && let Some(terminal) = lease.machine.take_up(spec.window, claim).await?
     {
         return Ok(terminal);
     }
-    let (term, modes) = (pty.term.clone(), pty.modes.clone());
-    let spec = TerminalSpec { term, window, modes, env, command };
     lease.machine.open_terminal(spec, claim).await
 }
 

@@ -205,6 +205,7 @@ impl Guest {
                 modes: vec![],
                 env: vec![("RESUMED".into(), "yes".into())],
                 command: None,
+                greeting: String::new(),
             };
             let guest = self.clone();
             std::thread::spawn(move || guest.run_terminal(open, true));

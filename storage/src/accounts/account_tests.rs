@@ -108,6 +108,25 @@ fn sessions_are_logged_with_their_end() {
 }
 
 #[test]
+fn the_last_shell_is_found_among_other_sessions() {
+    let (_dir, mut accounts) = database();
+    let (alice, bob) =
+        (accounts.create(&new("alice")).unwrap(), accounts.create(&new("bob")).unwrap());
+    assert_eq!(accounts.last_shell(alice.id).unwrap(), None);
+    for (account, source, kind) in [
+        (alice.id, "192.0.2.1:1", "shell"),
+        (alice.id, "192.0.2.2:2", "shell"),
+        (alice.id, "192.0.2.3:3", "exec"),
+        (bob.id, "192.0.2.4:4", "shell"),
+    ] {
+        accounts.session_started(&NewSession { account, source, kind }).unwrap();
+    }
+    let (when, from) = accounts.last_shell(alice.id).unwrap().unwrap();
+    assert_eq!(from, "192.0.2.2:2");
+    assert!(when > 1_700_000_000, "{when}");
+}
+
+#[test]
 fn intent_is_replaced_and_ends_with_the_account() {
     let (_dir, mut accounts) = database();
     let alice = accounts.create(&new("alice")).unwrap();

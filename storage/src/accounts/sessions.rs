@@ -2,7 +2,7 @@
 
 use super::account::id_column;
 use super::database::{Accounts, AccountsError, now};
-use rusqlite::{Row, params};
+use rusqlite::{OptionalExtension, Row, params};
 use uuid::Uuid;
 
 #[derive(Clone, Debug)]
@@ -63,6 +63,17 @@ impl Accounts {
         ))?;
         let rows = statement.query_map(params![account.to_string(), most], session)?;
         Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// When an account's last shell was started, and from where; of its last thousand sessions.
+    pub fn last_shell(&self, account: Uuid) -> Result<Option<(i64, String)>, AccountsError> {
+        let mut statement = self.db.prepare_cached(
+            "SELECT started, source FROM \
+             (SELECT * FROM sessions WHERE account = ?1 ORDER BY id DESC LIMIT 1000) \
+             WHERE kind = 'shell' ORDER BY id DESC LIMIT 1",
+        )?;
+        let row = statement.query_row([account.to_string()], |row| Ok((row.get(0)?, row.get(1)?)));
+        Ok(row.optional()?)
     }
 }
 

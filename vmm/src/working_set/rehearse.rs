@@ -92,6 +92,7 @@ fn log_in(machine: &Machine, mut agent: UnixStream) -> anyhow::Result<(UnixStrea
         modes: Vec::new(),
         env: Vec::new(),
         command: None,
+        greeting: String::new(),
     });
     agent.write_all(&encode(&open)?).context("write to the agent")?;
     match answer(machine, &mut agent, &mut decoder)? {

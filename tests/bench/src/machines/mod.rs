@@ -101,6 +101,7 @@ impl Machine {
             modes: Vec::new(),
             env: Vec::new(),
             command: None,
+            greeting: String::new(),
         });
         self.agent.write_all(&encode(&open)?).context("write to the agent")?;
         let mut terminal = UnixStream::from(ours);

@@ -109,6 +109,7 @@ impl Machine {
             modes: Vec::new(),
             env: Vec::new(),
             command: Some(command),
+            greeting: String::new(),
         }))?;
         match self.agent_says("start of a command")? {
             AgentMessage::Started { pid, .. } => Ok(pid),

@@ -77,6 +77,13 @@ fn habits(story: &Story) -> Result<()> {
     says("jobs", &shell.run("bg >/dev/null 2>&1; jobs")?, "Running")?;
     shell.run("kill %1")?;
 
+    // Who was here last, unless she does not want to be told.
+    let beside = alice.login_as(&format!("{}+new", alice.name));
+    says("a new shell", &beside.terminal(None, 80, 24)?.expect("$ ", 90)?, "Last login: 20")?;
+    alice.output("touch .hushlogin")?;
+    let greeting = beside.terminal(None, 80, 24)?.expect("$ ", 90)?;
+    ensure!(!greeting.contains("Last login") && !greeting.contains("sudo"), "hushed: {greeting}");
+
     // ~. drops the link; the shell stays where it was, and is there again.
     let first = shell.run("echo $$")?;
     shell.send("\r~.")?;
