@@ -216,10 +216,7 @@ impl Registry {
         let mut left = tokio::task::JoinSet::new();
         for account in accounts {
             let registry = self.clone();
-            left.spawn(async move {
-                registry.stop(account, StopCause::Shutdown).await;
-                account
-            });
+            left.spawn(async move { registry.stop(account, StopCause::Shutdown).await });
         }
         let all = async { while left.join_next().await.is_some() {} };
         if timeout(saving, all).await.is_ok() {

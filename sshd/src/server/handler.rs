@@ -208,10 +208,11 @@ impl Handler for ClientHandler {
 
     async fn authentication_banner(&mut self) -> Result<Option<String>, Self::Error> {
         let Some(path) = self.server.config.ssh.banner.clone() else { return Ok(None) };
+        let shown = path.display().to_string();
         match tokio::task::spawn_blocking(move || banner::read(&path)).await {
             Ok(Ok(text)) if !text.is_empty() => Ok(Some(text)),
             Ok(Err(error)) => {
-                tracing::error!(%error, "ssh.banner can't be shown");
+                tracing::error!(path = shown, %error, "ssh.banner can't be shown; logins go on without it");
                 Ok(None)
             }
             _ => Ok(None),

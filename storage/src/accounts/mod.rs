@@ -35,6 +35,8 @@ pub use sessions::{NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;
 #[cfg(test)]
+mod fixtures;
+#[cfg(test)]
 mod migration_tests;
 #[cfg(test)]
 mod sharing_tests;

@@ -1,19 +1,6 @@
+use super::super::fixtures::{database, keys, new};
 use super::super::*;
 use uuid::Uuid;
-
-fn database() -> (tempfile::TempDir, Accounts) {
-    let dir = tempfile::tempdir().unwrap();
-    let accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
-    (dir, accounts)
-}
-
-fn keys() -> Vec<PublicKey> {
-    parse_keys(include_str!("../../testdata/authorized_keys")).unwrap()
-}
-
-fn new(name: &str) -> NewAccount {
-    NewAccount { keys: keys()[..2].to_vec(), ..NewAccount::new(AccountName::parse(name).unwrap()) }
-}
 
 #[test]
 fn a_key_opens_its_account_only() {
