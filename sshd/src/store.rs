@@ -5,7 +5,8 @@
 use std::{path::Path, sync::Arc};
 
 use hermitage_storage::accounts::{
-    Account, Accounts, AccountsError, Intent, KeyOptions, MachineState, NewSession,
+    Account, Accounts, AccountsError, Change, Intent, KeyOptions, MachineState, NewSession,
+    StoredKey,
 };
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -55,6 +56,20 @@ impl Store {
             Ok(account.zip(accounts.key_options(id, &blob)?))
         })
         .await
+    }
+
+    pub async fn keys(&self, account: Uuid) -> Result<Vec<StoredKey>, StoreError> {
+        on(&self.reading, move |accounts| accounts.keys(account)).await
+    }
+
+    /// `hash` as the storage crate makes it.
+    pub async fn set_password(&self, account: Uuid, hash: String) -> Result<(), StoreError> {
+        on(&self.writing, move |accounts| accounts.set_password(account, Some(&hash))).await
+    }
+
+    /// Keeps the machine awake until then; `None` takes that back.
+    pub async fn set_hold(&self, account: Uuid, until: Option<i64>) -> Result<Change, StoreError> {
+        on(&self.writing, move |accounts| accounts.set_hold(account, until)).await
     }
 
     pub async fn record(&self, intent: Intent) -> Result<(), StoreError> {

@@ -19,7 +19,9 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use hermitage_storage::accounts::{Account, KeyOptions, MAX_PASSWORD, verify_password};
+use hermitage_storage::accounts::{
+    Account, KeyOptions, MAX_PASSWORD, hash_password, verify_password,
+};
 use russh::keys::Certificate;
 use tokio::sync::Semaphore;
 
@@ -133,6 +135,17 @@ impl Authenticator {
         self.still_open(&account).await.then_some(account)
     }
 
+    /// The hash of a new password; in turn with those that are verified.
+    pub async fn hash(&self, password: String) -> Result<String, String> {
+        let permit = self.hashing.clone().acquire_owned().await.map_err(|e| e.to_string())?;
+        let hashed = tokio::task::spawn_blocking(move || {
+            let hashed = hash_password(password.as_bytes()).map_err(|error| error.to_string());
+            drop(permit);
+            hashed
+        });
+        hashed.await.map_err(|error| error.to_string())?
+    }
+
     /// Whether an account that was let in still may be here.
     pub async fn still_open(&self, account: &Account) -> bool {
         match self.store.by_id(account.id).await {
@@ -160,7 +173,7 @@ fn now() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use hermitage_storage::accounts::{AccountName, Accounts, NewAccount, hash_password};
+    use hermitage_storage::accounts::{AccountName, Accounts, NewAccount};
 
     use super::*;
 

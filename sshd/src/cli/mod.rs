@@ -19,16 +19,14 @@ mod image;
 mod key;
 mod output;
 mod password;
-mod size;
 mod snapshot;
-mod span;
 mod status;
 mod template;
 mod tool;
 
 use clap::{Parser, Subcommand};
 use context::Context;
-use hermitage::time;
+use hermitage::{size, span, time};
 use hermitage_storage::accounts::AccountsError;
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,13 +1,10 @@
 //! Passwords from a terminal or a pipe; never from the command line, where the process list shows them.
 
 use anyhow::{Context as _, bail};
-use hermitage_storage::accounts::{MAX_PASSWORD, hash_password};
+use hermitage_storage::accounts::{MAX_PASSWORD, MIN_PASSWORD, hash_password};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
-
-/// Shorter ones fall to guessing whatever the hash.
-const MIN_PASSWORD: usize = 8;
 
 /// Asks twice on the terminal, or reads a line from standard input if that is none.
 pub fn ask(account: &str) -> anyhow::Result<String> {

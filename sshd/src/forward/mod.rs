@@ -182,7 +182,11 @@ impl Inner {
                         .into(),
                 );
             }
-            Ok(_) => {}
+            Ok(wishes) => {
+                if let Some(word) = wishes.lobby {
+                    return Err(format!("a login with +{} has no machine", word.name()));
+                }
+            }
             Err(reason) => return Err(reason.clone()),
         }
         let mut current = self.link.lock().await;

@@ -119,6 +119,27 @@ struct Handle {
     status: watch::Receiver<Status>,
 }
 
+impl Handle {
+    /// `None`: there is no machine, and nothing to tell of one.
+    fn shown(&self, account: Uuid) -> Option<AccountStatus> {
+        let status = self.status.borrow().clone();
+        if status.state == MachineState::Stopped {
+            return None;
+        }
+        let since = status.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Some(AccountStatus {
+            account: account.to_string(),
+            state: status.state.to_string(),
+            since: since.as_secs().try_into().unwrap_or(i64::MAX),
+            why: status.why,
+            machine_pid: status.machine_pid,
+            base: status.base,
+            sessions: status.sessions,
+            awake: status.awake,
+        })
+    }
+}
+
 /// An account's lifecycle as it shows from outside.
 #[derive(Clone, Debug)]
 pub(crate) struct Status {
@@ -256,27 +277,14 @@ impl Registry {
     pub fn status(&self) -> Vec<(Uuid, AccountStatus)> {
         let handles: Vec<(Uuid, Handle)> =
             self.accounts().iter().map(|(id, handle)| (*id, handle.clone())).collect();
-        handles
-            .into_iter()
-            .filter_map(|(id, handle)| {
-                let status = handle.status.borrow().clone();
-                if status.state == MachineState::Stopped {
-                    return None;
-                }
-                let since = status.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                let status = AccountStatus {
-                    account: id.to_string(),
-                    state: status.state.to_string(),
-                    since: since.as_secs().try_into().unwrap_or(i64::MAX),
-                    why: status.why,
-                    machine_pid: status.machine_pid,
-                    base: status.base,
-                    sessions: status.sessions,
-                    awake: status.awake,
-                };
-                Some((id, status))
-            })
-            .collect()
+        let shown = |(id, handle): (Uuid, Handle)| Some((id, handle.shown(id)?));
+        handles.into_iter().filter_map(shown).collect()
+    }
+
+    /// The same of one account.
+    pub fn status_of(&self, account: Uuid) -> Option<AccountStatus> {
+        let handle = self.accounts().get(&account).cloned()?;
+        handle.shown(account)
     }
 
     /// Starts the current base's fork server, so that the first login does not wait for it.

@@ -15,7 +15,10 @@ use super::{
     login_name::{self, Wishes},
     words::{again, shown},
 };
-use crate::auth::{Admission, Refusal};
+use crate::{
+    auth::{Admission, Refusal},
+    lobby::Word,
+};
 
 impl ClientHandler {
     pub(super) async fn key_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Auth {
@@ -74,7 +77,8 @@ impl ClientHandler {
             certificate.public_key().fingerprint(Default::default()),
         );
         match self.server.authenticator.certificate(name, certificate, self.peer.ip()).await {
-            Ok(admission) => self.admit(admission, wishes, by),
+            // It ends, and a password does not.
+            Ok(admission) => self.admit(admission, but_no_password(wishes), by),
             Err(refusal) => self.refuse(user, by, &refusal),
         }
     }
@@ -102,9 +106,21 @@ impl ClientHandler {
             Some(_) if wishes != Ok(Wishes::default()) => {
                 Err("this login runs one command; it has no words after the account's name".into())
             }
+            _ if restricted => but_no_password(wishes),
             _ => wishes,
         };
         (self.account, self.options) = (Some(account), options);
         Auth::Accept
+    }
+}
+
+/// A password opens all of the account, from anywhere and for good: who may less can't make one.
+fn but_no_password(wishes: Result<Wishes, String>) -> Result<Wishes, String> {
+    match wishes.as_ref().ok().and_then(|wishes| wishes.lobby) {
+        Some(Word::Passwd) => Err("a login by a certificate, or by a key with options, can't set a \
+                                   password, which would open more than it does; use another key or \
+                                   the password that there is, or ask your operator"
+            .into()),
+        _ => wishes,
     }
 }

@@ -185,8 +185,7 @@ impl ClientHandler {
         };
         let controls = Controls { input: setup.input, window, signals, closed };
         self.channels.insert(channel, ChannelState::Running(controls));
-        let (registry, store) = (self.server.registry.clone(), self.server.store.clone());
-        tokio::spawn(session::run(registry, store, session));
+        tokio::spawn(session::run(self.server.desk.clone(), session));
         true
     }
 
@@ -266,7 +265,7 @@ impl Handler for ClientHandler {
             return Ok(());
         }
         // A machine that is to start anew is not resumed ahead; one that is not wanted, not at all.
-        if self.wishes.as_ref().is_ok_and(|wishes| !wishes.fresh_machine) {
+        if self.wishes.as_ref().is_ok_and(Wishes::want_the_machine) {
             self.server.registry.expect(account);
         }
         Ok(())

@@ -41,6 +41,7 @@ use crate::{
     auth::{Authenticator, Trust},
     config::Config,
     lifecycle::{self, Registry, StopCause},
+    lobby::Desk,
     machine::ForkServers,
     room::{self, Floor},
     store::Store,
@@ -63,6 +64,7 @@ pub struct Server {
     pub(crate) store: Store,
     pub(crate) authenticator: Authenticator,
     pub(crate) registry: Registry,
+    pub(crate) desk: Arc<Desk>,
     pub(crate) connections: Arc<Connections>,
     pub(crate) penalties: Penalties,
     pub(crate) current_base: Box<dyn Fn() -> Option<String> + Send + Sync>,
@@ -155,19 +157,28 @@ impl Service {
         let (scarce, watched) = watch::channel(false);
         let registry = Registry::new(lifecycle::Context {
             config: config.clone(),
-            state_dir,
+            state_dir: state_dir.clone(),
             store: store.clone(),
             forks,
             scarce: watched,
         });
         let ssh = &config.ssh;
+        let authenticator = Authenticator::new(
+            store.clone(),
+            trust,
+            ssh.password_checks,
+            Duration::from_millis(ssh.failure_delay_ms),
+        );
+        let desk = Desk::new(
+            registry.clone(),
+            store.clone(),
+            authenticator.clone(),
+            config.clone(),
+            state_dir,
+        );
         let server = Arc::new(Server {
-            authenticator: Authenticator::new(
-                store.clone(),
-                trust,
-                ssh.password_checks,
-                Duration::from_millis(ssh.failure_delay_ms),
-            ),
+            authenticator,
+            desk: Arc::new(desk),
             connections: Arc::default(),
             penalties: Penalties::new(
                 Duration::from_secs(ssh.max_penalty),

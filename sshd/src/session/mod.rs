@@ -31,8 +31,9 @@ pub use relay::{feed, shut_down};
 
 use crate::{
     forward::{Forwards, Listening},
-    lifecycle::{Lease, LoginError, Registry},
+    lifecycle::{Lease, LoginError},
     link::Link,
+    lobby::{self, Desk, Visit},
     machine::{Claim, OpenError, Taken, Terminal, TerminalSpec},
     server::Wishes,
     store::Store,
@@ -139,9 +140,18 @@ impl From<LoginError> for Outcome {
     }
 }
 
+impl Session {
+    /// What it is called in the sessions log.
+    fn kind(&self) -> &'static str {
+        let lobby = self.wishes.as_ref().ok().and_then(|wishes| wishes.lobby);
+        lobby.map_or(self.kind.name(), lobby::Word::with_plus)
+    }
+}
+
 /// Runs a session to its end.
-pub async fn run(registry: Registry, store: Store, mut session: Session) {
-    let kind = session.kind.name();
+pub async fn run(desk: Arc<Desk>, mut session: Session) {
+    let store = desk.store.clone();
+    let kind = session.kind();
     let (name, source) = (session.account.name.clone(), session.source.clone());
     tracing::info!(account = name, source, kind, pty = session.pty.is_some(), "session");
     // Beside the session: nobody waits for the log's fsync. What was before is read before.
@@ -157,7 +167,7 @@ pub async fn run(registry: Registry, store: Store, mut session: Session) {
 
     let closed = session.client.closed.clone();
     let outcome = tokio::select! {
-        outcome = attend(&registry, &mut session, last) => outcome,
+        outcome = attend(&desk, &mut session, last) => outcome,
         () = closed.cancelled() => Outcome::ClientGone,
     };
     // Nobody takes input any more; it must not hold up the connection's other channels.
@@ -197,15 +207,15 @@ async fn last_login(store: &Store, account: Uuid) -> String {
 }
 
 /// From the machine to the program's end.
-async fn attend(
-    registry: &Registry,
-    session: &mut Session,
-    last: oneshot::Receiver<String>,
-) -> Outcome {
+async fn attend(desk: &Desk, session: &mut Session, last: oneshot::Receiver<String>) -> Outcome {
+    let registry = &desk.registry;
     let wishes = match &session.wishes {
         Ok(wishes) => *wishes,
         Err(reason) => return Outcome::Lost(reason.clone()),
     };
+    if let Some(word) = wishes.lobby {
+        return visit(desk, word, session).await;
+    }
     if wishes.fresh_machine {
         match registry.sessions(session.account.id) {
             0 => registry.reset(&session.account).await,
@@ -242,6 +252,26 @@ async fn attend(
             }
             Err(error) => return error.into(),
         }
+    }
+}
+
+/// What the service answers itself.
+async fn visit(desk: &Desk, word: lobby::Word, session: &Session) -> Outcome {
+    let terminal = session.pty.is_some();
+    let visit = Visit {
+        account: session.account.id,
+        source: &session.source,
+        kind: &session.kind,
+        input: &session.client.input,
+        output: &session.output,
+        terminal,
+    };
+    match lobby::answer(desk, word, visit).await {
+        Ok(words) => {
+            session.output.print(&words, terminal).await;
+            Outcome::Exited(ExitStatus::Code(0))
+        }
+        Err(reason) => Outcome::Lost(reason),
     }
 }
 

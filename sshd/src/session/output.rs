@@ -77,6 +77,12 @@ impl Output {
         let _ = self.channel.make_writer().write_all(format!("{words}\r\n").as_bytes()).await;
     }
 
+    /// What the service itself answers, on standard output; a terminal's is raw.
+    pub async fn print(&self, words: &str, terminal: bool) {
+        let text = if terminal { words.replace('\n', "\r\n") } else { words.to_owned() };
+        let _ = self.channel.make_writer().write_all(text.as_bytes()).await;
+    }
+
     /// A line from the service itself: on standard error, or on the terminal where there is one.
     async fn say(&self, words: &str, terminal: bool) {
         if terminal {

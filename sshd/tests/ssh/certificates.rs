@@ -54,6 +54,9 @@ fn a_certificate_for_the_account_logs_in() {
     let output = login(&service, &["-tt", &at("alice"), "test -t 0 && echo in"]);
     assert_eq!(stdout(&output), "in\r\n", "{}", stderr(&output));
     assert!(service.log().contains("alice of desk 7") && service.log().contains("serial 42"));
+    // It ends in five minutes, and a password would not.
+    let output = login(&service, &["-T", &at("alice+passwd")]);
+    assert!(stderr(&output).contains("can't set a password"), "{}", stderr(&output));
     // The account it is for has to be there.
     assert_eq!(login(&service, &[&at("bob"), "echo in"]).status.code(), Some(255));
     // Keys go on logging in beside it, behind others that are nobody's.

@@ -16,6 +16,7 @@ mod forwarding;
 mod harness;
 mod key_options;
 mod limits;
+mod lobby;
 mod login;
 mod penalties;
 mod processes;

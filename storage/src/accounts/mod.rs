@@ -30,7 +30,7 @@ pub use key_options::{KeyOptions, OptionError};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
-pub use password::{MAX_PASSWORD, PasswordError, hash_password, verify_password};
+pub use password::{MAX_PASSWORD, MIN_PASSWORD, PasswordError, hash_password, verify_password};
 pub use sessions::{NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;

@@ -11,6 +11,9 @@ const MEMORY_KIB: u32 = 19 * 1024;
 const PASSES: u32 = 2;
 const LANES: u32 = 1;
 
+/// Shorter ones fall to guessing whatever the hash. For who sets one: none is refused for it at a login.
+pub const MIN_PASSWORD: usize = 8;
+
 /// Longer ones are refused before any work: the hash reads all of it.
 pub const MAX_PASSWORD: usize = 1024;
 
