@@ -310,8 +310,13 @@ impl Agent {
             Some(command) => Run::Command(command),
             None => Run::LoginShell { greeting: &open.greeting },
         };
-        let leader =
-            spawn::spawn(&user, &run, &environment, &Standard::Terminal(pty.slave.as_fd()))?;
+        let leader = spawn::spawn(
+            &user,
+            &run,
+            &environment,
+            &Standard::Terminal(pty.slave.as_fd()),
+            &self.booted.home,
+        )?;
         self.sessions.push(Session {
             id: open.session,
             leader,
@@ -359,7 +364,7 @@ impl Agent {
             Program::Forwarder => Run::Forwarder,
         };
         let standard = Standard::Streams { stdio: stdio.as_fd(), stderr: stderr.as_fd() };
-        let leader = spawn::spawn(&user, &run, &environment, &standard)?;
+        let leader = spawn::spawn(&user, &run, &environment, &standard, &self.booted.home)?;
         self.sessions.push(Session { id: exec.session, leader, exit: None, terminal: None });
         Ok(leader.as_raw() as u32)
     }

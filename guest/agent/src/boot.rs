@@ -13,6 +13,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
 use crate::clock::HostClock;
+use crate::freeze::Home;
 use crate::{log, mounts, ports, sys, warm};
 
 /// The persistent-memory device that holds root.erofs.
@@ -40,6 +41,8 @@ pub struct Booted {
     pub streams: OwnedFd,
     /// The cgroups' root, whatever is mounted over it later.
     pub cgroups: OwnedFd,
+    /// The one that sessions start in.
+    pub home: Home,
     pub clock: HostClock,
 }
 
@@ -83,6 +86,7 @@ pub fn boot() -> Result<Booted> {
         nix::sys::stat::Mode::empty(),
     )
     .context("opening the cgroups' root")?;
+    let home = Home::open(&cgroups)?;
 
     if let Err(error) = warm::warm() {
         log::warn(format_args!("warming up: {error:#}"));
@@ -91,7 +95,7 @@ pub fn boot() -> Result<Booted> {
     // From here on the console is for what is wrong: errors and worse.
     sys::set_console_log_level(4).context("setting the console's log level")?;
     let clock = HostClock::open();
-    Ok(Booted { initial_root, ports, control, streams, cgroups, clock })
+    Ok(Booted { initial_root, ports, control, streams, cgroups, home, clock })
 }
 
 /// Loads the initrd's modules in the order its `order` file lists, then frees their memory.

@@ -1,11 +1,10 @@
-//! Before a save and after it: nothing of the user's runs, and the disk is as a clean unmount would
-//! leave it.
+//! Before a save and after it: nothing of the user's runs, and everything written is on the disk.
 //!
 //! Processes are stopped by the cgroup freezer (linux, Documentation/admin-guide/cgroup-v2.rst,
 //! `cgroup.freeze`), which they and their parents don't notice, other than by SIGSTOP. They go on only
 //! after the generator has fresh entropy and the clock is right (invariant 7): a resumed machine's first
-//! instruction may be anybody's, so stopping this program alone would not do. The disk is frozen after
-//! them (FIFREEZE), so that a machine that is not resumed leaves a disk without a journal to replay.
+//! instruction may be anybody's, so stopping this program alone would not do. The disk is synced after
+//! them, so that a machine that is not resumed has lost nothing: its next start replays the journal.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,12 +16,13 @@ use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{Pid, getsid};
+use nix::unistd::{self, Pid, getsid};
 
 use crate::attach::Stages;
 use crate::{log, sys};
 
-/// Where processes are moved to that are in the root cgroup, which can't be frozen.
+/// Where sessions start, because the root cgroup can't be frozen. What has got into that one all the
+/// same is moved here before a save.
 const HOME: &str = "hermitage";
 
 /// How long processes may take to stop: they do at once, unless they wait for something in the kernel
@@ -37,45 +37,24 @@ pub struct Frozen {
     cgroups: OwnedFd,
     /// Cgroups that were stopped by us, by name.
     stopped: Vec<String>,
-    /// The account disk, if it was frozen by us.
-    disk: Option<File>,
 }
 
 impl Frozen {
-    /// Stops every process but this one, syncs and freezes the disk. `disk` is its root directory,
-    /// `cgroups` that of the cgroup hierarchy.
+    /// Stops every process but this one, then syncs the disk. `disk` is its root directory, `cgroups` that
+    /// of the cgroup hierarchy.
     pub fn new(cgroups: OwnedFd, disk: File) -> Result<Self> {
         // From here on an error undoes what was done.
-        let mut frozen = Self { cgroups, stopped: Vec::new(), disk: None };
+        let mut frozen = Self { cgroups, stopped: Vec::new() };
         let mut stages = Stages::new();
         frozen.stop_processes().context("stopping processes")?;
         stages.end("stop processes");
-        // Freezing syncs first (freeze_super in linux, fs/super.c); to sync before would flush once more.
-        match sys::freeze_file_system(&disk) {
-            Ok(()) => frozen.disk = Some(disk),
-            // Somebody's fsfreeze(8): it is frozen, and not ours to thaw.
-            Err(Errno::EBUSY) => {}
-            Err(error) => return Err(error).context("freezing the disk's file system"),
-        }
-        stages.end("freeze disk");
+        sys::sync_file_system(&disk).context("syncing the disk's file system")?;
+        stages.end("sync disk");
         log::info(format_args!("standing still:{}", stages.text));
         Ok(frozen)
     }
 
-    /// Processes that are frozen die when they are killed, without running again.
-    pub fn thaw_disk(&mut self) {
-        if let Some(disk) = self.disk.take()
-            && let Err(error) = sys::thaw_file_system(&disk)
-        {
-            log::error(format_args!("thawing the disk: {error}"));
-        }
-    }
-
     fn stop_processes(&mut self) -> Result<()> {
-        match mkdirat(&self.cgroups, HOME, Mode::from_bits_truncate(0o755)) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(error) => return Err(error).context("making a cgroup"),
-        }
         let deadline = Instant::now() + STOP_LIMIT;
         for _ in 0..ROUNDS {
             let moved = self.move_processes()?;
@@ -92,13 +71,17 @@ impl Frozen {
     /// Moves the root cgroup's processes out of it. Returns how many there were.
     fn move_processes(&self) -> Result<usize> {
         let list = self.read("cgroup.procs")?;
-        let mut home = self.open(&format!("{HOME}/cgroup.procs"), OFlag::O_WRONLY)?;
+        let mut home = None;
         let mut moved = 0;
         for pid in list.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw) {
             // Threads of the kernel, and this program, belong to no session.
             if pid.as_raw() <= 1 || getsid(Some(pid)).map_or(0, Pid::as_raw) == 0 {
                 continue;
             }
+            let home = match &mut home {
+                Some(home) => home,
+                none => none.insert(Home::open(&self.cgroups)?.0),
+            };
             match home.write_all(pid.to_string().as_bytes()) {
                 Ok(()) => moved += 1,
                 Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
@@ -174,12 +157,34 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        self.thaw_disk();
         for name in &self.stopped {
             if let Err(error) = self.write(&format!("{name}/cgroup.freeze"), "0") {
                 log::error(format_args!("going on: {error:#}"));
             }
         }
+    }
+}
+
+/// The cgroup that sessions start in.
+pub struct Home(File);
+
+impl Home {
+    /// Makes it, if it is not there: its user may be root and have removed it.
+    pub fn open(cgroups: impl AsFd) -> Result<Self> {
+        match mkdirat(&cgroups, HOME, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error).context("making a cgroup"),
+        }
+        let path = format!("{HOME}/cgroup.procs");
+        openat(&cgroups, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())
+            .map(|file| Self(File::from(file)))
+            .with_context(|| format!("opening {path} of the cgroups"))
+    }
+
+    /// In a child before it has started anything: from here on it is in this cgroup. It works without, and a
+    /// save moves what stayed outside.
+    pub fn enter(&self) {
+        let _ = unistd::write(&self.0, b"0");
     }
 }
 

@@ -12,6 +12,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{self, AccessFlags, Gid, Pid, Uid};
 
 use crate::account::User;
+use crate::freeze::Home;
 use crate::{forward, sys};
 
 /// Where the program's standard streams are.
@@ -38,7 +39,13 @@ pub enum Run<'a> {
 }
 
 /// Starts the program as leader of a new session and returns its process id.
-pub fn spawn(user: &User, run: &Run, environment: &[CString], standard: &Standard) -> Result<Pid> {
+pub fn spawn(
+    user: &User,
+    run: &Run,
+    environment: &[CString],
+    standard: &Standard,
+    home_group: &Home,
+) -> Result<Pid> {
     let invocation = Invocation::new(user, run)?;
     let home = CString::new(user.home.as_os_str().as_bytes()).context("the home directory")?;
     let groups: Vec<Gid> = user.groups.iter().map(|group| Gid::from_raw(*group)).collect();
@@ -48,6 +55,7 @@ pub fn spawn(user: &User, run: &Run, environment: &[CString], standard: &Standar
     };
 
     sys::start(|| {
+        home_group.enter();
         if let Err(what) = become_session(standard, user, &groups) {
             return fail(what);
         }

@@ -66,12 +66,11 @@ pub enum HostMessage {
     PowerOff { grace_ms: u32 },
     /// Answered by `Pong` with the same number.
     Ping(u64),
-    /// Get ready for a save: every process is stopped without its noticing, file systems are synced, the
-    /// disk's is frozen (clean, with nothing to replay). Answered by `Frozen`, the agent's last word
-    /// until `Resume`, or by `FreezeFailed`, after which everything goes on.
+    /// Get ready for a save: every process is stopped without its noticing, the disk is synced. Answered by
+    /// `Frozen`, the agent's last word until `Resume`, or by `FreezeFailed`, after which everything goes on.
     Freeze,
     /// First message after a save: in the resumed machine, or in the same one when the save was called
-    /// off. Entropy, clock, disk and processes, in this order. Answered by `Resumed`.
+    /// off. Entropy, clock and processes, in this order. Answered by `Resumed`.
     Resume(Resume),
     /// The host's disk is nearly full, or no longer: while it is scarce no program gets new blocks of
     /// the account disk (ENOSPC).

@@ -50,6 +50,11 @@ impl<'f> Writer<'f> {
         self.runs.push(page, true)
     }
 
+    /// Bytes from the file's beginning that are written, but for the header.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
     fn flush(&mut self) -> Result<(), SnapshotError> {
         self.data_sum.write(&self.buffer);
         faults::at(Point::SavePages)

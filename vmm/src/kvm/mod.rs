@@ -16,7 +16,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
 pub use vcpu::{
-    VcpuState, align_tscs, fresh_msrs, mark_stopped, prepare_for_boot, restore_vcpu, save_vcpu,
+    VcpuState, align_tscs, fresh_msrs, mark_stopped, place, prepare_for_boot, restore_vcpu,
+    save_vcpu,
 };
 
 use crate::memory::{GuestMemory, host_ranges, layout};

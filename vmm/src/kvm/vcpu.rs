@@ -47,6 +47,21 @@ pub fn save_vcpu(vcpu: &VcpuFd, fresh: &[kvm_msr_entry]) -> Result<VcpuState, Kv
     })
 }
 
+/// Where a paused vCPU is, for people.
+pub fn place(vcpu: &VcpuFd) -> Result<String, KvmError> {
+    /// Interrupts are let in (SDM volume 1, 3.4.3).
+    const RFLAGS_IF: u64 = 1 << 9;
+    let regs = vcpu.get_regs().named("KVM_GET_REGS")?;
+    let state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?.mp_state;
+    let doing = match state {
+        kvm_bindings::KVM_MP_STATE_HALTED => "halted",
+        kvm_bindings::KVM_MP_STATE_RUNNABLE => "running",
+        _ => "not started",
+    };
+    let interrupts = if regs.rflags & RFLAGS_IF == 0 { "off" } else { "on" };
+    Ok(format!("{doing} at {:#x} with interrupts {interrupts}", regs.rip))
+}
+
 /// Gives all vCPUs the first one's time-stamp counter. The guest's counters are synchronised, but they
 /// were read one after another, and the time between would be a skew for ever after.
 pub fn align_tscs(vcpus: &mut [VcpuState]) {

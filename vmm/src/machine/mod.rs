@@ -239,6 +239,19 @@ impl Machine {
         Ok(self.vcpus.pause()?)
     }
 
+    /// For an error about a guest that does not get on: where its CPUs are. It is paused afterwards.
+    pub fn where_it_stands(&self) -> String {
+        if let Err(error) = self.vcpus.pause() {
+            return error.to_string();
+        }
+        let place = |(n, vcpu): (usize, &Arc<Mutex<VcpuFd>>)| match kvm::place(&lock(vcpu)) {
+            Ok(place) => format!("CPU {n} {place}"),
+            Err(error) => format!("CPU {n}: {error}"),
+        };
+        let places: Vec<_> = self.vcpus.fds.iter().enumerate().map(place).collect();
+        places.join(", ")
+    }
+
     /// Pauses the vCPUs, then the devices, and takes everybody's state. The machine stays paused.
     /// `fresh` are the registers that its vCPUs started with ([`kvm::fresh_msrs`]).
     pub fn pause_and_save(

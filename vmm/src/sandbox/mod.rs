@@ -131,6 +131,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_fcntl,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
     libc::SYS_fsync,
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,

@@ -3,7 +3,8 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt as _,
+    ops::Range,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -30,6 +31,9 @@ use crate::{
 
 /// Pages read at once.
 const CHUNK: usize = 64;
+
+/// Bytes after which the medium is given something to do.
+const WRITE_OUT: u64 = 1 << 20;
 
 /// What a machine was made from: what its snapshots are the difference to.
 pub struct Origin<'a> {
@@ -102,8 +106,13 @@ pub fn save(
     stages.done("find pages");
     let mut writer = Writer::new(&request.file)?;
     let mut copier = Copier::new(&machine.memory);
+    let mut written_out = 0;
     for piece in &pieces {
         copier.copy(piece, &mut writer)?;
+        if writer.at() - written_out >= WRITE_OUT {
+            write_out(&request.file, written_out..writer.at());
+            written_out = writer.at();
+        }
     }
     stages.done("write pages");
     let description = describe(origin, request, &state, &machine.memory);
@@ -111,6 +120,20 @@ pub fn save(
     let header = writer.finish(description, &state)?;
     stages.done("sync snapshot");
     Ok(Saved { bytes: header.file_bytes(), pages: header.data_pages })
+}
+
+/// Has the kernel begin to write a part of the file to the medium, so that the sync at the end finds most of
+/// it there (sync_file_range(2)). It promises nothing and may fail: the sync tells.
+fn write_out(file: &File, range: Range<u64>) {
+    let (Ok(from), Ok(length)) =
+        (i64::try_from(range.start), i64::try_from(range.end - range.start))
+    else {
+        return;
+    };
+    // SAFETY: takes a descriptor, which is open, and numbers.
+    let _ = unsafe {
+        libc::sync_file_range(file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE)
+    };
 }
 
 fn describe(

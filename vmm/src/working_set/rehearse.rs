@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long attaching the account, and then starting the shell, may take.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A shell that has said something, and then nothing for so long, is at its prompt.
 const QUIET: Duration = Duration::from_secs(2);
@@ -45,10 +45,13 @@ pub fn rehearse(
     let stop = AtomicBool::new(false);
     let result = thread::scope(|scope| {
         scope.spawn(|| control::pump(&machine, &stop));
-        let result = log_in(&machine, agent).and_then(|_socket| {
-            machine.pause()?;
-            record(&memory).context("look at what was touched")
-        });
+        let result = match log_in(&machine, agent) {
+            Ok(_sockets) => {
+                machine.pause()?;
+                record(&memory).context("look at what was touched")
+            }
+            Err(error) => Err(error.context(machine.where_it_stands())),
+        };
         stop.store(true, Ordering::SeqCst);
         machine.wake();
         result

@@ -77,8 +77,7 @@ impl Agent {
     }
 
     /// Processes may not run again: in a resumed machine they would share secrets with a former one.
-    fn power_off_frozen(&mut self, mut frozen: Frozen) -> ! {
-        frozen.thaw_disk();
+    fn power_off_frozen(&mut self, frozen: Frozen) -> ! {
         poweroff::kill_all();
         drop(frozen);
         self.power_off(Duration::ZERO)

@@ -24,8 +24,6 @@ mod raw {
     // fs/ext4: `EXT4_IOC_RESIZE_FS _IOW('f', 16, __u64)`
     nix::ioctl_write_ptr!(ext4_resize_fs, b'f', 16, u64);
     // linux/fs.h: `_IOWR('X', 119, int)`, `_IOWR('X', 120, int)`; the argument is not used
-    nix::ioctl_readwrite!(fs_freeze, b'X', 119, libc::c_int);
-    nix::ioctl_readwrite!(fs_thaw, b'X', 120, libc::c_int);
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
     nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
     nix::ioctl_read_bad!(get_foreground_group, libc::TIOCGPGRP, libc::pid_t);
@@ -73,17 +71,6 @@ pub fn block_device_bytes(device: impl AsFd) -> nix::Result<u64> {
 pub fn grow_ext4(inside: impl AsFd, blocks: u64) -> nix::Result<()> {
     // SAFETY: the kernel reads one u64.
     unsafe { raw::ext4_resize_fs(fd(&inside), &blocks) }.map(drop)
-}
-
-/// Makes the file system that `inside` is a file of clean and keeps it so: writers wait.
-pub fn freeze_file_system(inside: impl AsFd) -> nix::Result<()> {
-    // SAFETY: the kernel does not look at the argument, which is an int all the same.
-    unsafe { raw::fs_freeze(fd(&inside), &mut 0) }.map(drop)
-}
-
-pub fn thaw_file_system(inside: impl AsFd) -> nix::Result<()> {
-    // SAFETY: as above.
-    unsafe { raw::fs_thaw(fd(&inside), &mut 0) }.map(drop)
 }
 
 pub fn set_window(terminal: impl AsFd, window: Window) -> nix::Result<()> {

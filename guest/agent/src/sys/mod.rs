@@ -8,8 +8,8 @@ mod vsock;
 
 pub use child::{default_sigpipe, set_standard_streams, start};
 pub use ioctl::{
-    add_entropy, block_device_bytes, foreground_group, freeze_file_system, grow_ext4, loopback_up,
-    make_controlling, pty_number, pty_peer, reseed, set_window, thaw_file_system, unlock_pty,
+    add_entropy, block_device_bytes, foreground_group, grow_ext4, loopback_up, make_controlling,
+    pty_number, pty_peer, reseed, set_window, unlock_pty,
 };
 pub use loop_device::LoopDevice;
 pub use poll::{Poller, Readiness};
