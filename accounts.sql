@@ -76,3 +76,26 @@ ALTER TABLE machines ADD COLUMN paused TEXT;
 -- section 4
 -- What a login by the key may do: options as before a key in an authorized_keys file; empty: anything.
 ALTER TABLE keys ADD COLUMN options TEXT NOT NULL DEFAULT '';
+
+-- section 5
+-- The class that says, in the service's configuration, what an account has no word of its own about.
+ALTER TABLE accounts ADD COLUMN class TEXT;
+-- Limits became the account's own or NULL: as its class or the configuration says. What was everybody's
+-- default before is nobody's own.
+ALTER TABLE accounts ADD COLUMN own_sessions INTEGER CHECK (own_sessions > 0);
+UPDATE accounts SET own_sessions = max_sessions WHERE max_sessions <> 32;
+ALTER TABLE accounts DROP COLUMN max_sessions;
+ALTER TABLE accounts RENAME COLUMN own_sessions TO max_sessions;
+ALTER TABLE accounts ADD COLUMN own_policy TEXT CHECK (own_policy IN ('save', 'keep', 'discard'));
+UPDATE accounts SET own_policy = policy WHERE policy <> 'save';
+ALTER TABLE accounts DROP COLUMN policy;
+ALTER TABLE accounts RENAME COLUMN own_policy TO policy;
+-- Streams that one of its connections forwards at a time.
+ALTER TABLE accounts ADD COLUMN max_streams INTEGER CHECK (max_streams >= 0);
+-- From then on nobody logs in; NULL: never so.
+ALTER TABLE accounts ADD COLUMN expires INTEGER;
+-- Until when `disabled` counts; NULL: until it is taken back.
+ALTER TABLE accounts ADD COLUMN disabled_until INTEGER;
+-- The user's name in the guest, where the account was renamed since its first start; NULL: the account's.
+ALTER TABLE accounts ADD COLUMN guest_name TEXT;
+CREATE INDEX accounts_by_expiry ON accounts (expires) WHERE expires IS NOT NULL;

@@ -43,6 +43,11 @@ pub enum DiskError {
          {template} bytes"
     )]
     Size { size: u64, template: u64 },
+    #[error(
+        "{} has {now} bytes and can't get {size}: a disk is only enlarged, to a multiple of {BLOCK}",
+        path.display()
+    )]
+    Resize { path: PathBuf, now: u64, size: u64 },
     #[error("{}: {doing}: {source}", path.display())]
     Io { path: PathBuf, doing: &'static str, source: io::Error },
 }
@@ -159,6 +164,22 @@ pub fn clear_tag(disk: &File) -> io::Result<()> {
     }
     faults::at(Point::UntagSync)?;
     disk.sync_all()
+}
+
+/// Makes a disk larger, for a guest that grows its file system into it. Nobody may have it open. What it
+/// holds, and the tag of a snapshot, stay.
+pub fn enlarge(path: &Path, size: u64) -> Result<(), DiskError> {
+    let disk = open_locked(path)?;
+    let now = disk.metadata().map_err(failed(path, "reading the disk"))?.len();
+    if !size.is_multiple_of(BLOCK) || size < now {
+        return Err(DiskError::Resize { path: path.to_owned(), now, size });
+    }
+    disk.set_len(size).and_then(|()| disk.sync_all()).map_err(failed(path, "enlarging the disk"))
+}
+
+/// The size that a machine sees.
+pub fn size(path: &Path) -> Result<u64, DiskError> {
+    Ok(fs::metadata(path).map_err(failed(path, "reading the disk"))?.len())
 }
 
 /// Bytes that a disk takes on the host, as against its size.

@@ -4,12 +4,12 @@ use super::database::{Accounts, AccountsError, now};
 use super::stored_keys::insert_key;
 use super::{AccountName, PublicKey};
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
-use rusqlite::{OptionalExtension, Row, TransactionBehavior, params};
+use rusqlite::{OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use uuid::Uuid;
 
 /// Size of an account's disk where nothing else was asked for.
 pub const DEFAULT_DISK_BYTES: u64 = 10 << 30;
-/// Sessions of an account at once where nothing else was asked for.
+/// Sessions of an account at once where neither it nor its class says.
 pub const DEFAULT_MAX_SESSIONS: u32 = 32;
 /// User id in the guest. It is the only person there, so all have the same.
 pub const GUEST_UID: u32 = 1000;
@@ -60,27 +60,59 @@ pub struct Account {
     pub name: String,
     pub uid: u32,
     pub hostname: String,
+    /// Its user in the guest, where that is not [`Self::name`]: it was renamed.
+    pub guest_name: Option<String>,
     pub machine_id: [u8; 16],
     /// argon2id, PHC string. `None`: keys only.
     pub password: Option<String>,
+    /// Closed by an operator; [`Self::closed_at`] knows whether it still is.
     pub disabled: bool,
+    /// Until when that counts; `None`: until it is taken back.
+    pub disabled_until: Option<i64>,
+    /// From when on nobody logs in.
+    pub expires: Option<i64>,
     pub created: i64,
     pub removed: Option<i64>,
     pub disk_bytes: u64,
-    pub max_sessions: u32,
-    /// `None`: as the service's configuration says.
+    /// What the configuration has of this name counts where the account has nothing of its own.
+    pub class: Option<String>,
+    // Its own, each; `None`: as its class or the configuration says.
+    pub max_sessions: Option<u32>,
+    /// Streams that one connection forwards at a time.
+    pub max_streams: Option<u32>,
     pub linger_s: Option<u32>,
-    pub policy: Policy,
-    /// How long work may keep its machine awake. `None`: as the service's configuration says.
+    pub policy: Option<Policy>,
+    /// How long work may keep its machine awake.
     pub max_linger_s: Option<u32>,
     /// Until when its machine is kept awake; over if that is past.
     pub hold_until: Option<i64>,
 }
 
 impl Account {
-    /// May it log in at all?
+    /// May it log in at all, now?
     pub fn is_open(&self) -> bool {
-        !self.disabled && self.removed.is_none()
+        self.closed_at(now()).is_none()
+    }
+
+    /// The name of its user in the guest.
+    pub fn guest_name(&self) -> &str {
+        self.guest_name.as_deref().unwrap_or(&self.name)
+    }
+
+    /// Whether an operator has closed it, at that time.
+    pub fn is_disabled_at(&self, now: i64) -> bool {
+        self.disabled && self.disabled_until.is_none_or(|until| until > now)
+    }
+
+    /// Why it may not log in at that time; `None`: it may.
+    pub fn closed_at(&self, now: i64) -> Option<Closed> {
+        if self.removed.is_some() {
+            Some(Closed::Removed)
+        } else if self.is_disabled_at(now) {
+            Some(Closed::Disabled { until: self.disabled_until })
+        } else {
+            self.expires.filter(|expires| *expires <= now).map(|since| Closed::Expired { since })
+        }
     }
 
     /// The end of its hold, if it has one at that time.
@@ -89,16 +121,29 @@ impl Account {
     }
 }
 
+/// Why nobody logs in to an account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    Removed,
+    Disabled { until: Option<i64> },
+    Expired { since: i64 },
+}
+
 #[derive(Clone, Debug)]
 pub struct NewAccount {
     pub name: AccountName,
     pub password_hash: Option<String>,
     pub keys: Vec<PublicKey>,
     pub disk_bytes: u64,
-    pub max_sessions: u32,
+    pub class: Option<String>,
+    pub max_sessions: Option<u32>,
+    pub max_streams: Option<u32>,
     pub linger_s: Option<u32>,
-    pub policy: Policy,
+    pub policy: Option<Policy>,
     pub max_linger_s: Option<u32>,
+    pub expires: Option<i64>,
+    /// Made closed: nobody logs in until it is opened.
+    pub disabled: bool,
 }
 
 impl NewAccount {
@@ -109,10 +154,14 @@ impl NewAccount {
             password_hash: None,
             keys: Vec::new(),
             disk_bytes: DEFAULT_DISK_BYTES,
-            max_sessions: DEFAULT_MAX_SESSIONS,
+            class: None,
+            max_sessions: None,
+            max_streams: None,
             linger_s: None,
-            policy: Policy::default(),
+            policy: None,
             max_linger_s: None,
+            expires: None,
+            disabled: false,
         }
     }
 }
@@ -125,51 +174,16 @@ pub enum Change {
 }
 
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
-                       disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until";
+                       disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until, class, \
+                       max_streams, expires, disabled_until, guest_name";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
     pub fn create(&mut self, new: &NewAccount) -> Result<Account, AccountsError> {
-        let limit = |what, value| AccountsError::Limit { what, value };
-        let disk = i64::try_from(new.disk_bytes).map_err(|_| limit("disk", new.disk_bytes))?;
-        if disk == 0 {
-            return Err(limit("disk", 0));
-        }
-        if new.max_sessions == 0 {
-            return Err(limit("sessions", 0));
-        }
         let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        if alive(&tx, new.name.as_str())?.is_some() {
-            return Err(AccountsError::NameTaken(new.name.to_string()));
-        }
-        let id = Uuid::new_v4();
-        // machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
-        let machine_id = *Uuid::new_v4().as_bytes();
-        tx.execute(
-            "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
-             max_sessions, linger_s, policy, max_linger_s) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-            params![
-                id.to_string(),
-                new.name.as_str(),
-                GUEST_UID,
-                new.name.hostname(),
-                machine_id,
-                new.password_hash,
-                now(),
-                disk,
-                new.max_sessions,
-                new.linger_s,
-                new.policy,
-                new.max_linger_s,
-            ],
-        )?;
-        for key in &new.keys {
-            insert_key(&tx, id, key)?;
-        }
-        let account = alive(&tx, new.name.as_str())?;
+        let account = insert(&tx, new)?;
         tx.commit()?;
-        account.ok_or_else(|| AccountsError::Unknown(new.name.to_string()))
+        Ok(account)
     }
 
     /// All accounts by name; the removed ones, not yet purged, after the others.
@@ -194,9 +208,7 @@ impl Accounts {
 
     /// Removed or not.
     pub fn by_id(&self, id: Uuid) -> Result<Option<Account>, AccountsError> {
-        let sql = format!("SELECT {COLUMNS} FROM accounts WHERE id = ?1");
-        let mut statement = self.db.prepare_cached(&sql)?;
-        Ok(statement.query_row([id.to_string()], account).optional()?)
+        Ok(by_id(&self.db, id)?)
     }
 
     /// Removed accounts that had this name and are not purged, the last removed first.
@@ -218,12 +230,36 @@ impl Accounts {
         known(id, changed)
     }
 
+    /// Closes an account until that is taken back, or opens it.
     pub fn set_disabled(&self, id: Uuid, disabled: bool) -> Result<Change, AccountsError> {
+        self.disable(id, disabled, None)
+    }
+
+    /// Closes an account; it is open again at that time by itself.
+    pub fn disable_until(&self, id: Uuid, until: i64) -> Result<Change, AccountsError> {
+        self.disable(id, true, Some(until))
+    }
+
+    fn disable(
+        &self,
+        id: Uuid,
+        disabled: bool,
+        until: Option<i64>,
+    ) -> Result<Change, AccountsError> {
         let changed = self.db.execute(
-            "UPDATE accounts SET disabled = ?2 WHERE id = ?1 AND disabled <> ?2",
-            params![id.to_string(), disabled],
+            "UPDATE accounts SET disabled = ?2, disabled_until = ?3 \
+             WHERE id = ?1 AND (disabled <> ?2 OR disabled_until IS NOT ?3)",
+            params![id.to_string(), disabled, until],
         )?;
         Ok(if changed == 0 { Change::AlreadySo } else { Change::Done })
+    }
+
+    /// Accounts whose time was over in these seconds, the first not among them; the last is.
+    pub fn expired_between(&self, after: i64, until: i64) -> Result<Vec<Uuid>, AccountsError> {
+        let sql = "SELECT id FROM accounts WHERE expires > ?1 AND expires <= ?2";
+        let mut statement = self.db.prepare_cached(sql)?;
+        let rows = statement.query_map([after, until], |row| id_column(row, 0))?;
+        Ok(rows.collect::<Result<_, _>>()?)
     }
 
     /// Frees the name and takes keys and password away. The row stays for [`Self::purge`], because the
@@ -247,13 +283,69 @@ impl Accounts {
     }
 }
 
+/// Checks limits, takes the name, and puts the keys in.
+pub(super) fn insert(tx: &Transaction, new: &NewAccount) -> Result<Account, AccountsError> {
+    let limit = |what, value| AccountsError::Limit { what, value };
+    let disk = i64::try_from(new.disk_bytes).map_err(|_| limit("disk", new.disk_bytes))?;
+    if disk == 0 {
+        return Err(limit("disk", 0));
+    }
+    if new.max_sessions == Some(0) {
+        return Err(limit("sessions", 0));
+    }
+    if alive(tx, new.name.as_str())?.is_some() {
+        return Err(AccountsError::NameTaken(new.name.to_string()));
+    }
+    let id = Uuid::new_v4();
+    // machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
+    let machine_id = *Uuid::new_v4().as_bytes();
+    tx.prepare_cached(
+        "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
+         max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
+    )?
+    .execute(params![
+        id.to_string(),
+        new.name.as_str(),
+        GUEST_UID,
+        new.name.hostname(),
+        machine_id,
+        new.password_hash,
+        now(),
+        disk,
+        new.max_sessions,
+        new.linger_s,
+        new.policy,
+        new.max_linger_s,
+        new.class,
+        new.max_streams,
+        new.expires,
+        new.disabled,
+    ])?;
+    for key in &new.keys {
+        insert_key(tx, id, key)?;
+    }
+    alive(tx, new.name.as_str())?.ok_or_else(|| AccountsError::Unknown(new.name.to_string()))
+}
+
 fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {
     if changed == 0 { Err(AccountsError::Unknown(id.to_string())) } else { Ok(()) }
 }
 
-fn alive(db: &rusqlite::Connection, name: &str) -> Result<Option<Account>, rusqlite::Error> {
+pub(super) fn alive(
+    db: &rusqlite::Connection,
+    name: &str,
+) -> Result<Option<Account>, rusqlite::Error> {
     let sql = format!("SELECT {COLUMNS} FROM accounts WHERE name = ?1 AND removed IS NULL");
     db.prepare_cached(&sql)?.query_row([name], account).optional()
+}
+
+pub(super) fn by_id(
+    db: &rusqlite::Connection,
+    id: Uuid,
+) -> Result<Option<Account>, rusqlite::Error> {
+    let sql = format!("SELECT {COLUMNS} FROM accounts WHERE id = ?1");
+    db.prepare_cached(&sql)?.query_row([id.to_string()], account).optional()
 }
 
 fn account(row: &Row) -> Result<Account, rusqlite::Error> {
@@ -273,6 +365,11 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         policy: row.get(12)?,
         max_linger_s: row.get(13)?,
         hold_until: row.get(14)?,
+        class: row.get(15)?,
+        max_streams: row.get(16)?,
+        expires: row.get(17)?,
+        disabled_until: row.get(18)?,
+        guest_name: row.get(19)?,
     })
 }
 

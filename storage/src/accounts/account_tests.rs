@@ -34,11 +34,34 @@ fn impossible_limits_are_refused() {
     for bad in [
         NewAccount { disk_bytes: 0, ..new("a") },
         NewAccount { disk_bytes: u64::MAX, ..new("a") },
-        NewAccount { max_sessions: 0, ..new("a") },
+        NewAccount { max_sessions: Some(0), ..new("a") },
     ] {
         assert!(matches!(accounts.create(&bad), Err(AccountsError::Limit { .. })));
     }
     assert!(accounts.by_name("a").unwrap().is_none());
+}
+
+#[test]
+fn an_account_is_closed_at_its_times_only() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&NewAccount { expires: Some(100), ..new("alice") }).unwrap();
+    assert_eq!(alice.closed_at(99), None);
+    assert_eq!(alice.closed_at(100), Some(Closed::Expired { since: 100 }));
+    assert!(!alice.is_open());
+    assert!(accounts.expired_between(98, 99).unwrap().is_empty());
+    assert_eq!(accounts.expired_between(99, 100).unwrap(), [alice.id]);
+    assert!(accounts.expired_between(100, 900).unwrap().is_empty(), "each is told once");
+
+    assert_eq!(accounts.disable_until(alice.id, 50).unwrap(), Change::Done);
+    assert_eq!(accounts.disable_until(alice.id, 50).unwrap(), Change::AlreadySo);
+    let alice = accounts.named("alice").unwrap();
+    assert_eq!(alice.closed_at(49), Some(Closed::Disabled { until: Some(50) }));
+    assert_eq!(alice.closed_at(50), None);
+    assert_eq!(accounts.set_disabled(alice.id, true).unwrap(), Change::Done, "for good now");
+    let alice = accounts.named("alice").unwrap();
+    assert_eq!(alice.closed_at(50), Some(Closed::Disabled { until: None }));
+    assert_eq!(accounts.set_disabled(alice.id, false).unwrap(), Change::Done);
+    assert_eq!(accounts.named("alice").unwrap().closed_at(50), None);
 }
 
 #[test]

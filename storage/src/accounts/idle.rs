@@ -7,8 +7,13 @@ use super::account::{Change, Policy};
 use super::database::{Accounts, AccountsError};
 
 impl Accounts {
-    pub fn set_policy(&self, id: Uuid, policy: Policy) -> Result<Change, AccountsError> {
-        self.set(id, "policy", policy)
+    /// `None`: as its class says, or as everybody's.
+    pub fn set_policy(
+        &self,
+        id: Uuid,
+        policy: impl Into<Option<Policy>>,
+    ) -> Result<Change, AccountsError> {
+        self.set(id, "policy", policy.into())
     }
 
     /// How long a machine stays after the last session, in seconds; `None`: as configured.
@@ -54,7 +59,7 @@ mod tests {
         assert_eq!(accounts.set_hold(alice.id, Some(100)).unwrap(), Change::AlreadySo);
         let set = accounts.named("alice").unwrap();
         let wanted = Account {
-            policy: Policy::Keep,
+            policy: Some(Policy::Keep),
             linger_s: Some(5),
             max_linger_s: Some(60),
             hold_until: Some(100),

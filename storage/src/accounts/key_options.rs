@@ -110,6 +110,12 @@ impl KeyOptions {
         Ok(options)
     }
 
+    /// The same, ending at that time too; an error if they end already, or are long enough.
+    pub fn until(&self, digits: &str) -> Result<Self, OptionError> {
+        let comma = if self.text.is_empty() { "" } else { "," };
+        Self::parse(&format!("{}{comma}expiry-time=\"{digits}\"", self.text))
+    }
+
     fn apply(&mut self, name: &str, value: Option<String>) -> Result<(), OptionError> {
         let lower = name.to_ascii_lowercase();
         let set = |flag: &mut bool, to: bool| match value {
@@ -141,7 +147,7 @@ impl KeyOptions {
             "expiry-time" => {
                 let example = "expiry-time=\"20270630\"";
                 let value = value.ok_or(OptionError::NoValue("expiry-time", example))?;
-                let expires = time(&value).ok_or(OptionError::Expiry(value))?;
+                let expires = utc_of_digits(&value).ok_or(OptionError::Expiry(value))?;
                 once(&mut self.expires, expires, "expiry-time")
             }
             "permitopen" => endpoint(&mut self.opens, "permitopen", value),
@@ -301,7 +307,7 @@ fn shown(text: &str) -> String {
 
 /// `YYYYMMDD`, `YYYYMMDDHHMM` or `YYYYMMDDHHMMSS`, with or without a `Z` for UTC, which is what is meant
 /// in either case.
-fn time(text: &str) -> Option<i64> {
+pub fn utc_of_digits(text: &str) -> Option<i64> {
     let digits = text.strip_suffix(['Z', 'z']).unwrap_or(text);
     if !matches!(digits.len(), 8 | 12 | 14) || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;

@@ -5,10 +5,11 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 3] = [
+const SCHEMAS: [&str; 4] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
+    include_str!("../../testdata/accounts-schema-4.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -33,7 +34,7 @@ fn what_there_was_is_there_after_every_migration() {
         assert_eq!((alice.id, alice.linger_s, alice.is_open()), (ALICE, None, true));
         assert_eq!(alice.machine_id[..3], [0, 1, 2]);
         let bob = accounts.named("bob").unwrap();
-        assert_eq!((bob.linger_s, bob.disabled, bob.max_sessions), (Some(5), true, 4));
+        assert_eq!((bob.linger_s, bob.disabled, bob.max_sessions), (Some(5), true, Some(4)));
         assert_eq!(accounts.removed("carol").unwrap().len(), 1);
         // Keys had no options: they open what they did.
         let options = accounts.key_options(ALICE, &[0, 0, 0, 11]).unwrap();
@@ -46,7 +47,7 @@ fn what_there_was_is_there_after_every_migration() {
         assert_eq!(accounts.set_hold(ALICE, Some(9)).unwrap(), Change::Done);
         assert_eq!(accounts.set_max_linger(ALICE, Some(0)).unwrap(), Change::Done);
         let new = NewAccount::new(AccountName::parse("dave").unwrap());
-        assert_eq!(accounts.create(&new).unwrap().policy, Policy::Save);
+        assert_eq!(accounts.create(&new).unwrap().policy, None);
     }
 }
 
@@ -56,9 +57,9 @@ fn accounts_of_schema_1_get_the_default_policy() {
     let intent = accounts.intent(ALICE).unwrap().unwrap();
     assert_eq!((intent.state, intent.terminals), (MachineState::Stopped, None));
     let policy = |name: &str| accounts.named(name).unwrap().policy;
-    assert_eq!((policy("alice"), policy("bob")), (Policy::Save, Policy::Save));
+    assert_eq!((policy("alice"), policy("bob")), (None, None));
     assert_eq!(accounts.set_policy(ALICE, Policy::Discard).unwrap(), Change::Done);
-    assert_eq!(policy("alice"), Policy::Discard);
+    assert_eq!(policy("alice"), Some(Policy::Discard));
 }
 
 #[test]
@@ -68,7 +69,7 @@ fn policies_and_left_terminals_of_schema_2_stay() {
     assert_eq!(intent.state, MachineState::Saved);
     assert_eq!(intent.terminals.as_deref(), Some("3 0"));
     let policy = |name: &str| accounts.named(name).unwrap().policy;
-    assert_eq!((policy("alice"), policy("bob")), (Policy::Keep, Policy::Discard));
+    assert_eq!((policy("alice"), policy("bob")), (Some(Policy::Keep), Some(Policy::Discard)));
     assert_eq!(accounts.named("bob").unwrap().hold_until, None);
 }
 
@@ -78,5 +79,33 @@ fn holds_and_limits_of_schema_3_stay() {
     let account = |name: &str| accounts.named(name).unwrap();
     assert_eq!((account("alice").max_linger_s, account("alice").hold_until), (None, None));
     assert_eq!((account("bob").max_linger_s, account("bob").hold_until), (Some(900), Some(1)));
-    assert_eq!(account("bob").policy, Policy::Discard);
+    assert_eq!(account("bob").policy, Some(Policy::Discard));
+}
+
+/// Each account's sessions and policy were always written down; what everybody had is nobody's own now.
+#[test]
+fn limits_of_schema_4_are_the_accounts_own_if_they_were_not_everybodys() {
+    let (_dir, mut accounts) = brought_forward(SCHEMAS[3]);
+    let account = |name: &str| accounts.named(name).unwrap();
+    assert_eq!(
+        (account("alice").max_sessions, account("alice").policy),
+        (None, Some(Policy::Keep))
+    );
+    assert_eq!(
+        (account("bob").max_sessions, account("bob").policy),
+        (Some(4), Some(Policy::Discard))
+    );
+    let carol = &accounts.removed("carol").unwrap()[0];
+    assert_eq!((carol.max_sessions, carol.policy), (Some(4), None));
+    let new = [account("alice").class, account("bob").class];
+    assert_eq!(new, [None, None]);
+    assert_eq!((account("alice").expires, account("bob").disabled_until), (None, None));
+    assert_eq!(account("bob").closed_at(0), Some(Closed::Disabled { until: None }));
+    // The options of keys, and keys themselves: tables that name accounts are not emptied on the way.
+    let keys = accounts.keys(ALICE).unwrap();
+    let options: Vec<_> = keys.iter().map(|key| key.options.as_str()).collect();
+    assert_eq!(options, ["", "restrict,command=\"borg serve\""]);
+    let changes = Changes { max_sessions: Some(None), ..Changes::default() };
+    let bob = account("bob").id;
+    assert_eq!(accounts.change(bob, &changes).unwrap(), ["max_sessions"]);
 }

@@ -9,6 +9,7 @@
 //! asynchronous threads.
 
 mod account;
+mod changes;
 mod database;
 mod endpoint;
 mod idle;
@@ -22,11 +23,13 @@ mod source_pattern;
 mod stored_keys;
 
 pub use account::{
-    Account, Change, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount, Policy,
+    Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount,
+    Policy,
 };
+pub use changes::{BatchError, Changes, Step};
 pub use database::{Accounts, AccountsError, BUSY};
 pub use endpoint::Endpoint;
-pub use key_options::{KeyOptions, OptionError};
+pub use key_options::{KeyOptions, OptionError, utc_of_digits};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};

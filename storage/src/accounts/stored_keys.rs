@@ -16,6 +16,13 @@ pub struct StoredKey {
     pub options: String,
 }
 
+impl StoredKey {
+    /// From when on it opens nothing, by an option of its own.
+    pub fn expires(&self) -> Option<i64> {
+        KeyOptions::parse(&self.options).ok().and_then(|options| options.expires)
+    }
+}
+
 impl Accounts {
     /// In the order they were added.
     pub fn keys(&self, id: Uuid) -> Result<Vec<StoredKey>, AccountsError> {
@@ -36,12 +43,12 @@ impl Accounts {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// What this key (blob as on the wire, RFC 4253 §6.6) may do in the account, if it is one of its keys and
-    /// the account is open. Times and sources are the caller's to check.
+    /// What this key (blob as on the wire, RFC 4253 §6.6) may do in the account, if it is one of its keys.
+    /// Whether the account is open, times and sources are the caller's to check.
     pub fn key_options(&self, id: Uuid, blob: &[u8]) -> Result<Option<KeyOptions>, AccountsError> {
         let mut statement = self.db.prepare_cached(
             "SELECT fingerprint, options FROM keys JOIN accounts ON accounts.id = keys.account \
-             WHERE account = ?1 AND blob = ?2 AND NOT disabled AND removed IS NULL",
+             WHERE account = ?1 AND blob = ?2 AND removed IS NULL",
         )?;
         let row = statement.query_row(params![id.to_string(), blob], |row| {
             Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
@@ -98,19 +105,19 @@ pub(super) fn insert_key(
         }
         None => {}
     }
-    tx.execute(
+    tx.prepare_cached(
         "INSERT INTO keys (account, type, blob, fingerprint, comment, added, options) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        params![
-            id.to_string(),
-            key.key_type(),
-            key.blob(),
-            key.fingerprint(),
-            key.comment(),
-            now(),
-            options
-        ],
-    )?;
+    )?
+    .execute(params![
+        id.to_string(),
+        key.key_type(),
+        key.blob(),
+        key.fingerprint(),
+        key.comment(),
+        now(),
+        options
+    ])?;
     Ok(Change::Done)
 }
 
