@@ -10,6 +10,8 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use crate::limits::{self, Classes};
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -19,6 +21,9 @@ pub struct Config {
     pub libexec_dir: Option<PathBuf>,
     pub ssh: Ssh,
     pub machines: Machines,
+    /// What accounts of a class may have where they have nothing of their own.
+    #[serde(rename = "class")]
+    pub classes: Classes,
 }
 
 impl Default for Config {
@@ -29,6 +34,7 @@ impl Default for Config {
             libexec_dir: None,
             ssh: Ssh::default(),
             machines: Machines::default(),
+            classes: Classes::default(),
         }
     }
 }
@@ -168,6 +174,8 @@ pub enum ConfigError {
     Parse { path: PathBuf, source: Box<toml::de::Error> },
     #[error("the configuration: {field} = {value} is out of range; {expected}")]
     Range { field: &'static str, value: u64, expected: &'static str },
+    #[error("the configuration: {field} is not right; {expected}")]
+    Class { field: String, expected: &'static str },
 }
 
 /// Where the configuration is looked for unless told.
@@ -218,7 +226,10 @@ impl Config {
                 });
             }
         }
-        Ok(())
+        match limits::fault(&self.classes) {
+            Some((field, expected)) => Err(ConfigError::Class { field, expected }),
+            None => Ok(()),
+        }
     }
 
     /// Where `hermitage-vmm` and `hermitage-image` are.

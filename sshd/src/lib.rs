@@ -7,9 +7,11 @@
 
 pub mod admin;
 mod auth;
+pub mod closing;
 pub mod config;
 mod forward;
 mod lifecycle;
+pub mod limits;
 mod link;
 mod lobby;
 mod machine;

@@ -42,7 +42,7 @@ impl Store {
         on(&self.reading, move |accounts| accounts.by_id(id)).await
     }
 
-    /// The open account of that name, if this key logs in to it, and what the key may do there. An unknown
+    /// The account of that name, closed or not, if this key is one of its, and what the key may do there. An unknown
     /// name costs the same two look-ups.
     pub async fn by_key(
         &self,
@@ -70,6 +70,11 @@ impl Store {
     /// Keeps the machine awake until then; `None` takes that back.
     pub async fn set_hold(&self, account: Uuid, until: Option<i64>) -> Result<Change, StoreError> {
         on(&self.writing, move |accounts| accounts.set_hold(account, until)).await
+    }
+
+    /// Accounts whose time was over in these seconds.
+    pub async fn expired_between(&self, after: i64, until: i64) -> Result<Vec<Uuid>, StoreError> {
+        on(&self.reading, move |accounts| accounts.expired_between(after, until)).await
     }
 
     pub async fn record(&self, intent: Intent) -> Result<(), StoreError> {

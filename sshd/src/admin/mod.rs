@@ -20,7 +20,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{lifecycle::StopCause, server::Server};
+use crate::{closing, lifecycle::StopCause, server::Server};
 use protocol::{AccountStatus, MAX_REQUEST, Reply, Request, SOCKET_NAME, Status};
 
 /// How long a client may take for its request.
@@ -174,20 +174,18 @@ async fn account_changed(server: &Server, name: &str) -> Reply {
     }
     // Removed accounts have no name any more: whoever is here and may not be is found by looking.
     let here = server.registry.known().into_iter().chain(server.connections.accounts());
-    let mut closed: Vec<_> = account.into_iter().map(|account| account.id).collect();
-    for id in here {
+    let mut suspects: Vec<_> = here.chain(account.map(|account| account.id)).collect();
+    suspects.sort();
+    suspects.dedup();
+    for id in suspects {
         match server.store.by_id(id).await {
-            Ok(Some(account)) if account.is_open() => {}
-            Ok(_) => closed.push(id),
+            Ok(account) => {
+                if let Some(closed) = closing::closed(account.as_ref()) {
+                    closing::end(server, id, closed);
+                }
+            }
             Err(error) => return refused(error.to_string()),
         }
-    }
-    closed.sort();
-    closed.dedup();
-    for id in closed {
-        let registry = server.registry.clone();
-        server.connections.disconnect_account(id, &StopCause::Closed.to_string());
-        tokio::spawn(async move { registry.stop(id, StopCause::Closed).await });
     }
     Reply::Done
 }

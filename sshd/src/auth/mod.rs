@@ -2,8 +2,10 @@
 //! second ago does not log in, and a key accepted as an offer is looked up again once its signature is
 //! verified.
 //!
-//! Names are not to be found out: an unknown user, a disabled account, an account without a password
-//! and a wrong password all verify one argon2id hash and take the same time.
+//! Names are not to be found out: an unknown user, a closed account, an account without a password and
+//! a wrong password all verify one argon2id hash and take the same time. That an account is closed is told
+//! to whoever has its password or key, and to nobody else: so it is looked at last, by [`Authenticator::closed`],
+//! and what comes before takes closed accounts like open ones.
 
 mod certificates;
 mod krl;
@@ -20,12 +22,12 @@ use std::{
 };
 
 use hermitage_storage::accounts::{
-    Account, KeyOptions, MAX_PASSWORD, hash_password, verify_password,
+    Account, Closed, KeyOptions, MAX_PASSWORD, hash_password, verify_password,
 };
 use russh::keys::Certificate;
 use tokio::sync::Semaphore;
 
-use crate::store::Store;
+use crate::{closing, store::Store};
 
 /// Who is let in by a key or a certificate, and what for.
 #[derive(Debug)]
@@ -59,7 +61,8 @@ impl Authenticator {
         self.trust.authorities.is_some()
     }
 
-    /// Whether this key (blob as on the wire) may be used now and from there, and for what.
+    /// Whether this key (blob as on the wire) may be used now and from there, and for what; whether the
+    /// account is closed is not looked at.
     pub async fn key(
         &self,
         user: &str,
@@ -82,7 +85,8 @@ impl Authenticator {
         Ok(Admission { account, options })
     }
 
-    /// Whether this certificate, whose owner has proved to be it, may be used now and from there.
+    /// Whether this certificate, whose owner has proved to be it, may be used now and from there; whether
+    /// the account is closed is not looked at.
     pub async fn certificate(
         &self,
         user: &str,
@@ -94,11 +98,11 @@ impl Authenticator {
         let options = on_files(move || trust.judge(&certificate, &name, source, now())).await?;
         let account = self.store.by_name(user).await;
         let account = account.map_err(|error| Refusal::LookUp(error.to_string()))?;
-        let account = account.filter(Account::is_open).ok_or(Refusal::NoAccount)?;
+        let account = account.ok_or(Refusal::NoAccount)?;
         Ok(Admission { account, options })
     }
 
-    /// The account whose password this is.
+    /// The account whose password this is; closed or not, which is for its owner to know.
     pub async fn password(&self, user: &str, password: &str) -> Option<Account> {
         let begun = Instant::now();
         let verified = self.verify(user, password).await;
@@ -113,7 +117,7 @@ impl Authenticator {
             return None;
         }
         let account = match self.store.by_name(user).await {
-            Ok(account) => account.filter(Account::is_open),
+            Ok(account) => account,
             Err(error) => {
                 tracing::error!(%error, "can't look up an account");
                 None
@@ -130,9 +134,7 @@ impl Authenticator {
         if !matches.await.unwrap_or(false) {
             return None;
         }
-        // It may have been disabled while the password was hashed.
-        let account = account?;
-        self.still_open(&account).await.then_some(account)
+        account
     }
 
     /// The hash of a new password; in turn with those that are verified.
@@ -146,13 +148,13 @@ impl Authenticator {
         hashed.await.map_err(|error| error.to_string())?
     }
 
-    /// Whether an account that was let in still may be here.
-    pub async fn still_open(&self, account: &Account) -> bool {
+    /// Why an account that is about to be let in, or was, may not be here; as it is on record now.
+    pub async fn closed(&self, account: &Account) -> Option<Closed> {
         match self.store.by_id(account.id).await {
-            Ok(account) => account.is_some_and(|account| account.is_open()),
+            Ok(account) => closing::closed(account.as_ref()),
             Err(error) => {
                 tracing::error!(%error, "can't look up an account");
-                false
+                Some(Closed::Disabled { until: None })
             }
         }
     }
@@ -221,7 +223,10 @@ mod tests {
         let begun = Instant::now();
         assert_eq!(authenticator.password("alice", "right").await.unwrap().name, "alice");
         assert!(begun.elapsed() < delay);
-        assert!(authenticator.password("off", "x").await.is_none());
+        let off = authenticator.password("off", "x").await.unwrap();
+        assert_eq!(authenticator.closed(&off).await, Some(Closed::Disabled { until: None }));
+        assert!(begun.elapsed() < delay);
+        assert!(authenticator.password("off", "y").await.is_none());
         assert!(begun.elapsed() >= delay);
     }
 

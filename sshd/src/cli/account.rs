@@ -1,30 +1,27 @@
-//! `hermitage account …`: making accounts, closing them, taking them away.
+//! `hermitage account …`: what there is to do with accounts, passwords, and taking accounts away.
 
 use super::context::Context;
 use super::{
-    NotFound, account_idle, account_machine, account_show, admin, key, password, size, span,
+    NotFound, account_add, account_idle, account_machine, account_set, account_show, admin, import,
+    key, password, size,
 };
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Subcommand;
 use hermitage::admin::protocol::Request;
-use hermitage_storage::accounts::{
-    AccountName, Accounts, Change, DEFAULT_MAX_SESSIONS, NewAccount, Policy,
-};
+use hermitage_storage::accounts::Accounts;
 use hermitage_storage::disk::{self, DiskError};
 use serde_json::json;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make an account, with its disk
-    #[command(after_help = "\
-Examples:
-  hermitage account add alice --key alice.pub
-  ssh-add -L | hermitage account add bob --key -
-  echo 'a long pass phrase' | hermitage account add carol --password-stdin")]
-    Add(Add),
+    #[command(after_help = account_add::HELP)]
+    Add(account_add::Add),
+    /// Make the accounts that a CSV file lists: all of them, or none
+    #[command(after_help = import::HELP)]
+    Import(import::Import),
     /// List the accounts
     List {
         /// Also those that were removed and not yet purged
@@ -45,8 +42,18 @@ Examples:
         #[arg(long)]
         none: bool,
     },
+    /// Change an account's class, disk, limits or end
+    #[command(after_help = account_set::SET_HELP)]
+    Set(account_set::Set),
+    /// Say from when on an account is closed
+    #[command(after_help = account_set::EXPIRE_HELP)]
+    Expire(account_set::Expire),
+    /// Give an account another name
+    #[command(after_help = account_set::RENAME_HELP)]
+    Rename { old: String, new: String },
     /// Close an account: its sessions end, it can't log in; everything is kept
-    Disable { name: String },
+    #[command(after_help = account_set::DISABLE_HELP)]
+    Disable(account_set::Disable),
     /// Open an account that was closed
     Enable { name: String },
     /// Start the account's machine, or resume what was saved of it
@@ -83,41 +90,18 @@ The name is free at once. The disk stays in STATE_DIR/removed until the same com
     Key(key::Command),
 }
 
-#[derive(Debug, clap::Args)]
-pub struct Add {
-    /// Login name: lowercase letters, digits, - and _
-    name: String,
-    /// File with SSH public keys, one a line (- for standard input); can be given again
-    #[arg(long, value_name = "FILE")]
-    key: Vec<PathBuf>,
-    /// Read the password, a line, from standard input
-    #[arg(long)]
-    password_stdin: bool,
-    /// Size of the disk, which takes only what is written to it
-    #[arg(long, value_name = "SIZE", default_value = "10G", value_parser = size::parse)]
-    disk: u64,
-    /// Most sessions at once
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SESSIONS)]
-    max_sessions: u32,
-    /// How long its machine stays after the last session [default: as configured]
-    #[arg(long, value_name = "TIME", value_parser = span::parse)]
-    linger: Option<u32>,
-    /// How long work may keep its machine awake after the last session [default: as configured]
-    #[arg(long, value_name = "TIME", value_parser = span::parse)]
-    max_linger: Option<u32>,
-    /// What happens to its machine when nobody is logged in: save, keep or discard
-    #[arg(long, value_name = "POLICY", default_value = "save", value_parser = account_idle::parse_policy)]
-    policy: Policy,
-}
-
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Add(add) => self::add(context, &add),
+        Command::Add(add) => account_add::run(context, &add),
+        Command::Import(import) => import::run(context, &import),
         Command::List { removed } => account_show::list(context, removed),
         Command::Show { name } => account_show::show(context, &name),
         Command::Passwd { name, none } => passwd(context, &name, none),
-        Command::Disable { name } => set_disabled(context, &name, true),
-        Command::Enable { name } => set_disabled(context, &name, false),
+        Command::Set(set) => account_set::set(context, &set),
+        Command::Expire(expire) => account_set::expire(context, &expire),
+        Command::Rename { old, new } => account_set::rename(context, &old, &new),
+        Command::Disable(disable) => account_set::disable(context, &disable),
+        Command::Enable { name } => account_set::enable(context, &name),
         Command::Start { name } => account_machine::start(context, &name),
         Command::Stop { name } => account_machine::stop(context, &name),
         Command::Reset { name } => account_machine::reset(context, &name),
@@ -127,54 +111,6 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Remove { name, purge } => remove(context, &name, purge),
         Command::Key(command) => key::run(context, command),
     }
-}
-
-fn add(context: &Context, add: &Add) -> anyhow::Result<()> {
-    let stdin_keys = add.key.iter().filter(|file| file.as_os_str() == "-").count();
-    if stdin_keys + usize::from(add.password_stdin) > 1 {
-        bail!("standard input can be read once: give keys or the password by it, not both");
-    }
-    let name = AccountName::parse(&add.name)?;
-    let mut accounts = context.accounts()?;
-    // Before a password is asked to be typed or keys are read.
-    if accounts.by_name(name.as_str())?.is_some() {
-        return Err(hermitage_storage::accounts::AccountsError::NameTaken(name.to_string()).into());
-    }
-    let mut new = NewAccount::new(name);
-    for file in &add.key {
-        new.keys.extend(key::read(file)?);
-    }
-    if add.password_stdin {
-        new.password_hash = Some(password::hash(&password::read_line()?)?);
-    }
-    new.disk_bytes = add.disk;
-    new.max_sessions = add.max_sessions;
-    new.linger_s = add.linger;
-    new.max_linger_s = add.max_linger;
-    new.policy = add.policy;
-
-    let account = accounts.create(&new)?;
-    let provisioned = match context.provision(&account) {
-        Ok(provisioned) => provisioned,
-        Err(error) => {
-            // All of the account or nothing.
-            accounts.remove(account.id)?;
-            accounts.purge(account.id)?;
-            return Err(error).context("making the disk; no account was made");
-        }
-    };
-    if !provisioned {
-        context.out.note("its disk is made by the first: hermitage base build");
-    }
-    if new.keys.is_empty() && new.password_hash.is_none() {
-        let name = &account.name;
-        context.out.note(format!(
-            "{name} can't log in yet: hermitage account key add {name} FILE, or hermitage account \
-             passwd {name}"
-        ));
-    }
-    admin::account_changed(context, &account.name);
-    account_show::added(context, &accounts, &account)
 }
 
 fn passwd(context: &Context, name: &str, none: bool) -> anyhow::Result<()> {
@@ -189,19 +125,6 @@ fn passwd(context: &Context, name: &str, none: bool) -> anyhow::Result<()> {
         } else {
             format!("{name} has a new password")
         }
-    })
-}
-
-fn set_disabled(context: &Context, name: &str, disabled: bool) -> anyhow::Result<()> {
-    let accounts = context.accounts()?;
-    let change = accounts.set_disabled(accounts.named(name)?.id, disabled)?;
-    admin::account_changed(context, name);
-    let state = if disabled { "disabled" } else { "enabled" };
-    let object =
-        json!({ "account": name, "disabled": disabled, "changed": change == Change::Done });
-    context.out.show(&object, || match change {
-        Change::Done => format!("{name} is {state}"),
-        Change::AlreadySo => format!("{name} was {state} already"),
     })
 }
 

@@ -1,9 +1,11 @@
 //! `hermitage account policy|hold`: what happens to an account's machine while nobody is logged in.
 
+use super::account_limits::{self, Own};
 use super::context::Context;
 use super::{admin, span, time};
 use anyhow::bail;
 use clap::ArgGroup;
+use hermitage::limits::Limits;
 use hermitage_storage::accounts::{Account, Change, Policy};
 use serde_json::json;
 
@@ -34,9 +36,9 @@ Examples:
 #[derive(Debug, clap::Args)]
 pub struct Wanted {
     name: String,
-    /// save, keep or discard
-    #[arg(value_parser = parse_policy)]
-    policy: Option<Policy>,
+    /// save, keep or discard, or "default": as its class says, or save
+    #[arg(value_parser = account_limits::policy)]
+    policy: Option<Own<Policy>>,
     /// How long the machine stays after the last session, or "default"
     #[arg(long, value_name = "TIME", value_parser = parse_setting)]
     linger: Option<Setting>,
@@ -89,8 +91,8 @@ pub fn policy(context: &Context, wanted: &Wanted) -> anyhow::Result<()> {
     let accounts = context.accounts()?;
     let id = accounts.named(&wanted.name)?.id;
     let mut changes = vec![];
-    if let Some(policy) = wanted.policy {
-        changes.push(accounts.set_policy(id, policy)?);
+    if let Some(policy) = &wanted.policy {
+        changes.push(accounts.set_policy(id, policy.value())?);
     }
     if let Some(linger) = wanted.linger {
         changes.push(accounts.set_linger(id, linger.seconds())?);
@@ -105,7 +107,7 @@ pub fn policy(context: &Context, wanted: &Wanted) -> anyhow::Result<()> {
     let account = accounts.named(&wanted.name)?;
     let object = json!({
         "account": account.name,
-        "policy": account.policy.as_str(),
+        "policy": Limits::of(&context.config, &account).policy.as_str(),
         "linger_seconds": account.linger_s,
         "max_linger_seconds": account.max_linger_s,
         "changed": changed,
@@ -114,13 +116,11 @@ pub fn policy(context: &Context, wanted: &Wanted) -> anyhow::Result<()> {
 }
 
 fn policy_text(context: &Context, account: &Account) -> String {
-    let machines = &context.config.machines;
-    let or = |own: Option<u32>, configured: u64| {
-        own.unwrap_or_else(|| configured.try_into().unwrap_or(u32::MAX))
-    };
-    let linger = span::show(or(account.linger_s, machines.linger));
+    let limits = Limits::of(&context.config, account);
+    let seconds = |span: std::time::Duration| span.as_secs().try_into().unwrap_or(u32::MAX);
+    let linger = span::show(seconds(limits.linger));
     let name = &account.name;
-    match (account.policy, or(account.max_linger_s, machines.max_linger)) {
+    match (limits.policy, seconds(limits.max_linger)) {
         (Policy::Save, 0) => {
             format!(
                 "{name}'s machine is saved {linger} after the last session, whatever works in it"

@@ -3,10 +3,16 @@
 use super::context::Context;
 use super::output::{count, table};
 use super::{size, span, status, time};
+use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
-use hermitage_storage::accounts::{Account, Accounts, Intent, SessionRecord, StoredKey};
+use hermitage::limits::Limits;
+use hermitage_storage::accounts::{
+    Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey,
+};
 use hermitage_storage::disk;
 use serde_json::{Value, json};
+use std::time::Duration;
+use uuid::Uuid;
 
 /// Sessions that `account show` tells of.
 const SESSIONS_SHOWN: u32 = 10;
@@ -24,6 +30,9 @@ struct View {
     recorded: Option<Intent>,
     /// Bytes that are saved of its memory.
     saved_bytes: Option<u64>,
+    limits: Limits,
+    /// Its class as it is shown.
+    class: String,
 }
 
 impl View {
@@ -51,15 +60,35 @@ impl View {
                 .ok()
                 .map(|metadata| metadata.len()),
             machine,
+            limits: Limits::of(&context.config, &account),
+            class: match &account.class {
+                None => "none".into(),
+                Some(class) if context.config.classes.contains_key(class) => class.clone(),
+                Some(class) => {
+                    format!("{class}, which the configuration does not have: it says nothing")
+                }
+            },
             account,
         })
     }
 
     fn state(&self) -> &'static str {
-        match (&self.account.removed, self.account.disabled) {
-            (Some(_), _) => "removed",
-            (None, true) => "disabled",
-            (None, false) => "enabled",
+        match self.account.closed_at(time::now()) {
+            Some(Closed::Removed) => "removed",
+            Some(Closed::Disabled { .. }) => "disabled",
+            Some(Closed::Expired { .. }) => "expired",
+            None => "enabled",
+        }
+    }
+
+    fn state_with_times(&self) -> String {
+        let utc = |seconds| format!("{} UTC", time::short(seconds));
+        let state = self.state();
+        match (self.disabled_until(), self.account.expires) {
+            (Some(until), _) => format!("{state} until {}", utc(until)),
+            (None, Some(at)) if state == "enabled" => format!("{state}, expires {}", utc(at)),
+            (None, Some(at)) if state == "expired" => format!("{state} since {}", utc(at)),
+            _ => state.to_owned(),
         }
     }
 
@@ -86,11 +115,29 @@ impl View {
         self.account.hold_at(time::now())
     }
 
+    fn disabled_until(&self) -> Option<i64> {
+        self.account.disabled_until.filter(|_| self.account.is_disabled_at(time::now()))
+    }
+
+    /// What its disk and its saved memory take on the host.
+    fn used(&self) -> u64 {
+        self.disk_allocated.unwrap_or(0).saturating_add(self.saved_bytes.unwrap_or(0))
+    }
+
     fn disk(&self) -> String {
         let limit = size::show(self.account.disk_bytes);
         match self.disk_allocated {
-            Some(used) => format!("{} of {limit}", size::show(used)),
+            Some(_) => format!("{} of {limit}", size::show(self.used())),
             None => format!("none yet, {limit}"),
+        }
+    }
+
+    /// Where a limit comes from.
+    fn by(&self, own: bool) -> String {
+        match (&self.account.class, own) {
+            (_, true) => " (its own)".into(),
+            (Some(class), false) => format!(" (class {class} or the configuration)"),
+            (None, false) => String::new(),
         }
     }
 
@@ -100,24 +147,38 @@ impl View {
             "id": account.id,
             "name": account.name,
             "state": self.state(),
-            "disabled": account.disabled,
+            "disabled": account.is_disabled_at(time::now()),
+            "disabled_until": self.disabled_until().map(time::rfc3339),
+            "expires": account.expires.map(time::rfc3339),
+            "class": account.class,
             "created": time::rfc3339(account.created),
             "removed": account.removed.map(time::rfc3339),
             "hostname": account.hostname,
+            "guest_name": account.guest_name(),
             "has_password": account.password.is_some(),
             "keys": self.keys.iter().map(key_json).collect::<Vec<_>>(),
             "limits": {
                 "disk_bytes": account.disk_bytes,
-                "max_sessions": account.max_sessions,
+                "max_sessions": self.limits.max_sessions,
+                "max_streams": self.limits.max_streams,
                 "linger_seconds": account.linger_s,
                 "max_linger_seconds": account.max_linger_s,
             },
-            "policy": account.policy.as_str(),
+            // What it has of its own, where neither its class nor the configuration counts.
+            "own": {
+                "max_sessions": account.max_sessions,
+                "max_streams": account.max_streams,
+                "linger_seconds": account.linger_s,
+                "max_linger_seconds": account.max_linger_s,
+                "policy": account.policy.map(Policy::as_str),
+            },
+            "policy": self.limits.policy.as_str(),
             "held_until": self.hold().map(time::rfc3339),
             "saved_bytes": self.saved_bytes,
             "machine_state": self.machine_state(),
             "because": self.because(),
             "disk_allocated_bytes": self.disk_allocated,
+            "used_bytes": self.used(),
             "machine": self.machine.as_ref().map(|machine| json!({
                 "state": machine.state,
                 "since": time::rfc3339(machine.since),
@@ -133,28 +194,41 @@ impl View {
 
     fn text(&self) -> String {
         let account = &self.account;
-        let span = |seconds: Option<u32>| seconds.map_or("as configured".into(), span::show);
-        let linger = format!(
-            "{}, with work at most {}",
-            span(account.linger_s),
-            span(account.max_linger_s),
-        );
+        let span = |span: Duration| span::show(span.as_secs().try_into().unwrap_or(u32::MAX));
+        let limits = &self.limits;
+        let linger =
+            format!("{}, with work at most {}", span(limits.linger), span(limits.max_linger));
         let mut facts = vec![
             ("name", account.name.clone()),
             ("id", account.id.to_string()),
-            ("state", self.state().to_owned()),
+            ("state", self.state_with_times()),
+            ("class", self.class.clone()),
             ("created", time::short(account.created)),
             ("password", if account.password.is_some() { "set" } else { "none" }.to_owned()),
             ("disk", self.disk()),
-            ("sessions", format!("at most {}", account.max_sessions)),
+            (
+                "sessions",
+                format!(
+                    "at most {}{}",
+                    limits.max_sessions,
+                    self.by(account.max_sessions.is_some())
+                ),
+            ),
+            (
+                "streams",
+                format!("at most {}{}", limits.max_streams, self.by(account.max_streams.is_some())),
+            ),
             ("linger", linger),
-            ("policy", account.policy.as_str().to_owned()),
+            ("policy", format!("{}{}", limits.policy.as_str(), self.by(account.policy.is_some()))),
         ];
         if let Some(until) = self.hold() {
             facts.push(("hold", format!("until {} UTC", time::short(until))));
         }
         if let Some(bytes) = self.saved_bytes {
-            facts.push(("saved", size::show(bytes)));
+            facts.push(("saved", format!("{}, which counts as disk", size::show(bytes))));
+        }
+        if account.guest_name() != account.name {
+            facts.push(("inside", format!("the user is {}", account.guest_name())));
         }
         let since = match (&self.machine, &self.recorded) {
             (Some(machine), _) => Some(machine.since),
@@ -199,13 +273,22 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
         if views.is_empty() {
             return "no accounts (hermitage account add NAME --key FILE makes one)".to_owned();
         }
-        let columns =
-            ["NAME", "STATE", "MACHINE", "LOGS IN WITH", "DISK", "LAST SESSION", "BECAUSE"];
+        let columns = [
+            "NAME",
+            "STATE",
+            "CLASS",
+            "MACHINE",
+            "LOGS IN WITH",
+            "DISK",
+            "LAST SESSION",
+            "BECAUSE",
+        ];
         let mut table = table(columns);
         for view in &views {
             table.add_row([
                 view.account.name.clone(),
                 view.state().to_owned(),
+                view.account.class.clone().unwrap_or_else(|| "-".into()),
                 view.machine_state().to_owned(),
                 means(view),
                 view.disk(),
@@ -224,11 +307,46 @@ pub fn show(context: &Context, name: &str) -> anyhow::Result<()> {
     context.out.show(&view.json(), || view.text())
 }
 
-/// The answer of `account add`.
-pub fn added(context: &Context, accounts: &Accounts, account: &Account) -> anyhow::Result<()> {
+/// The answer of `account add`; not `new`: it was there, and is what was asked for.
+pub fn added(
+    context: &Context,
+    accounts: &Accounts,
+    account: &Account,
+    new: bool,
+) -> anyhow::Result<()> {
     let view = View::of(context, accounts, account.clone(), None)?;
-    context.out.show(&view.json(), || {
-        format!("{} is added: {}, disk {}", account.name, means(&view), view.disk())
+    let mut object = view.json();
+    object["changed"] = json!(new);
+    let is = if new { "is added" } else { "is there already" };
+    context
+        .out
+        .show(&object, || format!("{} {is}: {}, disk {}", account.name, means(&view), view.disk()))
+}
+
+/// The answer of `account set`.
+pub fn changed(
+    context: &Context,
+    accounts: &Accounts,
+    account: Uuid,
+    changed: &[&str],
+) -> anyhow::Result<()> {
+    let account = accounts.by_id(account)?.context("the account was purged meanwhile")?;
+    let view = View::of(context, accounts, account, None)?;
+    let mut object = view.json();
+    object["changed"] = json!(!changed.is_empty());
+    let name = &view.account.name;
+    let is = if changed.is_empty() { "was so already" } else { "is changed" };
+    let limits = &view.limits;
+    context.out.show(&object, || {
+        format!(
+            "{name} {is}: class {}, disk {}, {}, {}, policy {}, {}",
+            view.class,
+            size::show(view.account.disk_bytes),
+            count(limits.max_sessions as usize, "session"),
+            count(limits.max_streams, "stream"),
+            limits.policy.as_str(),
+            view.state_with_times(),
+        )
     })
 }
 
@@ -238,6 +356,7 @@ pub fn key_json(key: &StoredKey) -> Value {
         "fingerprint": key.fingerprint,
         "comment": key.comment,
         "options": key.options,
+        "expires": key.expires().map(time::rfc3339),
         "added": time::rfc3339(key.added),
     })
 }

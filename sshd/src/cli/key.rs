@@ -3,7 +3,7 @@
 use super::account_show::{key_json, key_table};
 use super::context::Context;
 use super::output::count;
-use super::{NotFound, admin};
+use super::{NotFound, admin, date};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use hermitage_storage::accounts::{KeyOptions, PublicKey, StoredKey, parse_keys};
@@ -23,6 +23,7 @@ Examples:
   hermitage account key add alice ~/.ssh/id_ed25519.pub
   ssh-add -L | hermitage account key add alice -
   hermitage account key add alice backup.pub --options 'restrict,command=\"borg serve\"'
+  hermitage account key add alice laptop.pub --label 'the borrowed laptop' --expires 2027-06-30
 
 A line may have options before its key, as in an authorized_keys file; docs/ssh.md has those that are kept.
 Others are refused.")]
@@ -34,6 +35,12 @@ Others are refused.")]
         /// What the keys may do, as before a key in an authorized_keys file
         #[arg(long, value_name = "OPTIONS", value_parser = KeyOptions::parse)]
         options: Option<KeyOptions>,
+        /// What to call the key, in place of the comment in the file
+        #[arg(long, value_name = "TEXT")]
+        label: Option<String>,
+        /// From when on it opens nothing: 2027-06-30, 2027-06-30T18:00 (UTC) or 90d
+        #[arg(long, value_name = "TIME", value_parser = date::parse)]
+        expires: Option<i64>,
     },
     /// List the keys of an account
     List { name: String },
@@ -54,7 +61,10 @@ Examples:
 
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Add { name, files, options } => add(context, &name, &files, options.as_ref()),
+        Command::Add { name, files, options, label, expires } => {
+            let wanted = Wanted { options, label, expires };
+            add(context, &name, &files, &wanted)
+        }
         Command::List { name } => list(context, &name),
         Command::Remove { name, which } => remove(context, &name, &which),
     }
@@ -76,27 +86,50 @@ pub fn read(file: &Path) -> anyhow::Result<Vec<PublicKey>> {
     read().with_context(|| format!("reading public keys from {shown}"))
 }
 
-fn add(
-    context: &Context,
-    name: &str,
-    files: &[PathBuf],
-    options: Option<&KeyOptions>,
-) -> anyhow::Result<()> {
+/// What keys are given beside what stands in their files.
+struct Wanted {
+    options: Option<KeyOptions>,
+    label: Option<String>,
+    expires: Option<i64>,
+}
+
+impl Wanted {
+    fn give(&self, keys: Vec<PublicKey>) -> anyhow::Result<Vec<PublicKey>> {
+        let own = |key: &PublicKey| !key.options().is_empty();
+        if self.options.is_some()
+            && let Some(key) = keys.iter().find(|key| own(key))
+        {
+            bail!(
+                "{} has options of its own; give them by --options or with the key",
+                key.fingerprint()
+            );
+        }
+        let give = |mut key: PublicKey| -> anyhow::Result<PublicKey> {
+            if let Some(options) = &self.options {
+                key = key.with_options(options.clone());
+            }
+            if let Some(at) = self.expires {
+                let options = key.options().until(&date::digits(at));
+                let options = options.with_context(|| format!("the key {}", key.fingerprint()))?;
+                key = key.with_options(options);
+            }
+            Ok(match &self.label {
+                Some(label) => key.with_comment(label),
+                None => key,
+            })
+        };
+        keys.into_iter().map(give).collect()
+    }
+}
+
+fn add(context: &Context, name: &str, files: &[PathBuf], wanted: &Wanted) -> anyhow::Result<()> {
     let mut accounts = context.accounts()?;
     let account = accounts.named(name)?;
     let mut keys = Vec::new();
     for file in files {
         keys.extend(read(file)?);
     }
-    if let Some(options) = options {
-        if let Some(key) = keys.iter().find(|key| !key.options().is_empty()) {
-            bail!(
-                "{} has options of its own; give them by --options or with the key",
-                key.fingerprint()
-            );
-        }
-        keys = keys.into_iter().map(|key| key.with_options(options.clone())).collect();
-    }
+    let keys = wanted.give(keys)?;
     let added = accounts.add_keys(account.id, &keys)?;
     admin::account_changed(context, name);
     let keys = accounts.keys(account.id)?;

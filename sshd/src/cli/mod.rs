@@ -5,17 +5,23 @@
 //! repeated: what is already so is said and is no error.
 
 mod account;
+mod account_add;
+mod account_disk;
 mod account_idle;
+mod account_limits;
 mod account_machine;
+mod account_set;
 mod account_show;
 mod admin;
 mod base;
 mod base_removal;
 mod console;
 mod context;
+mod date;
 mod doctor;
 mod hostkey;
 mod image;
+mod import;
 mod key;
 mod output;
 mod password;
@@ -36,8 +42,8 @@ Exit status:
   0  done, or already so
   1  failed (doctor: at least one finding is a failure)
   2  the command line is wrong
-  3  there is no such account, key, base or image
-  4  the name is taken";
+  3  there is no such account, class, key, base or image
+  4  the name is taken, by an account that differs from what is asked for";
 
 const EXAMPLES: &str = "\
 First steps on a new host:
@@ -116,6 +122,11 @@ Examples:
 #[error("{0}")]
 struct NotFound(String);
 
+/// A name that belongs to something else.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Taken(String);
+
 /// The command has said itself what failed.
 #[derive(Debug, thiserror::Error)]
 #[error("failed")]
@@ -141,6 +152,9 @@ pub fn main() -> ExitCode {
 fn exit_status(error: &anyhow::Error) -> u8 {
     if error.is::<NotFound>() {
         return 3;
+    }
+    if error.is::<Taken>() {
+        return 4;
     }
     match error.downcast_ref::<AccountsError>() {
         Some(AccountsError::Unknown(_)) => 3,
@@ -208,7 +222,7 @@ mod tests {
         }
         // And every field of the program is in the file.
         let fields = default.split([' ', '{', '(']).filter_map(|word| word.strip_suffix(':'));
-        for field in fields.filter(|field| !["ssh", "machines"].contains(field)) {
+        for field in fields.filter(|field| !["ssh", "machines", "classes"].contains(field)) {
             assert!(DOCUMENTED.contains(&format!("#{field} = ")), "{field} is not documented");
         }
     }

@@ -13,6 +13,10 @@ impl Output {
         Self { json }
     }
 
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// Prints the object or the text, as was asked for. A reader that went away (`| head`) is no error.
     pub fn show(&self, object: &Value, text: impl FnOnce() -> String) -> anyhow::Result<()> {
         let printed = match self.json {

@@ -36,7 +36,8 @@ pub fn hash(password: &str) -> anyhow::Result<String> {
     Ok(hash_password(password.as_bytes())?)
 }
 
-fn check(password: &str) -> anyhow::Result<()> {
+/// Whether it may be one; before it is hashed, which takes longer.
+pub fn check(password: &str) -> anyhow::Result<()> {
     match password.len() {
         0 => bail!("the password is empty; nothing was changed"),
         1..MIN_PASSWORD => {

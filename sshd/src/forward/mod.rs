@@ -28,7 +28,6 @@ pub use link::Listening;
 use link::{Link, Use};
 
 use crate::{
-    config::Ssh,
     lifecycle::Registry,
     server::{Entry, Wishes},
     session::{Inflow, InputQueue},
@@ -96,14 +95,14 @@ pub struct Direct {
 }
 
 impl Forwards {
-    pub fn new(client: Client, limits: &Ssh) -> Self {
+    pub fn new(client: Client, most_streams: usize, most_listeners: usize) -> Self {
         let inner = Inner {
             client,
             link: Mutex::default(),
-            streams: Arc::new(Semaphore::new(limits.max_streams)),
-            listeners: Arc::new(Semaphore::new(limits.max_listeners)),
-            most_streams: limits.max_streams,
-            most_listeners: limits.max_listeners,
+            streams: Arc::new(Semaphore::new(most_streams)),
+            listeners: Arc::new(Semaphore::new(most_listeners)),
+            most_streams,
+            most_listeners,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -168,7 +167,7 @@ impl Inner {
     fn permit(&self) -> Result<Permit, String> {
         self.streams.clone().try_acquire_owned().map(|_permit| Permit { _permit }).map_err(|_| {
             let most = self.most_streams;
-            format!("a connection forwards at most {most} streams here (ssh.max_streams)")
+            format!("a connection forwards at most {most} streams here (ssh.max_streams, or its class' limit)")
         })
     }
 

@@ -27,7 +27,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::{admin::protocol::AccountStatus, machine::Machine};
+use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine};
 pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;
@@ -187,7 +187,8 @@ impl Registry {
             return Err(LoginError::Stopping);
         }
         let (reply, answer) = oneshot::channel();
-        let request = Request::Login { max_sessions: account.max_sessions, reply };
+        let max_sessions = Limits::of(&self.inner.context.config, account).max_sessions;
+        let request = Request::Login { max_sessions, reply };
         let mailbox = self.handle(account).mailbox;
         mailbox.send(request).await.map_err(|_| LoginError::Stopping)?;
         answer.await.unwrap_or(Err(LoginError::Stopping))

@@ -9,7 +9,7 @@ use std::{
 
 use hermitage_guest_proto::Attach;
 use hermitage_storage::{
-    accounts::Account,
+    accounts::{Account, Closed},
     disk::{self, DiskError},
 };
 use tokio::time::{Instant, sleep};
@@ -21,6 +21,7 @@ use super::{
     words,
 };
 use crate::{
+    closing,
     machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
     room,
     store::StoreError,
@@ -52,8 +53,8 @@ pub(super) struct Started {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("the account is disabled or removed")]
-    Closed,
+    #[error("{0}")]
+    Closed(String),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("{path} has {free} MiB free, less than machines.min_free_mib = {floor}; make room there", path = path.display())]
@@ -78,7 +79,7 @@ impl StartError {
     /// What the person logging in is told: what she can do something about, and no paths of the host.
     pub(super) fn for_user(&self) -> String {
         match self {
-            StartError::Closed => "this account is disabled".into(),
+            StartError::Closed(words) => words.clone(),
             StartError::NoRoom { .. } => {
                 "the host's disk is nearly full, so no machine can be started; \
                  your files are safe, try again later"
@@ -104,8 +105,11 @@ pub(super) async fn start(
     account: Uuid,
     former: Former,
 ) -> Result<Started, StartError> {
-    let account =
-        context.store.by_id(account).await?.filter(Account::is_open).ok_or(StartError::Closed)?;
+    let account = context.store.by_id(account).await?;
+    if let Some(closed) = closing::closed(account.as_ref()) {
+        return Err(StartError::Closed(closing::words(closed)));
+    }
+    let account = account.ok_or(StartError::Closed(closing::words(Closed::Removed)))?;
     let machines = &context.config.machines;
     check_room(context.state_dir.root(), machines.min_free_mib)?;
 
@@ -149,7 +153,7 @@ async fn cold_start(
     let mut entropy = vec![0; ENTROPY];
     getrandom::fill(&mut entropy).map_err(|error| StartError::Entropy(error.to_string()))?;
     let attach = Attach {
-        account: account.name.clone(),
+        account: account.guest_name().to_owned(),
         uid: account.uid,
         hostname: account.hostname.clone(),
         machine_id: account.machine_id,

@@ -16,12 +16,13 @@ use std::{sync::Arc, time::Instant};
 
 use hermitage_storage::{
     StateDir,
-    accounts::{Account, MIN_PASSWORD},
+    accounts::{Account, Closed, MIN_PASSWORD},
 };
 use uuid::Uuid;
 
 use crate::{
     auth::Authenticator,
+    closing,
     config::Config,
     lifecycle::Registry,
     session::{InputQueue, Kind, Output},
@@ -113,8 +114,10 @@ pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String,
         tracing::error!(%error, "can't look up an account");
         "the accounts can't be read at the moment; try again later".to_owned()
     })?;
-    let account =
-        account.filter(Account::is_open).ok_or_else(|| "this account is disabled".to_owned())?;
+    if let Some(closed) = closing::closed(account.as_ref()) {
+        return Err(closing::words(closed));
+    }
+    let account = account.ok_or_else(|| closing::words(Closed::Removed))?;
     tracing::info!(
         account = account.name,
         source = visit.source,

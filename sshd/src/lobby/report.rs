@@ -8,7 +8,7 @@ use hermitage_storage::{
 };
 
 use super::Desk;
-use crate::{size, span, store::StoreError, time};
+use crate::{limits::Limits, size, span, store::StoreError, time};
 
 pub fn help(name: &str) -> String {
     format!(
@@ -52,12 +52,13 @@ pub async fn status(desk: &Desk, account: &Account) -> Result<String, String> {
     if let Some(why) = why.filter(|why| !why.is_empty()) {
         machine.push_str(&format!(": {why}"));
     }
+    let limits = Limits::of(&desk.config, account);
     let sessions = running.as_ref().map_or(0, |now| now.sessions);
     let disk = size::show(account.disk_bytes);
     let mut facts = vec![
         ("account", account.name.clone()),
         ("machine", machine),
-        ("sessions", format!("{sessions} of at most {}", account.max_sessions)),
+        ("sessions", format!("{sessions} of at most {}", limits.max_sessions)),
         (
             "files",
             match used.disk {
@@ -82,10 +83,9 @@ pub async fn status(desk: &Desk, account: &Account) -> Result<String, String> {
 
 /// What becomes of the machine when nobody is there.
 fn idle(desk: &Desk, account: &Account) -> String {
-    let machines = &desk.config.machines;
-    let configured = |seconds: u64| u32::try_from(seconds).unwrap_or(u32::MAX);
-    let linger = span::show(account.linger_s.unwrap_or(configured(machines.linger)));
-    match account.policy {
+    let limits = Limits::of(&desk.config, account);
+    let linger = span::show(limits.linger.as_secs().try_into().unwrap_or(u32::MAX));
+    match limits.policy {
         Policy::Save => format!("saved {linger} after the last session, and resumed at the next"),
         Policy::Keep => "keeps running when nobody is logged in".into(),
         Policy::Discard => format!("powered off {linger} after the last session; files stay"),

@@ -70,6 +70,10 @@ impl Entry {
         self.authenticated.notify_one();
     }
 
+    pub fn is_authenticated(&self) -> bool {
+        self.account.get().is_some()
+    }
+
     pub async fn wait_authenticated(&self) {
         while self.account.get().is_none() {
             self.authenticated.notified().await;

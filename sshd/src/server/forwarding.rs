@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     forward::{Client, Direct, Forwards, Listener},
+    limits::Limits,
     session::InputQueue,
 };
 
@@ -53,7 +54,8 @@ impl ClientHandler {
                 entry: self.entry.clone(),
                 gone: self.gone.token().clone(),
             };
-            Forwards::new(client, &self.server.config.ssh)
+            let streams = Limits::of(&self.server.config, &client.account).max_streams;
+            Forwards::new(client, streams, self.server.config.ssh.max_listeners)
         });
         Some(forwards.clone())
     }

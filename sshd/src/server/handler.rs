@@ -7,7 +7,7 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 use hermitage_guest_proto::{Window, forward::Place};
 use hermitage_storage::accounts::{Account, KeyOptions};
 use russh::{
-    Channel, ChannelId, ChannelWriteHalf, Sig,
+    Channel, ChannelId, ChannelWriteHalf, Disconnect, Sig,
     keys::Certificate,
     server::{
         Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session as Connection,
@@ -28,6 +28,7 @@ use super::{
     permits,
     words::{again, shortage, shown, signal_name, window},
 };
+use crate::closing;
 use crate::forward::{Forwards, Listener, Listening};
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
 
@@ -255,14 +256,17 @@ impl Handler for ClientHandler {
         Ok(Auth::Accept)
     }
 
-    async fn auth_succeeded(&mut self, _connection: &mut Connection) -> Result<(), Self::Error> {
+    async fn auth_succeeded(&mut self, connection: &mut Connection) -> Result<(), Self::Error> {
         let Some(account) = &self.account else { return Err(russh::Error::Inconsistent) };
         self.entry.authenticated(account.id);
         // From here on a change of the account reaches this connection; one that came just before is
         // seen now.
-        if !self.server.authenticator.still_open(account).await {
-            self.entry.disconnect("this account is disabled");
-            return Ok(());
+        if let Some(closed) = self.server.authenticator.closed(account).await {
+            let words = closing::words(closed);
+            tracing::info!(peer = %self.peer, account = account.name, "turned away: {words}");
+            // Nothing is started for it in what time is left, and these words come before any answer.
+            self.account = None;
+            return connection.disconnect(Disconnect::ByApplication, &words, "en");
         }
         // A machine that is to start anew is not resumed ahead; one that is not wanted, not at all.
         if self.wishes.as_ref().is_ok_and(Wishes::want_the_machine) {

@@ -135,7 +135,8 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
             () = switch.finished.cancelled() => break close(&switch, running).await,
         }
     };
-    if !authenticated && !late {
+    // One that was turned away at once may have gone before it was noticed that it had authenticated.
+    if !entry.is_authenticated() && !late {
         offend(&server, peer, Offence::NoAttempt);
     }
     match ended {

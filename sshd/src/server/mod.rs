@@ -39,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminSocket},
     auth::{Authenticator, Trust},
+    closing,
     config::Config,
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
@@ -214,6 +215,7 @@ impl Service {
             tasks.spawn(listener::accept(server.clone(), listener));
         }
         tasks.spawn(admin::serve(server.clone(), admin));
+        tasks.spawn(closing::keep_hours(server.clone()));
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {

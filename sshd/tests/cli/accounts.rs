@@ -32,7 +32,7 @@ fn an_account_is_added_shown_and_listed() {
 fn refusals_have_words_and_their_own_status() {
     let host = Host::new();
     host.run(&["account", "add", "alice"]).success();
-    host.run(&["account", "add", "alice"]).fails(4, "already an account \"alice\"");
+    host.run(&["account", "add", "alice", "--disk", "7G"]).fails(4, "already an account \"alice\"");
     host.run(&["account", "add", "Alice"]).fails(1, "capital letter");
     host.run(&["account", "show", "bob"]).fails(3, "no account \"bob\"");
     host.run(&["account", "disable", "bob"]).fails(3, "no account");

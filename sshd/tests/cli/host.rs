@@ -46,8 +46,16 @@ impl Host {
         Accounts::open(&self.state().database()).unwrap()
     }
 
+    /// The configuration of the commands that don't name one, from now on.
+    pub fn configure(&self, text: &str) {
+        fs::write(self.path("configured.toml"), text).unwrap();
+    }
+
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hermitage"));
+        if self.path("configured.toml").exists() {
+            command.arg("--config").arg(self.path("configured.toml"));
+        }
         command
             .arg("--state-dir")
             .arg(self.path("state"))

@@ -23,7 +23,7 @@ fn a_policy_is_set_shown_and_set_again() {
     assert_eq!(host.json(&["account", "show", "alice"])["policy"], "keep");
     let text = host.run(&["account", "policy", "alice", "discard"]).success().out;
     assert!(text.contains("powered off 1m after the last session"), "{text}");
-    assert_eq!(host.accounts().named("alice").unwrap().policy, Policy::Discard);
+    assert_eq!(host.accounts().named("alice").unwrap().policy, Some(Policy::Discard));
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn policies_and_times_that_are_none_are_refused() {
     host.run(&["account", "policy", "nobody", "keep"]).fails(3, "there is no account \"nobody\"");
     host.run(&["account", "policy"]).fails(2, "NAME");
     let alice = host.accounts().named("alice").unwrap();
-    assert_eq!((alice.policy, alice.linger_s), (Policy::Save, None));
+    assert_eq!((alice.policy, alice.linger_s), (None, None));
 }
 
 #[test]

@@ -6,4 +6,5 @@ mod host;
 mod hostkey;
 mod idle;
 mod machines;
+mod provisioning;
 mod service;

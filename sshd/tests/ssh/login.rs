@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::{Options, Service, at, finish, stderr, stdout};
+use crate::harness::{Options, PASSWORD, Service, at, finish, stderr, stdout, wait_for};
 use hermitage::admin::protocol::{Reply, Request};
+use hermitage::time::now;
+use hermitage_storage::accounts::Changes;
 
 #[test]
 fn a_key_runs_a_command_and_brings_its_exit_status() {
@@ -61,11 +63,80 @@ fn a_disabled_account_is_refused_and_its_sessions_end() {
     assert_eq!(session.status.code(), Some(255), "{}", stderr(&session));
     assert!(stderr(&session).contains("disabled"), "{}", stderr(&session));
     crate::harness::wait_for("the machine to rest", || service.at_rest("alice").then_some(()));
-    assert_eq!(service.ssh("alice", "true").status.code(), Some(255));
-    let by_password = service.ssh_by_password("alice", crate::harness::PASSWORD);
-    assert_eq!(by_password.status.code(), Some(255));
+    let by_key = service.ssh("alice", "true");
+    let by_password = service.ssh_by_password("alice", PASSWORD);
+    for refused in [&by_key, &by_password] {
+        assert_eq!(refused.status.code(), Some(255));
+        assert!(stderr(refused).contains("this account is disabled"), "{}", stderr(refused));
+    }
     service.accounts().set_disabled(account.id, false).unwrap();
     assert!(service.ssh("alice", "true").status.success(), "and back again");
+}
+
+/// Without anybody telling the service: it looks itself.
+#[test]
+fn an_account_whose_time_is_over_is_ended_and_refused_with_words() {
+    let service = Service::start();
+    let account = service.account("alice");
+    let expire = |at: Option<i64>| {
+        let changes = Changes { expires: Some(at), ..Changes::default() };
+        service.accounts().change(account.id, &changes).unwrap();
+    };
+    expire(Some(now() + 4));
+    let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", &at("alice"), "echo in; sleep 60"]);
+    let session = finish(&mut ssh);
+    assert_eq!(stdout(&session), "in\n", "{}", stderr(&session));
+    assert!(stderr(&session).contains("this account expired on 20"), "{}", stderr(&session));
+    wait_for("the machine to rest", || service.at_rest("alice").then_some(()));
+
+    let by_key = service.ssh("alice", "echo in");
+    let by_password = service.ssh_by_password("alice", PASSWORD);
+    for refused in [&by_key, &by_password] {
+        assert_eq!((refused.status.code(), stdout(refused).as_str()), (Some(255), ""));
+        assert!(stderr(refused).contains("expired on 20"), "{}", stderr(refused));
+    }
+    // Who has neither is told nothing.
+    let guess = service.ssh_by_password("alice", "guess");
+    assert!(stderr(&guess).contains("Permission denied"), "{}", stderr(&guess));
+    assert!(!stderr(&guess).contains("expired"), "{}", stderr(&guess));
+    let stranger = service.ssh_with_keys(&["stranger"]).args([&at("alice"), "true"]).output();
+    assert!(!stderr(&stranger.unwrap()).contains("expired"));
+    expire(None);
+    assert!(service.ssh("alice", "true").status.success(), "and back again");
+}
+
+#[test]
+fn an_account_disabled_for_a_time_opens_by_itself() {
+    let service = Service::start();
+    let account = service.account("alice");
+    let until = now() + 3;
+    service.accounts().disable_until(account.id, until).unwrap();
+    let refused = service.ssh("alice", "true");
+    assert!(stderr(&refused).contains("disabled until 20"), "{}", stderr(&refused));
+    while now() < until {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(service.ssh("alice", "true").status.success());
+}
+
+#[test]
+fn a_class_limits_the_sessions_of_its_accounts() {
+    let classes = "[class.student]\nsessions = 1\n";
+    let service = Service::with(Options { machines: classes, ..Options::default() });
+    let account = service.account("alice");
+    let class = |class: Option<&str>| {
+        let changes = Changes { class: Some(class.map(str::to_owned)), ..Changes::default() };
+        service.accounts().change(account.id, &changes).unwrap();
+    };
+    class(Some("student"));
+    let mut long = service.ssh_with(&[&at("alice"), "echo in; sleep 30"]).spawn().unwrap();
+    wait_for("the session", || service.account_status("alice").filter(|s| s.sessions == 1));
+    let second = service.ssh("alice", "true");
+    assert!(stderr(&second).contains("all of its 1 sessions"), "{}", stderr(&second));
+    class(None);
+    assert!(service.ssh("alice", "true").status.success());
+    long.kill().unwrap();
+    long.wait().unwrap();
 }
 
 #[test]

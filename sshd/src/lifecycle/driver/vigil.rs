@@ -6,7 +6,7 @@ use hermitage_storage::accounts::{Account, Policy};
 use tokio::{task::JoinHandle, time::Instant};
 
 use super::{super::work, Driver};
-use crate::{config::Machines, lifecycle::state::Work, time};
+use crate::{config::Machines, lifecycle::state::Work, limits::Limits, time};
 
 /// How often an awake machine is looked at again: as often as it would go to rest, within reason.
 const RECHECK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -82,17 +82,14 @@ impl Driver {
     }
 
     pub(super) fn take_wishes(&mut self, account: &Account) -> bool {
-        let machines = &self.context.config.machines;
-        let or = |own: Option<u32>, default| {
-            own.map_or(default, |seconds| Duration::from_secs(seconds.into()))
-        };
+        let limits = Limits::of(&self.context.config, account);
         let before =
             (self.lifecycle.policy, self.lifecycle.held, self.vigil.linger, self.vigil.max_linger);
-        self.lifecycle.policy = account.policy;
+        self.lifecycle.policy = limits.policy;
         self.lifecycle.held = account.hold_at(time::now());
-        self.vigil.linger = or(account.linger_s, machines.linger());
-        self.vigil.max_linger = or(account.max_linger_s, machines.max_linger());
-        if self.lifecycle.held.is_some() || account.policy == Policy::Keep {
+        self.vigil.linger = limits.linger;
+        self.vigil.max_linger = limits.max_linger;
+        if self.lifecycle.held.is_some() || limits.policy == Policy::Keep {
             // Work may go on for as long when they end.
             self.vigil.begin();
         }

@@ -65,8 +65,8 @@ pub enum StopCause {
     Admin,
     /// Its memory is to be dropped.
     Reset,
-    /// The account was disabled or removed.
-    Closed,
+    /// The account was disabled or removed, or its time is over: in words for its user.
+    Closed(String),
     /// The service stops.
     Shutdown,
     /// The service stops and can't wait for a save any longer: files are what counts now.
@@ -81,7 +81,7 @@ impl std::fmt::Display for StopCause {
             StopCause::Idle => "nobody is logged in",
             StopCause::Admin => "an operator stopped this machine",
             StopCause::Reset => "this machine is started anew from its disk",
-            StopCause::Closed => "this account was disabled",
+            StopCause::Closed(words) => words,
             StopCause::Shutdown => "the service is stopping",
             StopCause::OutOfTime => "the service is stopping and has no time left",
             StopCause::Died(reason) => reason,

@@ -54,7 +54,7 @@ fn wrong_key(story: &Story) -> Result<()> {
 }
 
 /// A stranger can't tell an account that exists from one that doesn't, is disabled or has no password:
-/// same words, same methods, and about the same time.
+/// same words, same methods, and about the same time. Only who has its password is told that it is disabled.
 fn refusals_tell_nothing(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
     alice.set_password("the right one")?;
@@ -67,7 +67,7 @@ fn refusals_tell_nothing(story: &Story) -> Result<()> {
         ("a wrong password", alice.name.as_str(), "not the right one"),
         ("no such account", nobody.as_str(), "not the right one"),
         ("no password set", keys_only.name.as_str(), "not the right one"),
-        ("a disabled account's right password", disabled.name.as_str(), "the right one"),
+        ("a disabled account", disabled.name.as_str(), "not the right one"),
     ];
     let mut words: Option<String> = None;
     // Fastest of each, in turns, so that a busy moment of the host hits all of them; and what is only
@@ -103,8 +103,12 @@ fn disabled_is_refused(story: &Story) -> Result<()> {
     alice.set_password("the right one")?;
     alice.output("echo kept > file")?;
     alice.disable()?;
-    refused(&alice.exec("true")?)?;
-    refused(&Login::with_password(story, &alice.name, "the right one").exec("true")?)?;
+    let by_key = alice.exec("true")?;
+    let by_password = Login::with_password(story, &alice.name, "the right one").exec("true")?;
+    for ended in [&by_key, &by_password] {
+        same("its exit status", ended.code(), Some(255))?;
+        says("what alice is told", &ended.err(), "this account is disabled")?;
+    }
     alice.enable()?;
     same("her file", alice.output("cat file")?.as_str(), "kept")
 }

@@ -1,0 +1,228 @@
+//! What is asked for of an account, by options or by a line of a list: its class, disk, limits and end.
+
+use super::context::Context;
+use super::{NotFound, account_idle, date, size, span, time};
+use hermitage::limits;
+use hermitage_storage::accounts::{Account, Changes, NewAccount, Policy};
+
+/// Of an account's own, or as its class and the configuration say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Own<T> {
+    Value(T),
+    Default,
+}
+
+impl<T: Clone> Own<T> {
+    pub fn value(&self) -> Option<T> {
+        match self {
+            Own::Value(value) => Some(value.clone()),
+            Own::Default => None,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct Wanted {
+    /// A class of the configuration, [class.NAME], or "none"
+    #[arg(long, value_name = "CLASS", value_parser = class)]
+    pub class: Option<Own<String>>,
+    /// Size of the disk, which takes only what is written to it [default: as the class says, or 10G]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub disk: Option<u64>,
+    /// Most sessions at once, or "default": as the class says, or 32
+    #[arg(long, visible_alias = "max-sessions", value_name = "N", value_parser = sessions)]
+    pub sessions: Option<Own<u32>>,
+    /// Most streams that one connection forwards, or "default": as the class or the configuration says
+    #[arg(long, visible_alias = "max-streams", value_name = "N", value_parser = streams)]
+    pub streams: Option<Own<u32>>,
+    /// How long its machine stays after the last session, or "default"
+    #[arg(long, value_name = "TIME", value_parser = time_span)]
+    pub linger: Option<Own<u32>>,
+    /// How long work may keep its machine awake after the last session, or "default"
+    #[arg(long, value_name = "TIME", value_parser = time_span)]
+    pub max_linger: Option<Own<u32>>,
+    /// What happens to its machine when nobody is logged in: save, keep, discard or "default"
+    #[arg(long, value_name = "POLICY", value_parser = policy)]
+    pub policy: Option<Own<Policy>>,
+    /// From when on nobody logs in: 2027-06-30, 2027-06-30T18:00 (UTC), 90d or "never"
+    #[arg(long, value_name = "TIME", value_parser = expiry)]
+    pub expires: Option<Own<i64>>,
+}
+
+/// Something that is not as it is asked for.
+pub struct Difference {
+    /// `its disk is 10 GiB, not 20 GiB`
+    pub words: String,
+    /// The option of `account set` that would change it: `--disk 20GiB`.
+    pub option: String,
+}
+
+impl Wanted {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// A class that nobody knows is a slip of the pen.
+    pub fn check(&self, context: &Context) -> anyhow::Result<()> {
+        let Some(Own::Value(class)) = &self.class else { return Ok(()) };
+        let classes = &context.config.classes;
+        if classes.contains_key(class) {
+            return Ok(());
+        }
+        let known: Vec<_> = classes.keys().map(String::as_str).collect();
+        let known = match known.as_slice() {
+            [] => format!("it has none; [class.{class}] makes one"),
+            known => format!("it has {}", known.join(", ")),
+        };
+        Err(NotFound(format!("there is no class \"{class}\" in the configuration: {known}")).into())
+    }
+
+    pub fn fill(&self, context: &Context, new: &mut NewAccount) {
+        new.class = self.class.as_ref().and_then(Own::value);
+        let of_class = || limits::new_disk(&context.config, new.class.as_deref());
+        new.disk_bytes = self.disk.unwrap_or_else(of_class);
+        new.max_sessions = self.sessions.as_ref().and_then(Own::value);
+        new.max_streams = self.streams.as_ref().and_then(Own::value);
+        new.linger_s = self.linger.as_ref().and_then(Own::value);
+        new.max_linger_s = self.max_linger.as_ref().and_then(Own::value);
+        new.policy = self.policy.as_ref().and_then(Own::value);
+        new.expires = self.expires.as_ref().and_then(Own::value);
+    }
+
+    /// All but the disk, which is more than its number.
+    pub fn changes(&self) -> Changes {
+        Changes {
+            class: self.class.as_ref().map(Own::value),
+            max_sessions: self.sessions.as_ref().map(Own::value),
+            max_streams: self.streams.as_ref().map(Own::value),
+            linger_s: self.linger.as_ref().map(Own::value),
+            max_linger_s: self.max_linger.as_ref().map(Own::value),
+            policy: self.policy.as_ref().map(Own::value),
+            expires: self.expires.as_ref().map(Own::value),
+            ..Changes::default()
+        }
+    }
+
+    /// In what the account is not as it is asked for here.
+    pub fn differences(&self, account: &Account) -> Vec<Difference> {
+        let mut found = Vec::new();
+        let mut look = |what: &str,
+                        option: &str,
+                        is: Option<String>,
+                        wanted: Option<Option<String>>,
+                        none: &str| {
+            let Some(wanted) = wanted else { return };
+            if is != wanted {
+                let say = |value: Option<String>| value.unwrap_or_else(|| none.to_owned());
+                let value = say(wanted.clone());
+                let quoted =
+                    if value.contains(' ') { format!("\"{value}\"") } else { value.clone() };
+                found.push(Difference {
+                    words: format!("its {what} is {}, not {value}", say(is)),
+                    option: format!("--{option} {quoted}"),
+                });
+            }
+        };
+        fn wanted<T: Clone>(
+            own: &Option<Own<T>>,
+            show: impl Fn(T) -> String,
+        ) -> Option<Option<String>> {
+            own.as_ref().map(|own| own.value().map(show))
+        }
+        let number = |n: u32| n.to_string();
+        let named = |policy: Policy| policy.as_str().to_owned();
+        look("class", "class", account.class.clone(), wanted(&self.class, |class| class), "none");
+        look(
+            "number of sessions",
+            "sessions",
+            account.max_sessions.map(number),
+            wanted(&self.sessions, number),
+            "default",
+        );
+        look(
+            "number of streams",
+            "streams",
+            account.max_streams.map(number),
+            wanted(&self.streams, number),
+            "default",
+        );
+        look(
+            "linger",
+            "linger",
+            account.linger_s.map(span::show),
+            wanted(&self.linger, span::show),
+            "default",
+        );
+        look(
+            "max-linger",
+            "max-linger",
+            account.max_linger_s.map(span::show),
+            wanted(&self.max_linger, span::show),
+            "default",
+        );
+        look("policy", "policy", account.policy.map(named), wanted(&self.policy, named), "default");
+        let end = |seconds: i64| time::rfc3339(seconds);
+        look("end", "expires", account.expires.map(end), wanted(&self.expires, end), "never");
+        if let Some(bytes) = self.disk.filter(|bytes| *bytes != account.disk_bytes) {
+            let wanted = exact_size(bytes);
+            found.push(Difference {
+                words: format!("its disk has {}, not {wanted}", exact_size(account.disk_bytes)),
+                option: format!("--disk {wanted}"),
+            });
+        }
+        found
+    }
+}
+
+/// A size in the largest unit that says it exactly: what can be typed again.
+fn exact_size(bytes: u64) -> String {
+    for (unit, bits) in [("GiB", 30), ("MiB", 20), ("KiB", 10)] {
+        if bytes > 0 && bytes.is_multiple_of(1 << bits) {
+            return format!("{}{unit}", bytes >> bits);
+        }
+    }
+    bytes.to_string()
+}
+
+fn own<T>(
+    text: &str,
+    default: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Own<T>, String> {
+    if text == default { Ok(Own::Default) } else { parse(text).map(Own::Value) }
+}
+
+pub fn class(text: &str) -> Result<Own<String>, String> {
+    own(text, "none", |name| match name {
+        "" => Err("a class has a name".into()),
+        name => Ok(name.to_owned()),
+    })
+}
+
+pub fn sessions(text: &str) -> Result<Own<u32>, String> {
+    own(text, "default", |text| match text.parse() {
+        Ok(0) | Err(_) => {
+            Err(format!("\"{text}\" is no number of sessions: 1 or more, or \"default\""))
+        }
+        Ok(n) => Ok(n),
+    })
+}
+
+pub fn streams(text: &str) -> Result<Own<u32>, String> {
+    own(text, "default", |text| {
+        text.parse()
+            .map_err(|_| format!("\"{text}\" is no number of streams: 0 or more, or \"default\""))
+    })
+}
+
+pub fn time_span(text: &str) -> Result<Own<u32>, String> {
+    own(text, "default", span::parse)
+}
+
+pub fn policy(text: &str) -> Result<Own<Policy>, String> {
+    own(text, "default", account_idle::parse_policy)
+}
+
+pub fn expiry(text: &str) -> Result<Own<i64>, String> {
+    own(text, "never", date::parse)
+}

@@ -1,0 +1,172 @@
+//! What an account may have: its own word, else its class', else what the configuration says for all.
+//!
+//! A class is a table of the configuration, `[class.student]`. Accounts name theirs, so that a change of
+//! the class counts for all of them, and that what one of them has of its own stays.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use hermitage_storage::accounts::{Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, Policy};
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use crate::{config::Config, size};
+
+/// Longest name of a class.
+const MAX_NAME: usize = 32;
+
+pub type Classes = BTreeMap<String, Class>;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Class {
+    /// Size of the disks of accounts that are made in it.
+    #[serde(deserialize_with = "bytes")]
+    pub disk: Option<u64>,
+    pub sessions: Option<u32>,
+    /// Streams that one connection forwards at a time.
+    pub streams: Option<u32>,
+    /// Seconds.
+    pub linger: Option<u32>,
+    /// Seconds.
+    pub max_linger: Option<u32>,
+    #[serde(deserialize_with = "policy")]
+    pub policy: Option<Policy>,
+}
+
+/// What counts for an account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub max_sessions: u32,
+    pub max_streams: usize,
+    pub policy: Policy,
+    pub linger: Duration,
+    pub max_linger: Duration,
+}
+
+impl Limits {
+    pub fn of(config: &Config, account: &Account) -> Self {
+        let nothing = Class::default();
+        // One that is not configured any more says nothing: doctor and `account show` tell.
+        let class = account.class.as_ref().and_then(|name| config.classes.get(name));
+        let class = class.unwrap_or(&nothing);
+        let seconds = |own: Option<u32>, of_class: Option<u32>, configured| {
+            own.or(of_class).map_or(configured, |seconds| Duration::from_secs(seconds.into()))
+        };
+        let machines = &config.machines;
+        Self {
+            max_sessions: account.max_sessions.or(class.sessions).unwrap_or(DEFAULT_MAX_SESSIONS),
+            max_streams: account
+                .max_streams
+                .or(class.streams)
+                .and_then(|streams| streams.try_into().ok())
+                .unwrap_or(config.ssh.max_streams),
+            policy: account.policy.or(class.policy).unwrap_or_default(),
+            linger: seconds(account.linger_s, class.linger, machines.linger()),
+            max_linger: seconds(account.max_linger_s, class.max_linger, machines.max_linger()),
+        }
+    }
+}
+
+/// The size of a new disk in that class.
+pub fn new_disk(config: &Config, class: Option<&str>) -> u64 {
+    let class = class.and_then(|name| config.classes.get(name));
+    class.and_then(|class| class.disk).unwrap_or(DEFAULT_DISK_BYTES)
+}
+
+/// What is wrong with the classes, if anything: the field's name, and what it should be.
+pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
+    classes.iter().find_map(|(name, class)| {
+        let fault = |field: &str, expected| Some((format!("class.{name}{field}"), expected));
+        if !is_name(name) {
+            let expected = "a class' name has 1 to 32 lowercase letters, digits, '-' and '_'";
+            return fault("", expected);
+        }
+        if class.sessions == Some(0) {
+            return fault(".sessions", "it has to be 1 or more");
+        }
+        if class.disk.is_some_and(|bytes| bytes == 0 || bytes % 4096 != 0) {
+            return fault(".disk", "it has to be a multiple of 4 KiB");
+        }
+        None
+    })
+}
+
+fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
+    (1..=MAX_NAME).contains(&name.len()) && name.chars().all(allowed)
+}
+
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    size::parse(&text).map(Some).map_err(D::Error::custom)
+}
+
+fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    let policy = Policy::parse(&name);
+    policy.map(Some).ok_or_else(|| D::Error::custom(format!("\"{name}\": save, keep or discard")))
+}
+
+#[cfg(test)]
+mod tests {
+    use hermitage_storage::accounts::{AccountName, Accounts, NewAccount};
+
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::load(Some(file.path())).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_accounts_own_word_counts_before_its_class_and_that_before_the_rest() {
+        let text = "[machines]\nlinger = 7\n[ssh]\nmax_streams = 5\n[class.student]\ndisk = \"2GiB\"\n\
+                    sessions = 3\nmax_linger = 0\npolicy = \"discard\"\n[class.staff]\nstreams = 0\n";
+        let config = load(text).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+        let new = NewAccount::new(AccountName::parse("alice").unwrap());
+        let plain = accounts.create(&new).unwrap();
+        let seconds = Duration::from_secs;
+        let everybodys = Limits {
+            max_sessions: DEFAULT_MAX_SESSIONS,
+            max_streams: 5,
+            policy: Policy::Save,
+            linger: seconds(7),
+            max_linger: seconds(4 * 3600),
+        };
+        assert_eq!(Limits::of(&config, &plain), everybodys);
+        let student = Account { class: Some("student".into()), ..plain.clone() };
+        let students = Limits {
+            max_sessions: 3,
+            policy: Policy::Discard,
+            max_linger: seconds(0),
+            ..everybodys.clone()
+        };
+        assert_eq!(Limits::of(&config, &student), students);
+        let own = Account { max_sessions: Some(9), policy: Some(Policy::Keep), ..student };
+        let wanted = Limits { max_sessions: 9, policy: Policy::Keep, ..students };
+        assert_eq!(Limits::of(&config, &own), wanted);
+        let staff = Account { class: Some("staff".into()), ..plain.clone() };
+        assert_eq!(Limits::of(&config, &staff).max_streams, 0);
+        let gone = Account { class: Some("gone".into()), ..plain };
+        assert_eq!(Limits::of(&config, &gone), everybodys);
+        assert_eq!(new_disk(&config, Some("student")), 2 << 30);
+        assert_eq!(new_disk(&config, Some("staff")), DEFAULT_DISK_BYTES);
+    }
+
+    #[test]
+    fn classes_that_can_not_be_meant_are_refused_by_name() {
+        for (text, words) in [
+            ("[class.Student]\n", "class.Student"),
+            ("[class.a]\nsessions = 0\n", "class.a.sessions"),
+            ("[class.a]\ndisk = \"5000\"\n", "class.a.disk"),
+            ("[class.a]\ndisk = \"much\"\n", "much"),
+            ("[class.a]\npolicy = \"sleep\"\n", "save, keep or discard"),
+            ("[class.a]\nmemory = 5\n", "memory"),
+        ] {
+            let error = load(text).unwrap_err();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+}
