@@ -19,7 +19,7 @@ pub struct StateDir {
 
 impl StateDir {
     pub const DISK: &'static str = "disk.img";
-    const SNAPSHOT: &'static str = "resume.snap";
+    pub const SNAPSHOT: &'static str = "resume.snap";
     const NEW_SNAPSHOT: &'static str = "resume.snap.new";
     const UNUSABLE_SNAPSHOT: &'static str = "unusable.snap";
     const CURRENT_BASE: &'static str = "current-base";

@@ -2,7 +2,8 @@
 
 use super::context::Context;
 use super::{
-    NotFound, account_idle, account_machine, account_show, admin, key, password, size, span,
+    NotFound, account_idle, account_machine, account_show, admin, archive, key, password, size,
+    span,
 };
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
@@ -78,6 +79,12 @@ The name is free at once. The disk stays in STATE_DIR/removed until the same com
         #[arg(long)]
         purge: bool,
     },
+    /// Write an account, its files too, into one file: to keep it, or to bring it to another host
+    #[command(after_help = archive::EXPORT_HELP)]
+    Export(archive::Export),
+    /// Make an account of such a file
+    #[command(after_help = archive::RESTORE_HELP)]
+    Restore(archive::Restore),
     /// SSH public keys of an account
     #[command(subcommand)]
     Key(key::Command),
@@ -125,6 +132,8 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Policy(wanted) => account_idle::policy(context, &wanted),
         Command::Hold(hold) => account_idle::hold(context, &hold),
         Command::Remove { name, purge } => remove(context, &name, purge),
+        Command::Export(wanted) => archive::export(context, &wanted),
+        Command::Restore(wanted) => archive::restore(context, &wanted),
         Command::Key(command) => key::run(context, command),
     }
 }

@@ -1,6 +1,7 @@
 //! The commands as an operator gives them: the real program, a state directory of its own, no KVM.
 
 mod accounts;
+mod archives;
 mod bases;
 mod host;
 mod hostkey;

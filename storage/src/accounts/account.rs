@@ -117,6 +117,23 @@ impl NewAccount {
     }
 }
 
+/// What an account is told apart by.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    pub id: Uuid,
+    /// machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
+    pub machine_id: [u8; 16],
+    /// It is closed from the beginning.
+    pub disabled: bool,
+}
+
+impl Identity {
+    pub fn draw() -> Self {
+        let (id, machine_id) = (Uuid::new_v4(), *Uuid::new_v4().as_bytes());
+        Self { id, machine_id, disabled: false }
+    }
+}
+
 /// Whether a call found something to change: commands can be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -130,6 +147,16 @@ const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
     pub fn create(&mut self, new: &NewAccount) -> Result<Account, AccountsError> {
+        self.create_as(new, Identity::draw())
+    }
+
+    /// The same with an id that was drawn before: its folder is there already.
+    pub fn create_as(
+        &mut self,
+        new: &NewAccount,
+        identity: Identity,
+    ) -> Result<Account, AccountsError> {
+        let Identity { id, machine_id, disabled } = identity;
         let limit = |what, value| AccountsError::Limit { what, value };
         let disk = i64::try_from(new.disk_bytes).map_err(|_| limit("disk", new.disk_bytes))?;
         if disk == 0 {
@@ -142,13 +169,10 @@ impl Accounts {
         if alive(&tx, new.name.as_str())?.is_some() {
             return Err(AccountsError::NameTaken(new.name.to_string()));
         }
-        let id = Uuid::new_v4();
-        // machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
-        let machine_id = *Uuid::new_v4().as_bytes();
         tx.execute(
             "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
-             max_sessions, linger_s, policy, max_linger_s) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+             max_sessions, linger_s, policy, max_linger_s, disabled) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
             params![
                 id.to_string(),
                 new.name.as_str(),
@@ -162,6 +186,7 @@ impl Accounts {
                 new.linger_s,
                 new.policy,
                 new.max_linger_s,
+                disabled,
             ],
         )?;
         for key in &new.keys {
@@ -197,6 +222,12 @@ impl Accounts {
         let sql = format!("SELECT {COLUMNS} FROM accounts WHERE id = ?1");
         let mut statement = self.db.prepare_cached(&sql)?;
         Ok(statement.query_row([id.to_string()], account).optional()?)
+    }
+
+    /// Whether an account, removed or not, has this machine id.
+    pub fn knows_machine(&self, machine_id: &[u8; 16]) -> Result<bool, AccountsError> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM accounts WHERE machine_id = ?1)";
+        Ok(self.db.query_row(sql, params![machine_id], |row| row.get(0))?)
     }
 
     /// Removed accounts that had this name and are not purged, the last removed first.
