@@ -10,6 +10,7 @@ pub mod accounts;
 #[cfg(feature = "accounts")]
 pub mod archive;
 pub mod base;
+pub mod checkpoint;
 pub mod disk;
 pub mod faults;
 pub mod image;

@@ -5,7 +5,7 @@ use super::output::{count, table};
 use super::{size, span, status, time};
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage_storage::accounts::{Account, Accounts, Intent, SessionRecord, StoredKey};
-use hermitage_storage::disk;
+use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
 
 /// Sessions that `account show` tells of.
@@ -24,6 +24,8 @@ struct View {
     recorded: Option<Intent>,
     /// Bytes that are saved of its memory.
     saved_bytes: Option<u64>,
+    /// Bytes that its checkpoints take.
+    checkpoint_bytes: u64,
 }
 
 impl View {
@@ -50,6 +52,7 @@ impl View {
             saved_bytes: std::fs::metadata(context.state.snapshot(account.id))
                 .ok()
                 .map(|metadata| metadata.len()),
+            checkpoint_bytes: checkpoint::usage(&context.state, account.id),
             machine,
             account,
         })
@@ -115,6 +118,7 @@ impl View {
             "policy": account.policy.as_str(),
             "held_until": self.hold().map(time::rfc3339),
             "saved_bytes": self.saved_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
             "machine_state": self.machine_state(),
             "because": self.because(),
             "disk_allocated_bytes": self.disk_allocated,
@@ -155,6 +159,9 @@ impl View {
         }
         if let Some(bytes) = self.saved_bytes {
             facts.push(("saved", size::show(bytes)));
+        }
+        if self.checkpoint_bytes > 0 {
+            facts.push(("kept", format!("{} in checkpoints", size::show(self.checkpoint_bytes))));
         }
         let since = match (&self.machine, &self.recorded) {
             (Some(machine), _) => Some(machine.since),

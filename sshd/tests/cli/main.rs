@@ -3,6 +3,7 @@
 mod accounts;
 mod archives;
 mod bases;
+mod checkpoints;
 mod host;
 mod hostkey;
 mod idle;
