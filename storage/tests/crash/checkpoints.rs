@@ -37,13 +37,13 @@ fn keeping_states() {
 #[test]
 fn a_process_that_dies_anywhere_loses_no_state() {
     let folder = medium::dir();
-    Trial::new(Folder(folder.path().to_owned())).run(crate::rounds(150));
+    Trial::new(Folder(folder.path().to_owned())).run(crate::rounds(100));
 }
 
 #[test]
 fn a_power_cut_anywhere_loses_no_state() {
     match PowerCut::new() {
-        Ok(medium) => Trial::new(medium).run(crate::rounds(60)),
+        Ok(medium) => Trial::new(medium).run(crate::rounds(40)),
         Err(reason) => {
             eprintln!("SKIPPED: no file system of our own to cut the power of: {reason}")
         }
