@@ -13,6 +13,7 @@
 //! removed, durably, before anything may write to the disk again.
 
 use crate::StateDir;
+use crate::checkpoint;
 use crate::faults::{self, Point};
 use crate::publish::{self, NewFile};
 use crate::sparse;
@@ -206,7 +207,8 @@ pub fn retire(state: &StateDir, account: Uuid) -> Result<(), DiskError> {
 /// Deletes what was put aside of a removed account. Returns the bytes that were freed.
 pub fn purge(state: &StateDir, account: Uuid) -> Result<u64, DiskError> {
     let aside = state.removed_dir(account);
-    let freed = allocated(&aside.join(StateDir::DISK)).unwrap_or(0);
+    let freed = allocated(&aside.join(StateDir::DISK)).unwrap_or(0)
+        + checkpoint::usage_in(&aside.join(StateDir::CHECKPOINTS));
     match fs::remove_dir_all(&aside) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),

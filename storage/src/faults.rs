@@ -37,6 +37,8 @@ const MOST: usize = 4096;
 pub enum Process {
     Serve,
     Machine,
+    /// Whoever works on an account at rest.
+    Rest,
 }
 
 macro_rules! points {
@@ -91,6 +93,16 @@ points! {
     WithdrawDone "withdraw.done" Serve "They are deleted.";
     AsideRename "aside.rename" Serve "A snapshot that can't be used is to be put aside.";
     AsideDone "aside.done" Serve "It was.";
+    CheckpointCopy "checkpoint.copy" Rest "A checkpoint's folder is there, its disk is to be copied.";
+    CheckpointPublish "checkpoint.publish" Rest "All of a checkpoint is synced beside.";
+    CheckpointDone "checkpoint.done" Rest "It has its name.";
+    RollbackMark "rollback.mark" Rest "The new disk and memory are whole beside; the old state's folder is to be made.";
+    RollbackKeep "rollback.keep" Rest "The old state's folder is whole, but for its disk, and has no name.";
+    RollbackExchange "rollback.exchange" Rest "It has its name; the disks are to change places.";
+    RollbackSync "rollback.sync" Rest "They have, and that is not synced.";
+    RollbackMemory "rollback.memory" Rest "The new disk is in its place, its memory is not.";
+    RollbackUnmark "rollback.unmark" Rest "Both are; the mark is to be removed.";
+    RollbackDone "rollback.done" Rest "It is.";
 }
 
 struct Faults {

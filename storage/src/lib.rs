@@ -7,11 +7,17 @@
 
 #[cfg(feature = "accounts")]
 pub mod accounts;
+#[cfg(feature = "accounts")]
+pub mod archive;
 pub mod base;
+pub mod checkpoint;
 pub mod disk;
 pub mod faults;
 pub mod image;
+#[cfg(feature = "accounts")]
+pub mod incoming;
 pub mod publish;
+pub mod rest;
 pub mod saved;
 pub mod snapshot;
 pub mod sparse;

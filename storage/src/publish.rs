@@ -69,7 +69,7 @@ impl NewFile {
 /// A directory that is not there yet. Dropped without [`Self::publish`], it never was.
 #[derive(Debug)]
 pub struct NewDir {
-    _lock: File,
+    lock: File,
     beside: Beside,
 }
 
@@ -79,12 +79,20 @@ impl NewDir {
         DirBuilder::new().mode(mode).create(&beside.path)?;
         let lock = File::open(&beside.path)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Self { _lock: lock, beside })
+        Ok(Self { lock, beside })
     }
 
     /// Where to put its files meanwhile.
     pub fn path(&self) -> &Path {
         &self.beside.path
+    }
+
+    /// As [`Self::publish`], with the lock on it still held as long as what is returned is open.
+    pub fn publish_held(mut self) -> io::Result<File> {
+        sync_dir(&self.beside.path)?;
+        self.beside.rename_new()?;
+        sync_dir(self.beside.parent())?;
+        self.lock.try_clone()
     }
 
     /// The files in it must have been synced. Fails with `AlreadyExists` when something is there by

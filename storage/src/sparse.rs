@@ -40,7 +40,7 @@ impl fmt::Debug for Digest {
 
 /// The part of `start..end` that begins with the first byte of data, up to where the data or the part
 /// ends. `None`: nothing but a hole.
-fn next_data(file: &File, start: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+pub(crate) fn next_data(file: &File, start: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     let data = match seek(file, SeekFrom::Data(start)) {
         Ok(data) if data < end => data,
         Ok(_) | Err(Errno::NXIO) => return Ok(None),
@@ -50,13 +50,33 @@ fn next_data(file: &File, start: u64, end: u64) -> io::Result<Option<(u64, u64)>
     Ok(Some((data, hole)))
 }
 
+/// How much of a file is data, in bytes: an upper bound of what is not zero.
+pub fn data_bytes(file: &File) -> io::Result<u64> {
+    let length = file.metadata()?.len();
+    let (mut at, mut total) = (0, 0);
+    while let Some((data, hole)) = next_data(file, at, length)? {
+        total += hole - data;
+        at = hole;
+    }
+    Ok(total)
+}
+
+/// Makes `to`, an empty file, a copy of `from` that shares its blocks, at once. False: the file system can't.
+pub fn share(from: &File, to: &File) -> io::Result<bool> {
+    match ioctl_ficlone(to, from) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Makes `to`, an empty file, a copy of `from`: sharing its blocks where the file system can, else by
 /// copying its data and leaving its holes.
 pub fn copy(from: &File, to: &File) -> io::Result<()> {
-    match ioctl_ficlone(to, from) {
-        Ok(()) => return Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {}
-        Err(error) => return Err(error.into()),
+    if share(from, to)? {
+        return Ok(());
     }
     let length = from.metadata()?.len();
     to.set_len(length)?;

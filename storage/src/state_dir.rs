@@ -19,7 +19,8 @@ pub struct StateDir {
 
 impl StateDir {
     pub const DISK: &'static str = "disk.img";
-    const SNAPSHOT: &'static str = "resume.snap";
+    pub const SNAPSHOT: &'static str = "resume.snap";
+    pub const CHECKPOINTS: &'static str = "checkpoints";
     const NEW_SNAPSHOT: &'static str = "resume.snap.new";
     const UNUSABLE_SNAPSHOT: &'static str = "unusable.snap";
     const CURRENT_BASE: &'static str = "current-base";
@@ -119,6 +120,11 @@ impl StateDir {
     /// The last snapshot that could not be resumed, for the operator.
     pub fn unusable_snapshot(&self, account: Uuid) -> PathBuf {
         self.account_dir(account).join(Self::UNUSABLE_SNAPSHOT)
+    }
+
+    /// States of the account that can be gone back to.
+    pub fn checkpoints_dir(&self, account: Uuid) -> PathBuf {
+        self.account_dir(account).join(Self::CHECKPOINTS)
     }
 
     pub fn removed_accounts_dir(&self) -> PathBuf {

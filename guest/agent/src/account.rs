@@ -13,6 +13,11 @@ use anyhow::{Context, Result, bail};
 
 use crate::sys;
 
+mod rename;
+
+/// Ids of people: below are the system's own users (Debian policy §9.2.2).
+const FIRST_PERSON: u32 = 1000;
+
 /// A user as a session needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
@@ -67,9 +72,21 @@ pub fn ensure(root: &Path, name: &str, uid: u32) -> Result<()> {
         Some(user) => {
             bail!("the name {name} belongs to uid {}, not {uid}, in /etc/passwd", user.uid)
         }
-        None => create(root, name, uid)?,
+        None => match owner_of_id(&read(&root.join("etc/passwd"))?, uid) {
+            Some(old) if uid >= FIRST_PERSON => rename::rename(&root.join("etc"), &old, name)?,
+            _ => create(root, name, uid)?,
+        },
     }
-    make_home(root, name, uid)
+    match find(root, name)? {
+        // Hers is elsewhere: under a name that she had before, or where she has put it.
+        Some(user) if is_there(root, &user.home) => Ok(()),
+        _ => make_home(root, name, uid),
+    }
+}
+
+/// Whether a path of the machine's is there; links in it are not followed out of `root`.
+fn is_there(root: &Path, path: &Path) -> bool {
+    path.strip_prefix("/").is_ok_and(|path| fs::symlink_metadata(root.join(path)).is_ok())
 }
 
 fn create(root: &Path, name: &str, uid: u32) -> Result<()> {
@@ -103,11 +120,16 @@ fn create(root: &Path, name: &str, uid: u32) -> Result<()> {
             with_line(&passwd, &format!("{name}:x:{uid}:{uid}:{name}:/home/{name}:/bin/bash")),
         ),
     ];
-    for (file, content) in &files {
+    replace(&etc, &files)
+}
+
+/// Replaces files of /etc in this order, once all of them are written and synced beside.
+fn replace(etc: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
+    for (file, content) in files {
         write_beside(&etc.join(file), content)?;
     }
-    sync(&etc)?;
-    for (file, _) in &files {
+    sync(etc)?;
+    for (file, _) in files {
         let path = etc.join(file);
         fs::rename(beside(&path), &path)
             .with_context(|| format!("replacing {}", path.display()))?;

@@ -142,3 +142,29 @@ fn a_changed_shell_counts_and_nonsense_is_an_error() {
     assert!(find(&root.0, "alice").is_err());
     assert_eq!(find(&root.0, "nobody").unwrap(), None);
 }
+
+#[test]
+fn a_disk_of_another_name_gives_its_user_the_new_one() {
+    let root = Root::new("renamed");
+    let passwd = "alice:x:1000:1000:alice:/home/alice:/bin/zsh\nalice2:x:1001:1001::/:/bin/sh\n";
+    fs::write(root.0.join("etc/passwd"), format!("{PASSWD}{passwd}")).unwrap();
+    let group = "sudo:x:27:alice,alice2\nalice:x:1000:\nmusic:x:1002:carol,alice\n";
+    fs::write(root.0.join("etc/group"), group).unwrap();
+    fs::write(root.0.join("etc/shadow"), "root:*:19000:0:99999:7:::\nalice:*:::::::\n").unwrap();
+    fs::write(root.0.join("etc/gshadow"), "sudo:*::alice\nmusic:!:alice:alice,carol\n").unwrap();
+    fs::write(root.0.join("etc/subuid"), "alice:100000:65536\n").unwrap();
+    fs::create_dir(root.0.join("home/alice")).unwrap();
+    for _ in 0..2 {
+        ensure(&root.0, "bob", 1000).unwrap();
+        let bob = find(&root.0, "bob").unwrap().unwrap();
+        assert_eq!((bob.home.as_path(), bob.groups), (Path::new("/home/alice"), vec![27, 1002]));
+        assert_eq!(find(&root.0, "alice").unwrap(), None);
+        let group = "sudo:x:27:bob,alice2\nalice:x:1000:\nmusic:x:1002:carol,bob\n";
+        assert_eq!(root.read("etc/group"), group);
+        assert!(root.read("etc/passwd").contains("\nbob:x:1000:1000:alice:/home/alice:/bin/zsh\n"));
+        assert!(root.read("etc/shadow").contains("\nbob:*:"));
+        assert_eq!(root.read("etc/gshadow"), "sudo:*::bob\nmusic:!:bob:bob,carol\n");
+        assert_eq!(root.read("etc/subuid"), "bob:100000:65536\n");
+        assert!(!root.0.join("home/bob").exists());
+    }
+}

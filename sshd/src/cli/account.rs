@@ -2,8 +2,8 @@
 
 use super::context::Context;
 use super::{
-    NotFound, account_add, account_idle, account_machine, account_set, account_show, admin, import,
-    key, password, size,
+    NotFound, account_add, account_idle, account_machine, account_set, account_show, admin,
+    archive, import, key, password, size,
 };
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -85,6 +85,12 @@ The name is free at once. The disk stays in STATE_DIR/removed until the same com
         #[arg(long)]
         purge: bool,
     },
+    /// Write an account, its files too, into one file: to keep it, or to bring it to another host
+    #[command(after_help = archive::EXPORT_HELP)]
+    Export(archive::Export),
+    /// Make an account of such a file
+    #[command(after_help = archive::RESTORE_HELP)]
+    Restore(archive::Restore),
     /// SSH public keys of an account
     #[command(subcommand)]
     Key(key::Command),
@@ -109,6 +115,8 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Policy(wanted) => account_idle::policy(context, &wanted),
         Command::Hold(hold) => account_idle::hold(context, &hold),
         Command::Remove { name, purge } => remove(context, &name, purge),
+        Command::Export(wanted) => archive::export(context, &wanted),
+        Command::Restore(wanted) => archive::restore(context, &wanted),
         Command::Key(command) => key::run(context, command),
     }
 }

@@ -9,7 +9,7 @@ use hermitage::limits::Limits;
 use hermitage_storage::accounts::{
     Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey,
 };
-use hermitage_storage::disk;
+use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
 use std::time::Duration;
 use uuid::Uuid;
@@ -33,6 +33,8 @@ struct View {
     limits: Limits,
     /// Its class as it is shown.
     class: String,
+    /// Bytes that its checkpoints take.
+    checkpoint_bytes: u64,
 }
 
 impl View {
@@ -59,6 +61,7 @@ impl View {
             saved_bytes: std::fs::metadata(context.state.snapshot(account.id))
                 .ok()
                 .map(|metadata| metadata.len()),
+            checkpoint_bytes: checkpoint::usage(&context.state, account.id),
             machine,
             limits: Limits::of(&context.config, &account),
             class: match &account.class {
@@ -175,6 +178,7 @@ impl View {
             "policy": self.limits.policy.as_str(),
             "held_until": self.hold().map(time::rfc3339),
             "saved_bytes": self.saved_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
             "machine_state": self.machine_state(),
             "because": self.because(),
             "disk_allocated_bytes": self.disk_allocated,
@@ -229,6 +233,9 @@ impl View {
         }
         if account.guest_name() != account.name {
             facts.push(("inside", format!("the user is {}", account.guest_name())));
+        }
+        if self.checkpoint_bytes > 0 {
+            facts.push(("kept", format!("{} in checkpoints", size::show(self.checkpoint_bytes))));
         }
         let since = match (&self.machine, &self.recorded) {
             (Some(machine), _) => Some(machine.since),

@@ -5,6 +5,7 @@ use super::context::Context;
 use super::{size, snapshot};
 use anyhow::{Context as _, bail};
 use hermitage_storage::base::{self, BaseId, Removal};
+use hermitage_storage::checkpoint::{self, Name};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::json;
 use std::fs::File;
@@ -14,6 +15,8 @@ enum Need {
     Current,
     /// Machines that were saved on it: one of their accounts, and how many more.
     Saved(String, usize),
+    /// The memory in this account's checkpoint of this name.
+    Checkpoint(String, Name),
     Running,
 }
 
@@ -25,6 +28,7 @@ impl Need {
             Need::Saved(account, more) => {
                 format!("{account}'s saved machine and {more} more need it")
             }
+            Need::Checkpoint(account, name) => format!("{account}'s checkpoint {name} needs it"),
             Need::Running => "machines run on it".into(),
         }
     }
@@ -36,6 +40,9 @@ impl Need {
                 "that goes with hermitage snapshot drop {account}, or when that machine next starts \
                  from its disk"
             ),
+            Need::Checkpoint(account, name) => {
+                format!("that goes with hermitage checkpoint drop {account} {name}")
+            }
             Need::Running => {
                 "hermitage status shows which; each is on the current base when it has \
                  next started from its disk"
@@ -120,8 +127,14 @@ fn unneeded(context: &Context, id: &BaseId) -> anyhow::Result<Result<Removal, Ne
     let Some(removal) = begun else { return Ok(Err(Need::Running)) };
     // After taking the lock: a machine that ended just now has its snapshot in place.
     let mut sleepers = snapshot::sleepers(context)?.into_iter().filter(|(base, _)| base == id);
-    Ok(match sleepers.next() {
-        None => Ok(removal),
-        Some((_, first)) => Err(Need::Saved(first, sleepers.count())),
-    })
+    if let Some((_, first)) = sleepers.next() {
+        return Ok(Err(Need::Saved(first, sleepers.count())));
+    }
+    for account in context.accounts()?.list(false)? {
+        let mut needed = checkpoint::bases(&context.state, account.id)?.into_iter();
+        if let Some((_, name)) = needed.find(|(base, _)| base == id) {
+            return Ok(Err(Need::Checkpoint(account.name, name)));
+        }
+    }
+    Ok(Ok(removal))
 }

@@ -13,8 +13,10 @@ mod account_machine;
 mod account_set;
 mod account_show;
 mod admin;
+mod archive;
 mod base;
 mod base_removal;
+mod checkpoint;
 mod console;
 mod context;
 mod date;
@@ -25,6 +27,7 @@ mod import;
 mod key;
 mod output;
 mod password;
+mod rest;
 mod snapshot;
 mod status;
 mod template;
@@ -97,6 +100,9 @@ enum Command {
     /// Snapshots: what is saved of the memory of accounts' machines
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// Checkpoints: states of an account, files and memory, that it can go back to
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
     /// Guest images: the kernel and root file system that bases are booted from
     #[command(subcommand)]
     Image(image::Command),
@@ -172,6 +178,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Account(command) => account::run(&context, command),
         Command::Base(command) => base::run(&context, command),
         Command::Snapshot(command) => snapshot::run(&context, command),
+        Command::Checkpoint(command) => checkpoint::run(&context, command),
         Command::Image(command) => image::run(&context, command),
         Command::Hostkey { host } => hostkey::run(&context, host),
         Command::Console { account } => console::run(&context, &account),

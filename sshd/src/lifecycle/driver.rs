@@ -208,7 +208,14 @@ impl Driver {
                 self.stopping.push(reply);
                 Some(Event::Stop(cause))
             }
-            Request::Reconsider => Some(Event::Reconsider),
+            Request::Reconsider => {
+                if matches!(self.lifecycle.state, State::Stopped | State::Saved | State::Failed(_))
+                {
+                    // What is kept of it may have been replaced: the database says by what.
+                    self.former = None;
+                }
+                Some(Event::Reconsider)
+            }
         }
     }
 

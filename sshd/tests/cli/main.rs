@@ -1,7 +1,9 @@
 //! The commands as an operator gives them: the real program, a state directory of its own, no KVM.
 
 mod accounts;
+mod archives;
 mod bases;
+mod checkpoints;
 mod host;
 mod hostkey;
 mod idle;

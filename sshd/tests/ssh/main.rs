@@ -14,6 +14,7 @@ mod fake_machine;
 mod fake_security_key;
 mod forwarding;
 mod harness;
+mod keeping;
 mod key_options;
 mod limits;
 mod lobby;

@@ -144,6 +144,8 @@ pub struct NewAccount {
     pub expires: Option<i64>,
     /// Made closed: nobody logs in until it is opened.
     pub disabled: bool,
+    /// Or until then.
+    pub disabled_until: Option<i64>,
 }
 
 impl NewAccount {
@@ -162,7 +164,25 @@ impl NewAccount {
             max_linger_s: None,
             expires: None,
             disabled: false,
+            disabled_until: None,
         }
+    }
+}
+
+/// What an account is told apart by.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub id: Uuid,
+    /// machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
+    pub machine_id: [u8; 16],
+    /// Its user in the guest, where that is not the account's name.
+    pub guest_name: Option<String>,
+}
+
+impl Identity {
+    pub fn draw() -> Self {
+        let (id, machine_id) = (Uuid::new_v4(), *Uuid::new_v4().as_bytes());
+        Self { id, machine_id, guest_name: None }
     }
 }
 
@@ -180,8 +200,17 @@ const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
     pub fn create(&mut self, new: &NewAccount) -> Result<Account, AccountsError> {
+        self.create_as(new, &Identity::draw())
+    }
+
+    /// The same with an id that was drawn before: its folder is there already.
+    pub fn create_as(
+        &mut self,
+        new: &NewAccount,
+        identity: &Identity,
+    ) -> Result<Account, AccountsError> {
         let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let account = insert(&tx, new)?;
+        let account = insert(&tx, new, identity)?;
         tx.commit()?;
         Ok(account)
     }
@@ -209,6 +238,12 @@ impl Accounts {
     /// Removed or not.
     pub fn by_id(&self, id: Uuid) -> Result<Option<Account>, AccountsError> {
         Ok(by_id(&self.db, id)?)
+    }
+
+    /// Whether an account, removed or not, has this machine id.
+    pub fn knows_machine(&self, machine_id: &[u8; 16]) -> Result<bool, AccountsError> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM accounts WHERE machine_id = ?1)";
+        Ok(self.db.query_row(sql, params![machine_id], |row| row.get(0))?)
     }
 
     /// Removed accounts that had this name and are not purged, the last removed first.
@@ -284,7 +319,11 @@ impl Accounts {
 }
 
 /// Checks limits, takes the name, and puts the keys in.
-pub(super) fn insert(tx: &Transaction, new: &NewAccount) -> Result<Account, AccountsError> {
+pub(super) fn insert(
+    tx: &Transaction,
+    new: &NewAccount,
+    identity: &Identity,
+) -> Result<Account, AccountsError> {
     let limit = |what, value| AccountsError::Limit { what, value };
     let disk = i64::try_from(new.disk_bytes).map_err(|_| limit("disk", new.disk_bytes))?;
     if disk == 0 {
@@ -296,13 +335,12 @@ pub(super) fn insert(tx: &Transaction, new: &NewAccount) -> Result<Account, Acco
     if alive(tx, new.name.as_str())?.is_some() {
         return Err(AccountsError::NameTaken(new.name.to_string()));
     }
-    let id = Uuid::new_v4();
-    // machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
-    let machine_id = *Uuid::new_v4().as_bytes();
+    let Identity { id, machine_id, guest_name } = identity;
     tx.prepare_cached(
         "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
-         max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
+         max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled, disabled_until, \
+         guest_name) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
     )?
     .execute(params![
         id.to_string(),
@@ -321,9 +359,11 @@ pub(super) fn insert(tx: &Transaction, new: &NewAccount) -> Result<Account, Acco
         new.max_streams,
         new.expires,
         new.disabled,
+        new.disabled_until,
+        guest_name,
     ])?;
     for key in &new.keys {
-        insert_key(tx, id, key)?;
+        insert_key(tx, *id, key)?;
     }
     alive(tx, new.name.as_str())?.ok_or_else(|| AccountsError::Unknown(new.name.to_string()))
 }

@@ -3,7 +3,7 @@
 use rusqlite::{Transaction, TransactionBehavior, params, types::ToSql};
 use uuid::Uuid;
 
-use super::account::{self, Account, Change, NewAccount, Policy};
+use super::account::{self, Account, Change, Identity, NewAccount, Policy};
 use super::database::{Accounts, AccountsError};
 use super::stored_keys::insert_key;
 use super::{AccountName, PublicKey};
@@ -65,7 +65,7 @@ impl Accounts {
         let mut accounts = Vec::with_capacity(steps.len());
         for (number, step) in steps.iter().enumerate() {
             let taken = match step {
-                Step::Create(new) => account::insert(&tx, new),
+                Step::Create(new) => account::insert(&tx, new, &Identity::draw()),
                 Step::Change(id, changes) => apply(&tx, *id, changes).and_then(|_| {
                     account::by_id(&tx, *id)?.ok_or_else(|| AccountsError::Unknown(id.to_string()))
                 }),

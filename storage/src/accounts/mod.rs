@@ -23,8 +23,8 @@ mod source_pattern;
 mod stored_keys;
 
 pub use account::{
-    Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, NewAccount,
-    Policy,
+    Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, Identity,
+    NewAccount, Policy,
 };
 pub use changes::{BatchError, Changes, Step};
 pub use database::{Accounts, AccountsError, BUSY};
@@ -33,7 +33,9 @@ pub use key_options::{KeyOptions, OptionError, utc_of_digits};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
-pub use password::{MAX_PASSWORD, MIN_PASSWORD, PasswordError, hash_password, verify_password};
+pub use password::{
+    MAX_PASSWORD, MIN_PASSWORD, PasswordError, check_hash, hash_password, verify_password,
+};
 pub use sessions::{NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;

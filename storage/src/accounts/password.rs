@@ -29,6 +29,8 @@ pub enum PasswordError {
     TooLong(usize),
     #[error("the password could not be hashed: {0}")]
     Hash(password_hash::Error),
+    #[error("it is no argon2id hash that this program would make or afford")]
+    Foreign,
 }
 
 fn argon2() -> Result<Argon2<'static>, password_hash::Error> {
@@ -46,6 +48,23 @@ pub fn hash_password(password: &[u8]) -> Result<String, PasswordError> {
     }
     let hash = argon2().and_then(|argon2| argon2.hash_password(password));
     Ok(hash.map_err(PasswordError::Hash)?.to_string())
+}
+
+/// Most that a hash from elsewhere may make each login cost, in KiB and passes.
+const MOST_MEMORY_KIB: u32 = 64 * 1024;
+const MOST_PASSES: u32 = 16;
+
+/// Whether a hash that somebody else made can be stored: it says itself what verifying it costs.
+pub fn check_hash(hash: &str) -> Result<(), PasswordError> {
+    let parsed = PasswordHash::new(hash).map_err(|_| PasswordError::Foreign)?;
+    let params = Params::try_from(&parsed).map_err(|_| PasswordError::Foreign)?;
+    let whole = parsed.algorithm.as_str() == Algorithm::Argon2id.as_str()
+        && parsed.salt.is_some()
+        && parsed.hash.is_some();
+    let dear = params.m_cost() > MOST_MEMORY_KIB
+        || params.t_cost() > MOST_PASSES
+        || params.p_cost() > MOST_PASSES;
+    if whole && !dear { Ok(()) } else { Err(PasswordError::Foreign) }
 }
 
 /// Whether the password fits the stored hash. Without one (unknown user, no password set, account
@@ -110,6 +129,23 @@ mod tests {
         assert!(!verify_password(None, b"correct horse"));
         assert!(!verify_password(Some("nonsense"), b"correct horse"));
         assert!(!verify_password(Some(&hash), b""));
+    }
+
+    #[test]
+    fn a_hash_from_elsewhere_must_be_one_that_can_be_afforded() {
+        check_hash(&hash_password(b"x").unwrap()).unwrap();
+        check_hash(NOBODY).unwrap();
+        for bad in [
+            String::new(),
+            "!".into(),
+            "$6$salt$hash".into(),
+            NOBODY.replace("argon2id", "argon2i"),
+            NOBODY.replace("m=19456", "m=4000000"),
+            NOBODY.replace("t=2", "t=2000000"),
+            NOBODY.rsplit_once('$').unwrap().0.to_owned(),
+        ] {
+            assert!(check_hash(&bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod writer;
 
 pub use header::{Description, HEADER_BYTES, Header, MAX_STATE, VERSION};
 pub use index::{Content, MAX_RUNS, Run};
-pub use reader::{Snapshot, read_header, verify};
+pub use reader::{Snapshot, read_header, readdress, verify};
 pub use writer::Writer;
 
 use std::io;

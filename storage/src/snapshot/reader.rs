@@ -3,9 +3,11 @@
 
 use super::index::{self, Expected, Run};
 use super::{HEADER_BYTES, Header, PAGE, SnapshotError, failed};
+use crate::disk::Tag;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use twox_hash::XxHash3_128;
+use uuid::Uuid;
 
 /// Read and summed at once.
 const CHUNK: usize = 256 * 1024;
@@ -49,6 +51,14 @@ pub fn read_header(file: &File) -> Result<Header, SnapshotError> {
         return Err(SnapshotError::Length { found, expected });
     }
     Ok(header)
+}
+
+/// Makes a snapshot that was checked whole, and that nobody else has yet, one of another account and disk.
+pub fn readdress(file: &File, account: Uuid, disk_tag: Tag) -> Result<(), SnapshotError> {
+    let mut header = read_header(file)?;
+    header.description.account = account;
+    header.description.disk_tag = disk_tag;
+    file.write_all_at(&header.encode(), 0).map_err(failed("write the header"))
 }
 
 /// Checks all of a snapshot and keeps nothing of it.

@@ -89,7 +89,7 @@ pub fn memory(snapshot: &Snapshot) -> u64 {
     of_state
 }
 
-fn tell(words: &str) {
+pub fn tell(words: &str) {
     println!("{words}");
     io::stdout().flush().unwrap();
 }
@@ -158,7 +158,7 @@ fn run(account: &Account, disk: &File, used: Option<File>, random: &mut Random) 
     }
 }
 
-fn save(
+pub fn save(
     account: &Account,
     disk: &File,
     memory: u64,

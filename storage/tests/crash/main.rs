@@ -9,11 +9,12 @@
 //!
 //! `CRASH_ROUNDS=5000 cargo test -p hermitage-storage --test crash -- --nocapture` for more of it.
 
+mod checkpoints;
 mod life;
 mod medium;
 
 use hermitage_storage::disk::{self, Tag};
-use hermitage_storage::faults::{Point, VARIABLE};
+use hermitage_storage::faults::{Point, Process, VARIABLE};
 use hermitage_storage::saved::{self, Found};
 use hermitage_storage::snapshot::Snapshot;
 use life::{Account, Random};
@@ -23,7 +24,7 @@ use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Where the child finds its account. Set: this process is the child.
 const ACCOUNT: &str = "HERMITAGE_CRASH_ACCOUNT";
@@ -43,7 +44,8 @@ fn points() -> Vec<Point> {
                 | Point::ResumeRuns
         )
     };
-    Point::ALL.iter().copied().filter(elsewhere).collect()
+    let asleep = |point: &Point| point.process() != Process::Rest;
+    Point::ALL.iter().copied().filter(elsewhere).filter(asleep).collect()
 }
 
 /// Not a test of its own: what the parents run.
@@ -69,6 +71,13 @@ fn a_power_cut_anywhere_leaves_memory_and_disk_in_step() {
             eprintln!("SKIPPED: no file system of our own to cut the power of: {reason}")
         }
     }
+}
+
+/// One trial at a time: between fork and exec a child that the other one starts has a copy of every
+/// descriptor, and with it the lock of a disk that its owner has closed.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn rounds(usual: u64) -> u64 {
@@ -99,10 +108,7 @@ impl<M: Medium> Trial<M> {
     }
 
     fn run(mut self, rounds: u64) {
-        // One trial at a time: between fork and exec a child that the other one starts has a copy of every
-        // descriptor, and with it the lock of a disk that its owner has closed.
-        static ALONE: Mutex<()> = Mutex::new(());
-        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         let points = points();
         for round in 0..rounds {
             let point = points[round as usize % points.len()];

@@ -72,7 +72,7 @@ fn deaths(story: &Story) -> Result<()> {
     }
     println!("    {rounds} rounds: {resumed} with their memory, {cold} from the disk");
     if rounds as usize >= self::deck(story).len() {
-        for point in Point::ALL {
+        for point in points() {
             let (passed, acted) = counts.get(point.name()).copied().unwrap_or_default();
             println!("    {:<16} passed {passed:4} times, {acted:3} with a fault", point.name());
             ensure!(struck.contains_key(point.name()), "{} was never struck", point.name());
@@ -81,14 +81,18 @@ fn deaths(story: &Story) -> Result<()> {
     Ok(())
 }
 
+/// Those that a save and a resume pass.
+fn points() -> impl Iterator<Item = Point> {
+    Point::ALL.iter().copied().filter(|point| point.process() != Process::Rest)
+}
+
 /// Every point with every victim, shuffled.
 fn deck(story: &Story) -> Vec<(Point, Victim)> {
-    let mut deck: Vec<_> = Point::ALL
-        .iter()
-        .flat_map(|&point| {
+    let mut deck: Vec<_> = points()
+        .flat_map(|point| {
             let other = match point.process() {
-                Process::Serve => Victim::Machine,
                 Process::Machine => Victim::Service,
+                Process::Serve | Process::Rest => Victim::Machine,
             };
             [Victim::Itself, other, Victim::Both].map(|victim| (point, victim))
         })

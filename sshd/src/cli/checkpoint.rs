@@ -1,0 +1,206 @@
+//! `hermitage checkpoint …`: states of an account that it can go back to.
+
+use super::context::Context;
+use super::output::table;
+use super::{NotFound, admin, rest, size, time};
+use anyhow::Context as _;
+use clap::Subcommand;
+use hermitage_storage::accounts::{Account, Accounts, Intent, MachineState};
+use hermitage_storage::checkpoint::{self, About, Checkpoint, CheckpointError, Known, Name};
+use serde_json::{Value, json};
+
+const HELP: &str = "\
+A checkpoint is an account's files and the saved memory of its machine as they were at one moment. It shares
+what it can with the account on XFS and Btrfs, and is a full copy elsewhere. Going back to one keeps the state
+that it replaces as a checkpoint named before-DATE-TIME.
+
+Examples:
+  hermitage checkpoint create alice                     named by date and time
+  hermitage checkpoint create alice clean --stop        end her sessions first, save her machine
+  hermitage checkpoint restore alice clean --stop";
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = HELP)]
+pub enum Command {
+    /// Keep the account as it is now
+    Create {
+        account: String,
+        /// [default: date and time]
+        name: Option<String>,
+        /// End its sessions and put its machine to rest first, if it runs
+        #[arg(long)]
+        stop: bool,
+    },
+    /// List an account's checkpoints
+    List { account: String },
+    /// Make the account what it was then; what it is now is kept
+    Restore {
+        account: String,
+        name: String,
+        /// End its sessions and put its machine to rest first, if it runs
+        #[arg(long)]
+        stop: bool,
+    },
+    /// Delete one
+    Drop { account: String, name: String },
+}
+
+pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Create { account, name, stop } => create(context, &account, name.as_deref(), stop),
+        Command::List { account } => list(context, &account),
+        Command::Restore { account, name, stop } => restore(context, &account, &name, stop),
+        Command::Drop { account, name } => drop(context, &account, &name),
+    }
+}
+
+fn create(context: &Context, account: &str, name: Option<&str>, stop: bool) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let account = accounts.named(account)?;
+    let name = match name {
+        Some(name) => Name::parse(name)?,
+        None => dated(context, &account, "")?,
+    };
+    let known = known(&accounts, &account)?;
+    let at_rest = rest::take(context, &account, stop)?;
+    let (now, room) = (time::now(), rest::room(context)?);
+    let about = checkpoint::create(&context.state, &at_rest, &name, known, now, room)
+        .with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
+    let one = find(context, &account, &name)?;
+    context.out.show(&json_of(&account, &one), || {
+        let what = if about.memory.is_some() { "files and memory" } else { "files" };
+        format!("{name}: {what} of {}, {}", account.name, size::show(one.allocated))
+    })
+}
+
+fn list(context: &Context, account: &str) -> anyhow::Result<()> {
+    let account = context.accounts()?.named(account)?;
+    let all = checkpoint::list(&context.state, account.id)?;
+    let object = json!({
+        "checkpoints": all.iter().map(|one| json_of(&account, one)).collect::<Vec<_>>(),
+    });
+    context.out.show(&object, || {
+        if all.is_empty() {
+            let name = &account.name;
+            return format!("no checkpoints (hermitage checkpoint create {name} makes one)");
+        }
+        let mut table = table(["NAME", "TAKEN", "HOLDS", "TAKES", ""]);
+        for one in &all {
+            let (taken, holds, kept) = match &one.about {
+                Ok(about) => (
+                    time::short(about.created),
+                    if about.memory.is_some() { "files, memory" } else { "files" }.to_owned(),
+                    if about.kept { "kept by a restore" } else { "" }.to_owned(),
+                ),
+                Err(reason) => ("-".into(), "-".into(), reason.clone()),
+            };
+            table.add_row([one.name.to_string(), taken, holds, size::show(one.allocated), kept]);
+        }
+        table.trim_fmt()
+    })
+}
+
+fn restore(context: &Context, account: &str, name: &str, stop: bool) -> anyhow::Result<()> {
+    let accounts = context.accounts()?;
+    let account = accounts.named(account)?;
+    let name = Name::parse(name)?;
+    // Before sessions are ended for nothing.
+    find(context, &account, &name)?;
+    let at_rest = rest::take(context, &account, stop)?;
+    let known = known(&accounts, &account)?;
+    let keep = dated(context, &account, "before-")?;
+    let (now, room) = (time::now(), rest::room(context)?);
+    let done = checkpoint::rollback(&context.state, at_rest, &name, &keep, known, now, room)
+        .with_context(|| format!("going back to the checkpoint {name} of {}", account.name))?;
+    record(&accounts, &account, &name, &done.about)?;
+    // What the service remembers of the last machine is of another.
+    admin::account_changed(context, &account.name);
+    let memory = done.about.memory.is_some();
+    let object = json!({
+        "account": account.name,
+        "checkpoint": name.as_str(),
+        "memory": memory,
+        "kept": done.kept.as_str(),
+        "dropped": done.dropped.as_ref().map(Name::as_str),
+    });
+    if let Some(dropped) = &done.dropped {
+        context.out.note(format!("{dropped}, the oldest kept state, had to make room"));
+    }
+    context.out.show(&object, || {
+        let how = if memory { "resumes it" } else { "starts from its files" };
+        format!(
+            "{} is as it was in {name}; the next login {how}\nwhat it was before is the checkpoint {}",
+            account.name, done.kept
+        )
+    })
+}
+
+fn drop(context: &Context, account: &str, name: &str) -> anyhow::Result<()> {
+    let account = context.accounts()?.named(account)?;
+    let name = Name::parse(name)?;
+    let one = find(context, &account, &name)?;
+    checkpoint::remove(&context.state, account.id, &name)?;
+    let object = json!({ "account": account.name, "checkpoint": name.as_str(), "dropped": true });
+    context
+        .out
+        .show(&object, || format!("{name} is deleted, which was {}", size::show(one.allocated)))
+}
+
+fn find(context: &Context, account: &Account, name: &Name) -> anyhow::Result<Checkpoint> {
+    let all = checkpoint::list(&context.state, account.id)?;
+    let unknown = || NotFound(CheckpointError::Unknown(name.clone()).to_string());
+    Ok(all.into_iter().find(|one| one.name == *name).ok_or_else(unknown)?)
+}
+
+fn known(accounts: &Accounts, account: &Account) -> anyhow::Result<Known> {
+    let intent = accounts.intent(account.id)?;
+    Ok(intent.map_or_else(Known::default, |intent| Known {
+        terminals: intent.terminals,
+        paused: intent.paused,
+    }))
+}
+
+/// What the service tells who logs in next.
+fn record(accounts: &Accounts, account: &Account, name: &Name, now: &About) -> anyhow::Result<()> {
+    let memory = now.memory.as_ref();
+    accounts.record_intent(&Intent {
+        account: account.id,
+        state: if memory.is_some() { MachineState::Saved } else { MachineState::Stopped },
+        pid: None,
+        base: memory.map(|memory| memory.base.clone()),
+        detail: memory.is_none().then(|| format!("you are back at the checkpoint {name}")),
+        terminals: memory.and_then(|memory| memory.terminals.clone()),
+        paused: memory.and_then(|memory| memory.paused.clone()),
+        since: 0,
+    })?;
+    Ok(())
+}
+
+/// `20261121-101530`, UTC, behind something; `…-2` for the second of one second.
+fn dated(context: &Context, account: &Account, before: &str) -> anyhow::Result<Name> {
+    let taken = checkpoint::list(&context.state, account.id)?;
+    let now = time::rfc3339(time::now());
+    let digits: String = now.chars().filter(|c| c.is_ascii_digit()).collect();
+    let (day, second) = digits.split_at(digits.len().min(8));
+    let mut name = format!("{before}{day}-{second}");
+    let mut count = 1;
+    while taken.iter().any(|one| one.name.as_str() == name) {
+        count += 1;
+        name = format!("{before}{day}-{second}-{count}");
+    }
+    Ok(Name::parse(&name)?)
+}
+
+fn json_of(account: &Account, one: &Checkpoint) -> Value {
+    let about = one.about.as_ref();
+    json!({
+        "account": account.name,
+        "name": one.name.as_str(),
+        "created": about.ok().map(|about| time::rfc3339(about.created)),
+        "memory": about.ok().map(|about| about.memory.is_some()),
+        "base": about.ok().and_then(|about| about.memory.as_ref()).map(|memory| &memory.base),
+        "kept": about.ok().map(|about| about.kept),
+        "allocated_bytes": one.allocated,
+        "damage": about.err(),
+    })
+}

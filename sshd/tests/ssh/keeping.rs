@@ -1,0 +1,90 @@
+//! What an operator keeps of accounts, and brings back, under a running service.
+
+use std::process::{Command, Output};
+
+use crate::{
+    harness::{Options, Service, finish, stderr, stdout, wait_for},
+    terminals::Shell,
+};
+
+fn hermitage(service: &Service, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hermitage"));
+    finish(command.arg("--config").arg(service.path("hermitage.toml")).args(arguments))
+}
+
+fn done(service: &Service, arguments: &[&str]) -> String {
+    let output = hermitage(service, arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    stdout(&output)
+}
+
+#[test]
+fn a_shell_goes_back_to_its_checkpoint_and_forth_again() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    service.account("alice");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo at-fi''rst", "at-first");
+    let refused = hermitage(&service, &["checkpoint", "create", "alice", "one"]);
+    assert!(stderr(&refused).contains("--stop"), "{}", stderr(&refused));
+    let made = done(&service, &["checkpoint", "create", "alice", "one", "--stop"]);
+    assert!(made.contains("files and memory"), "{made}");
+    assert_eq!(shell.wait(), 255);
+
+    let mut shell = Shell::open(&service, "alice");
+    assert!(shell.expect("at-first").contains("resumed from"));
+    shell.run("echo and-th''en", "and-then");
+    let back = done(&service, &["checkpoint", "restore", "alice", "one", "--stop"]);
+    assert!(back.contains("the next login resumes it"), "{back}");
+    assert_eq!(shell.wait(), 255);
+    let mut shell = Shell::open(&service, "alice");
+    assert!(shell.expect("at-first").contains("resumed from"));
+    shell.run("echo -$RESUMED-", "-yes-");
+    assert!(!shell.shown().contains("and-then"));
+
+    // What that replaced is there as well; the service is asked for it while it has the machine.
+    let kept = back.split_whitespace().last().unwrap().to_owned();
+    done(&service, &["checkpoint", "restore", "alice", &kept, "--stop"]);
+    let mut shell = Shell::open(&service, "alice");
+    shell.expect("and-then");
+}
+
+#[test]
+fn files_without_memory_go_back_and_she_is_told() {
+    let service = Service::with(Options { machines: "linger = 0", ..Options::default() });
+    service.account("alice");
+    // Never logged in: nothing is saved.
+    done(&service, &["checkpoint", "create", "alice", "new"]);
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo at-fi''rst", "at-first");
+    done(&service, &["checkpoint", "restore", "alice", "new", "--stop"]);
+    assert_eq!(shell.wait(), 255);
+    let mut shell = Shell::open(&service, "alice");
+    shell.expect("cold start: you are back at the checkpoint new; your files are all here");
+}
+
+#[test]
+fn an_account_moves_with_its_shell_between_services() {
+    let (here, there) = (Service::start(), Service::start());
+    here.account("alice");
+    let mut shell = Shell::open(&here, "alice");
+    shell.run("echo still-he''re", "still-here");
+    let file = here.path("alice.hermitage").display().to_string();
+    done(&here, &["account", "export", "alice", "--memory", "--stop", "-o", &file]);
+    assert_eq!(shell.wait(), 255);
+    let restored = done(&there, &["account", "restore", &file]);
+    assert!(restored.contains("and its memory"), "{restored}");
+    // The key is the account's, and goes with it.
+    let key = here.path("id");
+    let mut ssh = Command::new("ssh");
+    there.client_options(&mut ssh);
+    ssh.arg("-i").arg(key).args(["-o", "BatchMode=yes", "-tt", "-p"]).arg(there.port.to_string());
+    ssh.arg(crate::harness::at("alice"));
+    ssh.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut shell = Shell::of(&mut ssh);
+    assert!(shell.expect("still-here").contains("resumed from"));
+    shell.run("echo -$RESUMED-", "-yes-");
+    wait_for("the memory to be used up", || {
+        let id = there.accounts().named("alice").unwrap().id;
+        (!there.state().snapshot(id).exists()).then_some(())
+    });
+}
