@@ -76,3 +76,11 @@ ALTER TABLE machines ADD COLUMN paused TEXT;
 -- section 4
 -- What a login by the key may do: options as before a key in an authorized_keys file; empty: anything.
 ALTER TABLE keys ADD COLUMN options TEXT NOT NULL DEFAULT '';
+
+-- section 5
+-- What a session's login was by, for people: "key SHA256:…", "password", "certificate …"; NULL: from
+-- before this was kept.
+ALTER TABLE sessions ADD COLUMN login TEXT;
+-- How it found its machine: running, forked, resumed, or cold (started from the disk though there was memory);
+-- NULL: it got none, or it goes on.
+ALTER TABLE sessions ADD COLUMN machine TEXT;

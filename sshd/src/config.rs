@@ -19,6 +19,8 @@ pub struct Config {
     pub libexec_dir: Option<PathBuf>,
     pub ssh: Ssh,
     pub machines: Machines,
+    pub audit: Audit,
+    pub metrics: Metrics,
 }
 
 impl Default for Config {
@@ -29,6 +31,8 @@ impl Default for Config {
             libexec_dir: None,
             ssh: Ssh::default(),
             machines: Machines::default(),
+            audit: Audit::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -148,6 +152,30 @@ impl Default for Machines {
     }
 }
 
+/// The audit log (docs/watching.md).
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Audit {
+    /// Files of it that are kept, the one written to among them. 0: there is no audit log.
+    pub files: u32,
+    /// Size at which a file is put aside.
+    pub max_file_mib: u64,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { files: 8, max_file_mib: 16 }
+    }
+}
+
+/// Where metrics are asked for besides the socket in the run directory.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Address and port, of loopback only.
+    pub address: Option<SocketAddr>,
+}
+
 /// Networks, and addresses as networks of one.
 fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
     let network = |text: String| {
@@ -168,10 +196,18 @@ pub enum ConfigError {
     Parse { path: PathBuf, source: Box<toml::de::Error> },
     #[error("the configuration: {field} = {value} is out of range; {expected}")]
     Range { field: &'static str, value: u64, expected: &'static str },
+    #[error(
+        "the configuration: metrics.address = \"{0}\" is not of this host alone; use 127.0.0.1 or [::1], \
+         and a proxy for others"
+    )]
+    Public(SocketAddr),
 }
 
 /// Where the configuration is looked for unless told.
 pub const DEFAULT_PATH: &str = "/etc/hermitage/hermitage.toml";
+
+/// Each is renamed when one is full.
+const MOST_AUDIT_FILES: u32 = 1000;
 
 impl Config {
     /// Reads `path`; without one, the default path if there is such a file, else the defaults.
@@ -208,6 +244,7 @@ impl Config {
             ("machines.stop_timeout", self.machines.stop_timeout),
             ("machines.save_timeout", self.machines.save_timeout),
             ("machines.busy_cpu_percent", self.machines.busy_cpu_percent),
+            ("audit.max_file_mib", self.audit.max_file_mib),
         ];
         for (field, value) in positive {
             if value == 0 {
@@ -218,7 +255,19 @@ impl Config {
                 });
             }
         }
-        Ok(())
+        if self.audit.files > MOST_AUDIT_FILES {
+            return Err(ConfigError::Range {
+                field: "audit.files",
+                value: self.audit.files.into(),
+                expected: "it has to be 1000 or less",
+            });
+        }
+        match self.metrics.address {
+            Some(address) if !address.ip().to_canonical().is_loopback() => {
+                Err(ConfigError::Public(address))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Where `hermitage-vmm` and `hermitage-image` are.
@@ -282,6 +331,22 @@ mod tests {
         std::fs::write(file.path(), "[ssh]\nlogin_grace = 0\n").unwrap();
         let error = Config::load(Some(file.path())).unwrap_err().to_string();
         assert!(error.contains("ssh.login_grace = 0"), "{error}");
+    }
+
+    #[test]
+    fn metrics_are_for_this_host_alone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let load = |address: &str| {
+            std::fs::write(file.path(), format!("[metrics]\naddress = \"{address}\"\n")).unwrap();
+            Config::load(Some(file.path())).map(|config| config.metrics.address)
+        };
+        for fine in ["127.0.0.1:9222", "[::1]:9222", "[::ffff:127.0.0.9]:9222"] {
+            assert_eq!(load(fine).unwrap(), Some(fine.parse().unwrap()));
+        }
+        for public in ["0.0.0.0:9222", "192.0.2.1:1", "[::]:9222"] {
+            let error = load(public).unwrap_err().to_string();
+            assert!(error.contains(public) && error.contains("127.0.0.1"), "{error}");
+        }
     }
 
     #[test]

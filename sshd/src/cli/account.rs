@@ -173,6 +173,8 @@ fn add(context: &Context, add: &Add) -> anyhow::Result<()> {
              passwd {name}"
         ));
     }
+    context.detail(format!("account {}", account.id));
+    new.keys.iter().for_each(|key| context.detail(format!("key {}", key.fingerprint())));
     admin::account_changed(context, &account.name);
     account_show::added(context, &accounts, &account)
 }

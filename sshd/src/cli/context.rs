@@ -10,12 +10,18 @@ use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::base::Base;
 use hermitage_storage::disk;
 use hermitage_storage::image::{self, ImageId};
+use std::cell::RefCell;
 use std::path::PathBuf;
+
+/// Details of one command: it may add a class's keys.
+const MOST_DETAILS: usize = 256;
 
 pub struct Context {
     pub config: Config,
     pub state: StateDir,
     pub out: Output,
+    /// What the command changed, for the audit log.
+    details: RefCell<Vec<String>>,
 }
 
 impl Context {
@@ -28,7 +34,19 @@ impl Context {
             config.run_dir = dir.clone();
         }
         let state = StateDir::new(&config.state_dir);
-        Ok(Self { config, state, out: Output::new(global.json) })
+        Ok(Self { config, state, out: Output::new(global.json), details: RefCell::default() })
+    }
+
+    /// Notes for the audit log what was changed, where the command's words do not say.
+    pub fn detail(&self, detail: String) {
+        let mut details = self.details.borrow_mut();
+        if details.len() < MOST_DETAILS {
+            details.push(detail);
+        }
+    }
+
+    pub fn details(&self) -> Vec<String> {
+        self.details.take()
     }
 
     /// The database, made if there is none.

@@ -98,6 +98,7 @@ fn add(
         keys = keys.into_iter().map(|key| key.with_options(options.clone())).collect();
     }
     let added = accounts.add_keys(account.id, &keys)?;
+    keys.iter().for_each(|key| context.detail(format!("key {}", key.fingerprint())));
     admin::account_changed(context, name);
     let keys = accounts.keys(account.id)?;
     let object = json!({
@@ -123,6 +124,7 @@ fn remove(context: &Context, name: &str, which: &str) -> anyhow::Result<()> {
     let keys = accounts.keys(account.id)?;
     let key = pick(&keys, which).with_context(|| format!("the keys of {name}"))?;
     accounts.remove_key(account.id, &key.fingerprint)?;
+    context.detail(format!("key {}", key.fingerprint));
     admin::account_changed(context, name);
     let object = json!({ "account": name, "removed": key_json(key) });
     context.out.show(&object, || {

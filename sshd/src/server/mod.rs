@@ -14,7 +14,7 @@ mod permits;
 mod stream;
 mod words;
 
-pub use connections::Entry;
+pub use connections::{Entry, Refusal};
 pub use crypto::{HostKeyError, read_host_key};
 pub use login_name::Wishes;
 
@@ -31,7 +31,7 @@ use hermitage_storage::{StateDir, faults};
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::watch::{Sender, channel},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -45,6 +45,7 @@ use crate::{
     machine::ForkServers,
     room::{self, Floor},
     store::Store,
+    watch::{self, Event, Watch, exporter::Exporter},
 };
 use connections::Connections;
 use penalties::Penalties;
@@ -70,6 +71,7 @@ pub struct Server {
     pub(crate) current_base: Box<dyn Fn() -> Option<String> + Send + Sync>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) since: SystemTime,
+    pub(crate) watch: Watch,
     russh: Arc<russh::server::Config>,
 }
 
@@ -105,7 +107,8 @@ pub struct Service {
     server: Arc<Server>,
     listeners: Vec<TcpListener>,
     admin: AdminSocket,
-    scarce: watch::Sender<bool>,
+    exporter: Exporter,
+    scarce: Sender<bool>,
     _lock: File,
 }
 
@@ -154,12 +157,14 @@ impl Service {
         };
         let told = current_base.clone();
         let forks = ForkServers::new(vmm, state_dir.bases_dir(), current_base);
-        let (scarce, watched) = watch::channel(false);
+        let (scarce, watched) = channel(false);
+        let watch = Watch::new(watch::audit_log(&config.audit, &config.state_dir));
         let registry = Registry::new(lifecycle::Context {
             config: config.clone(),
             state_dir: state_dir.clone(),
             store: store.clone(),
             forks,
+            watch: watch.clone(),
             scarce: watched,
         });
         let ssh = &config.ssh;
@@ -187,15 +192,18 @@ impl Service {
             current_base: Box::new(move || told().ok().flatten()),
             listen: addresses.collect(),
             since: SystemTime::now(),
+            watch,
             russh: Arc::new(crypto::server_config(ssh, key)),
             registry,
             store,
             config,
         });
         let admin = AdminSocket::bind(&server.config.run_dir)?;
+        let metrics = server.config.metrics.address;
+        let exporter = Exporter::bind(&server.config.run_dir, metrics).await?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, scarce, _lock: lock })
+        Ok(Self { server, listeners, admin, exporter, scarce, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -205,15 +213,24 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, scarce, _lock } = self;
+        let Self { server, listeners, admin, exporter, scarce, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
+        if let Some(address) = exporter.address() {
+            tracing::info!(%address, "metrics");
+        }
+        server.watch.tell(Event::ServiceStarted {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            listen: server.listen.iter().map(ToString::to_string).collect(),
+        });
         let mut tasks = tokio::task::JoinSet::new();
         for listener in listeners {
             tasks.spawn(listener::accept(server.clone(), listener));
         }
         tasks.spawn(admin::serve(server.clone(), admin));
+        tasks.spawn(exporter.serve(server.clone()));
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {
@@ -231,6 +248,7 @@ impl Service {
 
 impl Server {
     async fn shut_down(&self) {
+        self.watch.tell(Event::ServiceStopping);
         let machines = &self.config.machines;
         let stopping = machines.stop_timeout() + STOP_MARGIN;
         let left = self.registry.shutdown(machines.save_timeout(), stopping).await;
@@ -242,6 +260,8 @@ impl Server {
         if timeout(GOODBYE, self.connections.all_gone()).await.is_err() {
             tracing::warn!(left = self.connections.count(), "connections cut off");
         }
+        self.watch.tell(Event::ServiceStopped { machines_left: left });
+        self.watch.flush().await;
     }
 }
 

@@ -41,7 +41,7 @@ impl Offence {
         })
     }
 
-    fn words(self) -> &'static str {
+    pub fn words(self) -> &'static str {
         match self {
             Offence::Failure => "failed logins",
             Offence::NoAttempt => "connections without a login",

@@ -7,3 +7,4 @@ mod hostkey;
 mod idle;
 mod machines;
 mod service;
+mod watching;

@@ -31,7 +31,7 @@ pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_k
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
 pub use password::{MAX_PASSWORD, MIN_PASSWORD, PasswordError, hash_password, verify_password};
-pub use sessions::{NewSession, SessionRecord};
+pub use sessions::{LogQuery, NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;
 #[cfg(test)]
