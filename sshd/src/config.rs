@@ -8,9 +8,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub state_dir: PathBuf,
@@ -37,7 +37,7 @@ impl Default for Config {
     }
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ssh {
     pub listen: Vec<SocketAddr>,
@@ -110,7 +110,7 @@ impl Default for Ssh {
     }
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Machines {
     /// Seconds a machine stays after its last session left.
@@ -133,7 +133,12 @@ pub struct Machines {
     pub busy_cpu_percent: u64,
     /// Longest hold an operator may ask for, in seconds.
     pub max_hold: u64,
+    /// The host's user that machines run as. The default need not exist: then they run as nobody.
+    pub user: String,
 }
+
+/// Whom the package makes for it.
+pub const MACHINE_USER: &str = "hermitage-machine";
 
 impl Default for Machines {
     fn default() -> Self {
@@ -148,12 +153,13 @@ impl Default for Machines {
             max_linger: 4 * 3600,
             busy_cpu_percent: 10,
             max_hold: 7 * 86_400,
+            user: MACHINE_USER.into(),
         }
     }
 }
 
 /// The audit log (docs/watching.md).
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Audit {
     /// Files of it that are kept, the one written to among them. 0: there is no audit log.
@@ -169,7 +175,7 @@ impl Default for Audit {
 }
 
 /// Where metrics are asked for besides the socket in the run directory.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Metrics {
     /// Address and port, of loopback only.
@@ -282,6 +288,12 @@ impl Config {
             .ok()
             .and_then(|program| Some(program.parent()?.to_owned()))
             .unwrap_or_else(|| "/usr/libexec/hermitage".into())
+    }
+}
+
+impl Ssh {
+    pub fn max_penalty(&self) -> Duration {
+        Duration::from_secs(self.max_penalty)
     }
 }
 

@@ -12,6 +12,7 @@ mod admin;
 mod audit;
 mod base;
 mod base_removal;
+mod config;
 mod console;
 mod context;
 mod doctor;
@@ -19,6 +20,7 @@ mod hostkey;
 mod image;
 mod key;
 mod log;
+mod manual;
 mod output;
 mod password;
 mod session;
@@ -112,6 +114,21 @@ Examples:
         /// The name that users log in to [default: this machine's]
         host: Option<String>,
     },
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Print a shell's completions of this program's commands
+    #[command(after_help = manual::COMPLETIONS_HELP)]
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+    /// Write a manual page for each command
+    #[command(after_help = manual::MAN_HELP)]
+    Man {
+        /// A directory, made if there is none
+        dir: PathBuf,
+    },
     /// Attach to the serial console of an account's running machine
     #[command(after_help = "Leave with Ctrl-], or with ~. at the start of a line.")]
     Console {
@@ -182,6 +199,9 @@ fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Snapshot(command) => snapshot::run(context, command),
         Command::Image(command) => image::run(context, command),
         Command::Hostkey { host } => hostkey::run(context, host),
+        Command::Config(command) => config::run(context, &command),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { dir } => manual::pages(context, &dir),
         Command::Console { account } => console::run(context, &account),
     }
 }
@@ -196,7 +216,8 @@ fn serve(context: &Context) -> anyhow::Result<()> {
         .with(lines)
         .with(hermitage::watch::errors::Counted)
         .init();
-    hermitage::server::run(context.config.clone())
+    let source = context.source.clone();
+    hermitage::server::run(context.config.clone(), Box::new(move || source.read()))
 }
 
 #[cfg(test)]

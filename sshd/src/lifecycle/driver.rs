@@ -29,8 +29,8 @@ use super::{
     words,
 };
 use crate::{
-    config::Config,
     machine::{ForkServers, Machine},
+    server::Settings,
     store::Store,
     watch::Watch,
 };
@@ -47,7 +47,7 @@ const POWER_OFF_MARGIN: Duration = Duration::from_secs(3);
 
 /// What every account's task stands on.
 pub struct Context {
-    pub config: Arc<Config>,
+    pub config: Settings,
     pub state_dir: StateDir,
     pub store: Store,
     pub forks: ForkServers,

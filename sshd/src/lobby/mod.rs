@@ -12,7 +12,7 @@ mod line;
 mod rate;
 mod report;
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use hermitage_storage::{
     StateDir,
@@ -22,8 +22,8 @@ use uuid::Uuid;
 
 use crate::{
     auth::Authenticator,
-    config::Config,
     lifecycle::Registry,
+    server::Settings,
     session::{InputQueue, Kind, Output},
     span,
     store::Store,
@@ -76,7 +76,7 @@ pub struct Desk {
     pub registry: Registry,
     pub store: Store,
     authenticator: Authenticator,
-    config: Arc<Config>,
+    config: Settings,
     state_dir: StateDir,
     rate: Rate,
 }
@@ -86,7 +86,7 @@ impl Desk {
         registry: Registry,
         store: Store,
         authenticator: Authenticator,
-        config: Arc<Config>,
+        config: Settings,
         state_dir: StateDir,
     ) -> Self {
         Self { registry, store, authenticator, config, state_dir, rate: Rate::default() }

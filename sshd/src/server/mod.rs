@@ -9,14 +9,18 @@ mod forwarding;
 mod handler;
 mod listener;
 mod login_name;
+mod manager;
 mod penalties;
 mod permits;
+mod settings;
 mod stream;
+mod user;
 mod words;
 
 pub use connections::{Entry, Refusal};
 pub use crypto::{HostKeyError, read_host_key};
 pub use login_name::Wishes;
+pub use settings::{Reader, Settings};
 
 use std::{
     fs::File,
@@ -61,7 +65,7 @@ const STOP_MARGIN: Duration = Duration::from_secs(15);
 
 /// What every connection stands on.
 pub struct Server {
-    pub(crate) config: Arc<Config>,
+    pub(crate) config: Settings,
     pub(crate) store: Store,
     pub(crate) authenticator: Authenticator,
     pub(crate) registry: Registry,
@@ -75,8 +79,9 @@ pub struct Server {
     russh: Arc<russh::server::Config>,
 }
 
-/// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails.
-pub fn run(config: Config) -> anyhow::Result<()> {
+/// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails. At SIGHUP it has
+/// the configuration read again.
+pub fn run(config: Config, reader: Reader) -> anyhow::Result<()> {
     if faults::arm()? {
         tracing::warn!("{} is set: this service is under a test of crashes", faults::VARIABLE);
     }
@@ -85,6 +90,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let hangup = signal(SignalKind::hangup())?;
         let stopping = stop.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -92,9 +98,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
             tracing::info!("stopping");
+            manager::tell("STOPPING=1\nSTATUS=saving machines");
             stopping.cancel();
         });
+        tokio::spawn(manager::live());
         let service = Service::start(config).await?;
+        tokio::spawn(settings::reload_on(hangup, service.server.clone(), reader));
+        manager::tell("READY=1\nSTATUS=accounts can log in");
         service.serve(stop).await
     });
     // What is left are calls on their own threads, which have no more to say.
@@ -115,7 +125,7 @@ pub struct Service {
 impl Service {
     /// Everything that can fail, before anybody is let in.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let config = Arc::new(config);
+        let config = Settings::new(config);
         let state_dir = StateDir::new(&config.state_dir);
         state_dir.create().context("the state directory can't be made")?;
         let lock = lock(&state_dir)?;
@@ -127,16 +137,8 @@ impl Service {
                 state_dir.bases_dir().display()
             );
         }
-        let trust = Trust {
-            authorities: config.ssh.user_ca_keys.clone(),
-            revoked: config.ssh.revoked_keys.clone(),
-        };
-        if let Some(path) = &config.ssh.banner {
-            banner::read(path).with_context(|| {
-                format!("ssh.banner names {}, which can't be shown", path.display())
-            })?;
-        }
-        trust.check().context("ssh.user_ca_keys and ssh.revoked_keys have to name usable files")?;
+        let trust = trust(&config);
+        check_files(&config)?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;
         let listeners = config
@@ -156,7 +158,12 @@ impl Service {
             Err(error) => Err(error.to_string()),
         };
         let told = current_base.clone();
-        let forks = ForkServers::new(vmm, state_dir.bases_dir(), current_base);
+        let forks = ForkServers::new(
+            vmm,
+            user::uid(&config.machines.user)?,
+            state_dir.bases_dir(),
+            current_base,
+        );
         let (scarce, watched) = channel(false);
         let watch = Watch::new(watch::audit_log(&config.audit, &config.state_dir));
         let registry = Registry::new(lifecycle::Context {
@@ -185,10 +192,7 @@ impl Service {
             authenticator,
             desk: Arc::new(desk),
             connections: Arc::default(),
-            penalties: Penalties::new(
-                Duration::from_secs(ssh.max_penalty),
-                ssh.penalty_exempt.clone(),
-            ),
+            penalties: Penalties::new(ssh.max_penalty(), ssh.penalty_exempt.clone()),
             current_base: Box::new(move || told().ok().flatten()),
             listen: addresses.collect(),
             since: SystemTime::now(),
@@ -263,6 +267,21 @@ impl Server {
         self.watch.tell(Event::ServiceStopped { machines_left: left });
         self.watch.flush().await;
     }
+}
+
+/// Whether the files that the configuration names can be used.
+pub fn check_files(config: &Config) -> anyhow::Result<()> {
+    if let Some(path) = &config.ssh.banner {
+        banner::read(path).with_context(|| {
+            format!("ssh.banner names {}, which can't be shown", path.display())
+        })?;
+    }
+    let files = "ssh.user_ca_keys and ssh.revoked_keys have to name usable files";
+    trust(config).check().context(files)
+}
+
+fn trust(config: &Config) -> Trust {
+    Trust { authorities: config.ssh.user_ca_keys.clone(), revoked: config.ssh.revoked_keys.clone() }
 }
 
 /// One service per state directory: the lock is this process's, however it ends.

@@ -6,5 +6,6 @@ mod host;
 mod hostkey;
 mod idle;
 mod machines;
+mod manual;
 mod service;
 mod watching;

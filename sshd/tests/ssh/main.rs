@@ -22,6 +22,7 @@ mod openmetrics;
 mod penalties;
 mod processes;
 mod raw;
+mod service;
 mod sleep;
 mod streams;
 mod takeover;
