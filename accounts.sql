@@ -99,3 +99,9 @@ ALTER TABLE accounts ADD COLUMN disabled_until INTEGER;
 -- The user's name in the guest, where the account was renamed since its first start; NULL: the account's.
 ALTER TABLE accounts ADD COLUMN guest_name TEXT;
 CREATE INDEX accounts_by_expiry ON accounts (expires) WHERE expires IS NOT NULL;
+-- What a session's login was by, for people: "key SHA256:…", "password", "certificate …"; NULL: from
+-- before this was kept.
+ALTER TABLE sessions ADD COLUMN login TEXT;
+-- How it found its machine: running, forked, resumed, or cold (started from the disk though there was memory);
+-- NULL: it got none, or it goes on.
+ALTER TABLE sessions ADD COLUMN machine TEXT;

@@ -8,11 +8,11 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use crate::limits::{self, Classes};
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub state_dir: PathBuf,
@@ -24,6 +24,8 @@ pub struct Config {
     /// What accounts of a class may have where they have nothing of their own.
     #[serde(rename = "class")]
     pub classes: Classes,
+    pub audit: Audit,
+    pub metrics: Metrics,
 }
 
 impl Default for Config {
@@ -35,11 +37,13 @@ impl Default for Config {
             ssh: Ssh::default(),
             machines: Machines::default(),
             classes: Classes::default(),
+            audit: Audit::default(),
+            metrics: Metrics::default(),
         }
     }
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ssh {
     pub listen: Vec<SocketAddr>,
@@ -112,7 +116,7 @@ impl Default for Ssh {
     }
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Machines {
     /// Seconds a machine stays after its last session left.
@@ -135,7 +139,12 @@ pub struct Machines {
     pub busy_cpu_percent: u64,
     /// Longest hold an operator may ask for, in seconds.
     pub max_hold: u64,
+    /// The host's user that machines run as. The default need not exist: then they run as nobody.
+    pub user: String,
 }
+
+/// Whom the package makes for it.
+pub const MACHINE_USER: &str = "hermitage-machine";
 
 impl Default for Machines {
     fn default() -> Self {
@@ -150,8 +159,33 @@ impl Default for Machines {
             max_linger: 4 * 3600,
             busy_cpu_percent: 10,
             max_hold: 7 * 86_400,
+            user: MACHINE_USER.into(),
         }
     }
+}
+
+/// The audit log (docs/watching.md).
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Audit {
+    /// Files of it that are kept, the one written to among them. 0: there is no audit log.
+    pub files: u32,
+    /// Size at which a file is put aside.
+    pub max_file_mib: u64,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { files: 8, max_file_mib: 16 }
+    }
+}
+
+/// Where metrics are asked for besides the socket in the run directory.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Address and port, of loopback only.
+    pub address: Option<SocketAddr>,
 }
 
 /// Networks, and addresses as networks of one.
@@ -176,10 +210,18 @@ pub enum ConfigError {
     Range { field: &'static str, value: u64, expected: &'static str },
     #[error("the configuration: {field} is not right; {expected}")]
     Class { field: String, expected: &'static str },
+    #[error(
+        "the configuration: metrics.address = \"{0}\" is not of this host alone; use 127.0.0.1 or [::1], \
+         and a proxy for others"
+    )]
+    Public(SocketAddr),
 }
 
 /// Where the configuration is looked for unless told.
 pub const DEFAULT_PATH: &str = "/etc/hermitage/hermitage.toml";
+
+/// Each is renamed when one is full.
+const MOST_AUDIT_FILES: u32 = 1000;
 
 impl Config {
     /// Reads `path`; without one, the default path if there is such a file, else the defaults.
@@ -216,6 +258,7 @@ impl Config {
             ("machines.stop_timeout", self.machines.stop_timeout),
             ("machines.save_timeout", self.machines.save_timeout),
             ("machines.busy_cpu_percent", self.machines.busy_cpu_percent),
+            ("audit.max_file_mib", self.audit.max_file_mib),
         ];
         for (field, value) in positive {
             if value == 0 {
@@ -226,9 +269,21 @@ impl Config {
                 });
             }
         }
-        match limits::fault(&self.classes) {
-            Some((field, expected)) => Err(ConfigError::Class { field, expected }),
-            None => Ok(()),
+        if let Some((field, expected)) = limits::fault(&self.classes) {
+            return Err(ConfigError::Class { field, expected });
+        }
+        if self.audit.files > MOST_AUDIT_FILES {
+            return Err(ConfigError::Range {
+                field: "audit.files",
+                value: self.audit.files.into(),
+                expected: "it has to be 1000 or less",
+            });
+        }
+        match self.metrics.address {
+            Some(address) if !address.ip().to_canonical().is_loopback() => {
+                Err(ConfigError::Public(address))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -244,6 +299,12 @@ impl Config {
             .ok()
             .and_then(|program| Some(program.parent()?.to_owned()))
             .unwrap_or_else(|| "/usr/libexec/hermitage".into())
+    }
+}
+
+impl Ssh {
+    pub fn max_penalty(&self) -> Duration {
+        Duration::from_secs(self.max_penalty)
     }
 }
 
@@ -293,6 +354,22 @@ mod tests {
         std::fs::write(file.path(), "[ssh]\nlogin_grace = 0\n").unwrap();
         let error = Config::load(Some(file.path())).unwrap_err().to_string();
         assert!(error.contains("ssh.login_grace = 0"), "{error}");
+    }
+
+    #[test]
+    fn metrics_are_for_this_host_alone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let load = |address: &str| {
+            std::fs::write(file.path(), format!("[metrics]\naddress = \"{address}\"\n")).unwrap();
+            Config::load(Some(file.path())).map(|config| config.metrics.address)
+        };
+        for fine in ["127.0.0.1:9222", "[::1]:9222", "[::ffff:127.0.0.9]:9222"] {
+            assert_eq!(load(fine).unwrap(), Some(fine.parse().unwrap()));
+        }
+        for public in ["0.0.0.0:9222", "192.0.2.1:1", "[::]:9222"] {
+            let error = load(public).unwrap_err().to_string();
+            assert!(error.contains(public) && error.contains("127.0.0.1"), "{error}");
+        }
     }
 
     #[test]

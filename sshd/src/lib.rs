@@ -22,3 +22,4 @@ pub mod size;
 pub mod span;
 mod store;
 pub mod time;
+pub mod watch;

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use hermitage_storage::accounts::{Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, Policy};
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{config::Config, size};
 
@@ -15,11 +15,11 @@ const MAX_NAME: usize = 32;
 
 pub type Classes = BTreeMap<String, Class>;
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Class {
     /// Size of the disks of accounts that are made in it.
-    #[serde(deserialize_with = "bytes")]
+    #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
     pub disk: Option<u64>,
     pub sessions: Option<u32>,
     /// Streams that one connection forwards at a time.
@@ -28,7 +28,7 @@ pub struct Class {
     pub linger: Option<u32>,
     /// Seconds.
     pub max_linger: Option<u32>,
-    #[serde(deserialize_with = "policy")]
+    #[serde(deserialize_with = "policy", serialize_with = "as_policy")]
     pub policy: Option<Policy>,
 }
 
@@ -93,6 +93,15 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
 fn is_name(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
     (1..=MAX_NAME).contains(&name.len()) && name.chars().all(allowed)
+}
+
+/// A number alone is bytes.
+fn as_bytes<S: Serializer>(disk: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+    disk.map(|bytes| bytes.to_string()).serialize(serializer)
+}
+
+fn as_policy<S: Serializer>(policy: &Option<Policy>, serializer: S) -> Result<S::Ok, S::Error> {
+    policy.map(Policy::as_str).serialize(serializer)
 }
 
 fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {

@@ -106,9 +106,11 @@ impl Store {
         account: Uuid,
         source: String,
         kind: &'static str,
+        login: String,
     ) -> Result<i64, StoreError> {
         on(&self.writing, move |accounts| {
-            accounts.session_started(&NewSession { account, source: &source, kind })
+            let login = &login;
+            accounts.session_started(&NewSession { account, source: &source, kind, login })
         })
         .await
     }
@@ -118,8 +120,14 @@ impl Store {
         on(&self.reading, move |accounts| accounts.last_shell(account)).await
     }
 
-    pub async fn session_ended(&self, id: i64, outcome: String) -> Result<(), StoreError> {
-        on(&self.writing, move |accounts| accounts.session_ended(id, &outcome)).await
+    /// `machine`: how it found its machine, if it got one.
+    pub async fn session_ended(
+        &self,
+        id: i64,
+        outcome: String,
+        machine: Option<&'static str>,
+    ) -> Result<(), StoreError> {
+        on(&self.writing, move |accounts| accounts.session_ended(id, &outcome, machine)).await
     }
 
     pub async fn end_open_sessions(&self, outcome: &'static str) -> Result<usize, StoreError> {

@@ -10,6 +10,13 @@ pub fn rfc3339(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{:02}Z", second % 60)
 }
 
+/// The same with milliseconds: `2026-11-21T05:24:15.123Z`.
+pub fn rfc3339_ms(time: SystemTime) -> String {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let seconds = rfc3339(since.as_secs().try_into().unwrap_or(i64::MAX));
+    format!("{}.{:03}Z", seconds.trim_end_matches('Z'), since.subsec_millis())
+}
+
 /// The same, shorter: `2026-11-21 05:24`.
 pub fn short(seconds: i64) -> String {
     rfc3339(seconds)[..16].replace('T', " ")
@@ -55,5 +62,7 @@ mod tests {
             assert_eq!(rfc3339(seconds), expected);
         }
         assert_eq!(short(951_868_800), "2000-03-01 00:00");
+        let later = SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(951_868_800_007);
+        assert_eq!(rfc3339_ms(later), "2000-03-01T00:00:00.007Z");
     }
 }

@@ -4,6 +4,7 @@
 //! listened on.
 
 pub mod protocol;
+mod sessions;
 
 use std::{
     os::unix::fs::PermissionsExt,
@@ -20,7 +21,12 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{closing, lifecycle::StopCause, server::Server};
+use crate::{
+    closing,
+    lifecycle::StopCause,
+    server::Server,
+    watch::{Event, Who},
+};
 use protocol::{AccountStatus, MAX_REQUEST, Reply, Request, SOCKET_NAME, Status};
 
 /// How long a client may take for its request.
@@ -102,7 +108,14 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             return answer(&mut stream, &refused(words)).await;
         }
     };
-    tracing::info!(?request, "admin request");
+    if !matches!(request, Request::Status | Request::Sessions { .. }) {
+        tracing::info!(?request, "admin request");
+        let who = stream.peer_cred().map(|peer| Who::of(peer.uid(), peer.pid().unwrap_or(0)));
+        server.watch.tell(Event::AdminRequest {
+            who: who.unwrap_or_default(),
+            request: serde_json::to_value(&request)?,
+        });
+    }
     match request {
         Request::AccountChanged { account } => {
             let reply = account_changed(server, &account).await;
@@ -122,6 +135,18 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
         }
         Request::Status => {
             let reply = status(server).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::Sessions { account } => {
+            let reply = sessions::list(server, account).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::EndSessions { numbers, account } => {
+            let reply = sessions::end(server, &numbers, account).await;
+            answer(&mut stream, &reply).await
+        }
+        Request::Message { numbers, account, text } => {
+            let reply = sessions::message(server, &numbers, account, &text).await;
             answer(&mut stream, &reply).await
         }
         Request::Console { account } => console(server, &account, stream).await,

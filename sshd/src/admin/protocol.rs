@@ -41,6 +41,14 @@ pub enum Request {
     /// Attach to the serial console of the account's running machine. Answered by `Done`, then raw
     /// bytes; by `Error` if no machine is running.
     Console { account: String },
+    /// The sessions that are going on, or those of an account. Answered by `Sessions`.
+    Sessions { account: Option<String> },
+    /// End these sessions, or all of an account and its connections. Their users are told. Answered by
+    /// `Counted`: how many were told to end.
+    EndSessions { numbers: Vec<u64>, account: Option<String> },
+    /// Show a text on the terminals of these sessions, of an account's, or with neither of all. Answered by
+    /// `Counted`: on how many it will be shown.
+    Message { numbers: Vec<u64>, account: Option<String>, text: String },
     /// Another base is the current one: make ready to fork from it, and let go of the former as soon as
     /// no machine is on it. Answered by `Done` at once.
     BaseChanged,
@@ -52,6 +60,12 @@ pub enum Request {
 pub enum Reply {
     Done,
     Status(Status),
+    Sessions {
+        sessions: Vec<SessionStatus>,
+    },
+    Counted {
+        count: u32,
+    },
     /// One sentence for the operator: what could not be done, and why.
     Error {
         message: String,
@@ -96,6 +110,31 @@ pub struct AccountStatus {
     pub awake: Option<String>,
 }
 
+/// A session that is going on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// Its number since the service started.
+    pub number: u64,
+    pub account: String,
+    /// Address and port of the client.
+    pub source: String,
+    /// `shell`, `exec`, `sftp`, `forward`.
+    pub kind: String,
+    /// It is on a terminal.
+    pub terminal: bool,
+    /// What the login was by: `key SHA256:…`, `password`, `certificate …`.
+    pub login: String,
+    /// When it began, in seconds since 1970-01-01 UTC.
+    pub since: i64,
+    /// Seconds since its client last sent something.
+    pub idle: u64,
+    /// How it found its machine: `running`, `forked`, `resumed`, `cold`. None: it still waits for it.
+    pub machine: Option<String>,
+}
+
+/// Longest text of a [`Request::Message`], in bytes.
+pub const MAX_MESSAGE: usize = 2 * 1024;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,6 +155,8 @@ mod tests {
     fn replies_survive_the_wire() {
         let replies = [
             Reply::Done,
+            Reply::Sessions { sessions: vec![] },
+            Reply::Counted { count: 3 },
             Reply::Error { message: "no machine of alice is running".into() },
             Reply::Status(Status {
                 version: "0.1.0".into(),

@@ -78,6 +78,8 @@ pub fn run(context: &Context, add: &Add) -> anyhow::Result<()> {
     if account.expires.is_some_and(|expires| expires <= time::now()) {
         context.out.note("its time is over already: nobody can log in");
     }
+    context.detail(format!("account {}", account.id));
+    new.keys.iter().for_each(|key| context.detail(format!("key {}", key.fingerprint())));
     admin::account_changed(context, &account.name);
     account_show::added(context, &accounts, &account, true)
 }

@@ -20,7 +20,7 @@ pub fn run(context: &Context, account: &str) -> anyhow::Result<()> {
     match reply {
         Reply::Done => {}
         Reply::Error { message } => bail!("{message}"),
-        Reply::Status(_) => bail!("the service gave no console"),
+        _ => bail!("the service gave no console"),
     }
     let early = stream.buffer().to_vec();
     let stream = stream.into_inner();

@@ -10,25 +10,71 @@ use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::base::Base;
 use hermitage_storage::disk;
 use hermitage_storage::image::{self, ImageId};
+use std::cell::RefCell;
 use std::path::PathBuf;
+
+/// Details of one command: it may add a class's keys.
+const MOST_DETAILS: usize = 256;
 
 pub struct Context {
     pub config: Config,
+    /// Where the configuration comes from.
+    pub source: Source,
     pub state: StateDir,
     pub out: Output,
+    /// What the command changed, for the audit log.
+    details: RefCell<Vec<String>>,
+}
+
+/// The configuration's file and what the command line says instead.
+#[derive(Clone)]
+pub struct Source {
+    pub file: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+}
+
+impl Source {
+    pub fn read(&self) -> anyhow::Result<Config> {
+        let mut config = Config::load(self.file.as_deref())?;
+        if let Some(dir) = &self.state_dir {
+            config.state_dir = dir.clone();
+        }
+        if let Some(dir) = &self.run_dir {
+            config.run_dir = dir.clone();
+        }
+        Ok(config)
+    }
 }
 
 impl Context {
     pub fn new(global: &Global) -> anyhow::Result<Self> {
-        let mut config = Config::load(global.config.as_deref())?;
-        if let Some(dir) = &global.state_dir {
-            config.state_dir = dir.clone();
-        }
-        if let Some(dir) = &global.run_dir {
-            config.run_dir = dir.clone();
-        }
+        let source = Source {
+            file: global.config.clone(),
+            state_dir: global.state_dir.clone(),
+            run_dir: global.run_dir.clone(),
+        };
+        let config = source.read()?;
         let state = StateDir::new(&config.state_dir);
-        Ok(Self { config, state, out: Output::new(global.json) })
+        Ok(Self {
+            config,
+            state,
+            source,
+            out: Output::new(global.json),
+            details: RefCell::default(),
+        })
+    }
+
+    /// Notes for the audit log what was changed, where the command's words do not say.
+    pub fn detail(&self, detail: String) {
+        let mut details = self.details.borrow_mut();
+        if details.len() < MOST_DETAILS {
+            details.push(detail);
+        }
+    }
+
+    pub fn details(&self) -> Vec<String> {
+        self.details.take()
     }
 
     /// The database, made if there is none.

@@ -131,6 +131,7 @@ fn add(context: &Context, name: &str, files: &[PathBuf], wanted: &Wanted) -> any
     }
     let keys = wanted.give(keys)?;
     let added = accounts.add_keys(account.id, &keys)?;
+    keys.iter().for_each(|key| context.detail(format!("key {}", key.fingerprint())));
     admin::account_changed(context, name);
     let keys = accounts.keys(account.id)?;
     let object = json!({
@@ -156,6 +157,7 @@ fn remove(context: &Context, name: &str, which: &str) -> anyhow::Result<()> {
     let keys = accounts.keys(account.id)?;
     let key = pick(&keys, which).with_context(|| format!("the keys of {name}"))?;
     accounts.remove_key(account.id, &key.fingerprint)?;
+    context.detail(format!("key {}", key.fingerprint));
     admin::account_changed(context, name);
     let object = json!({ "account": name, "removed": key_json(key) });
     context.out.show(&object, || {

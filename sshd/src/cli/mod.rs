@@ -14,9 +14,11 @@ mod account_set;
 mod account_show;
 mod admin;
 mod archive;
+mod audit;
 mod base;
 mod base_removal;
 mod checkpoint;
+mod config;
 mod console;
 mod context;
 mod date;
@@ -25,15 +27,18 @@ mod hostkey;
 mod image;
 mod import;
 mod key;
+mod log;
+mod manual;
 mod output;
 mod password;
 mod rest;
+mod session;
 mod snapshot;
 mod status;
 mod template;
 mod tool;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use context::Context;
 use hermitage::{size, span, time};
 use hermitage_storage::accounts::AccountsError;
@@ -94,6 +99,12 @@ enum Command {
     /// Accounts: who may log in, with what, and how much they get
     #[command(subcommand)]
     Account(account::Command),
+    /// Sessions that are going on: who is here, ending one, telling them something
+    #[command(subcommand)]
+    Session(session::Command),
+    /// Show who was here: from where, by which key, for how long, and how it ended
+    #[command(after_help = log::HELP)]
+    Log(log::Log),
     /// Base snapshots: what machines are forked from
     #[command(subcommand)]
     Base(base::Command),
@@ -114,6 +125,21 @@ Examples:
     Hostkey {
         /// The name that users log in to [default: this machine's]
         host: Option<String>,
+    },
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Print a shell's completions of this program's commands
+    #[command(after_help = manual::COMPLETIONS_HELP)]
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+    /// Write a manual page for each command
+    #[command(after_help = manual::MAN_HELP)]
+    Man {
+        /// A directory, made if there is none
+        dir: PathBuf,
     },
     /// Attach to the serial console of an account's running machine
     #[command(after_help = "Leave with Ctrl-], or with ~. at the start of a line.")]
@@ -139,9 +165,12 @@ struct Taken(String);
 struct Said;
 
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let json = cli.global.json;
-    match run(cli) {
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    let note = audit::Note::of(&matches, words);
+    match run(cli, note) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Said>() => ExitCode::FAILURE,
         Err(error) => {
@@ -169,37 +198,52 @@ fn exit_status(error: &anyhow::Error) -> u8 {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli, note: Option<audit::Note>) -> anyhow::Result<()> {
     let context = Context::new(&cli.global)?;
-    match cli.command {
+    let outcome = carry_out(&context, cli.command);
+    if let Some(note) = note {
+        note.write(&context, &outcome);
+    }
+    outcome
+}
+
+fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Serve => serve(context),
-        Command::Doctor => doctor::run(&context),
-        Command::Status => status::run(&context),
-        Command::Account(command) => account::run(&context, command),
-        Command::Base(command) => base::run(&context, command),
-        Command::Snapshot(command) => snapshot::run(&context, command),
-        Command::Checkpoint(command) => checkpoint::run(&context, command),
-        Command::Image(command) => image::run(&context, command),
-        Command::Hostkey { host } => hostkey::run(&context, host),
-        Command::Console { account } => console::run(&context, &account),
+        Command::Doctor => doctor::run(context),
+        Command::Status => status::run(context),
+        Command::Account(command) => account::run(context, command),
+        Command::Session(command) => session::run(context, command),
+        Command::Log(query) => log::run(context, &query),
+        Command::Base(command) => base::run(context, command),
+        Command::Snapshot(command) => snapshot::run(context, command),
+        Command::Checkpoint(command) => checkpoint::run(context, command),
+        Command::Image(command) => image::run(context, command),
+        Command::Hostkey { host } => hostkey::run(context, host),
+        Command::Config(command) => config::run(context, &command),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { dir } => manual::pages(context, &dir),
+        Command::Console { account } => console::run(context, &account),
     }
 }
 
-fn serve(context: Context) -> anyhow::Result<()> {
-    use tracing_subscriber::EnvFilter;
+fn serve(context: &Context) -> anyhow::Result<()> {
+    use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(ansi);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(lines)
+        .with(hermitage::watch::errors::Counted)
         .init();
-    hermitage::server::run(context.config)
+    let source = context.source.clone();
+    hermitage::server::run(context.config.clone(), Box::new(move || source.read()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -210,9 +254,10 @@ mod tests {
     #[test]
     fn the_documented_configuration_is_the_default() {
         use hermitage::config::Config;
+        const SECTIONS: [&str; 5] = ["ssh", "machines", "audit", "metrics", "classes"];
         const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
         // What has no default is there as an example.
-        let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys"];
+        let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys", "address"];
         let setting = |line: &str| {
             let name = line.strip_prefix('#').and_then(|line| line.split_once(" = "));
             name.is_some_and(|(name, _)| !name.contains(' ') && !examples.contains(&name))
@@ -229,7 +274,7 @@ mod tests {
         }
         // And every field of the program is in the file.
         let fields = default.split([' ', '{', '(']).filter_map(|word| word.strip_suffix(':'));
-        for field in fields.filter(|field| !["ssh", "machines", "classes"].contains(field)) {
+        for field in fields.filter(|field| !SECTIONS.contains(field)) {
             assert!(DOCUMENTED.contains(&format!("#{field} = ")), "{field} is not documented");
         }
     }

@@ -29,7 +29,7 @@ pub fn query(context: &Context) -> anyhow::Result<Option<Status>> {
         None => Ok(None),
         Some(Reply::Status(status)) => Ok(Some(status)),
         Some(Reply::Error { message }) => bail!("the service answered: {message}"),
-        Some(Reply::Done) => bail!("the service gave no status"),
+        Some(_) => bail!("the service gave no status"),
     }
 }
 

@@ -26,6 +26,7 @@ use super::{Inner, Listener};
 use crate::{
     lifecycle::Lease,
     machine::{Forwarder, OpenError, Reader, printable},
+    watch::{NewSession, Presence},
 };
 
 /// How long the machine may take to connect, or to listen.
@@ -267,12 +268,24 @@ async fn attend(
     requests: mpsc::Receiver<ForwardRequest>,
 ) {
     let client = &inner.client;
-    let started =
-        client.store.session_started(client.account.id, client.source.clone(), "forward").await;
+    let who = NewSession {
+        account: client.account.name.clone(),
+        id: client.account.id,
+        source: client.source.clone(),
+        kind: "forward",
+        terminal: false,
+        login: client.login.clone(),
+    };
+    let presence = Presence::new(&client.watch, who);
+    let live = presence.live();
+    live.found_machine(link.lease.how);
+    let (id, source, login) = (client.account.id, client.source.clone(), client.login.clone());
+    let started = client.store.session_started(id, source, "forward", login).await;
     let Forwarder { events, to, program, .. } = forwarder;
     let over = tokio::select! {
         biased;
         reason = link.lease.must_end() => Over::Lost(reason),
+        reason = live.must_end() => Over::Lost(reason),
         () = client.gone.cancelled() => Over::Done("the client went away"),
         () = unused(&inner, &link) => Over::Done("nothing is forwarded any more"),
         () = link.ended.cancelled() => Over::Lost("its forwarder did not listen any more".into()),
@@ -304,8 +317,10 @@ async fn attend(
             reason
         }
     };
+    let machine = presence.machine();
+    presence.ended(&words);
     let noted = match started {
-        Ok(id) => client.store.session_ended(id, words).await,
+        Ok(id) => client.store.session_ended(id, words, machine).await,
         Err(error) => Err(error),
     };
     if let Err(error) = noted {

@@ -32,6 +32,7 @@ use crate::{
     server::{Entry, Wishes},
     session::{Inflow, InputQueue},
     store::Store,
+    watch::Watch,
 };
 
 /// One connection's forwarding.
@@ -54,10 +55,13 @@ struct Inner {
 pub struct Client {
     pub registry: Registry,
     pub store: Store,
+    pub watch: Watch,
     pub account: Account,
     pub wishes: Result<Wishes, String>,
     /// Address and port of the client.
     pub source: String,
+    /// What the login was by.
+    pub login: String,
     pub connection: Handle,
     pub inflow: Arc<Inflow>,
     pub entry: Arc<Entry>,

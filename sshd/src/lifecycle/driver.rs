@@ -24,14 +24,15 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Arrival, Lease, LoginError, MachineCell, Status, save, start,
+    Arrival, How, Lease, LoginError, MachineCell, Status, save, start,
     state::{Effect, Event, Intent, Lifecycle, SaveOutcome, State, StopCause, Timer},
     words,
 };
 use crate::{
-    config::Config,
     machine::{ForkServers, Machine},
+    server::Settings,
     store::Store,
+    watch::Watch,
 };
 use vigil::Vigil;
 
@@ -46,10 +47,11 @@ const POWER_OFF_MARGIN: Duration = Duration::from_secs(3);
 
 /// What every account's task stands on.
 pub struct Context {
-    pub config: Arc<Config>,
+    pub config: Settings,
     pub state_dir: StateDir,
     pub store: Store,
     pub forks: ForkServers,
+    pub watch: Watch,
     /// Whether room for disks is scarce.
     pub scarce: watch::Receiver<bool>,
 }
@@ -96,6 +98,8 @@ struct Attached {
     machine: Arc<MachineCell>,
     dying: bool,
     arrival: Arrival,
+    /// For the first who is let in; later ones find it running.
+    how: How,
     end: watch::Sender<Option<String>>,
 }
 
@@ -152,6 +156,10 @@ impl Driver {
                 event = machine_end(&self.machine) => {
                     match &event {
                         Event::Dying(_) => self.machine.iter_mut().for_each(|m| m.dying = true),
+                        Event::Ended(reason) => {
+                            self.machine = None;
+                            self.tell_of_end(reason.clone());
+                        }
                         _ => self.machine = None,
                     }
                     event
@@ -231,12 +239,14 @@ impl Driver {
                     machine: Arc::new(MachineCell(started.machine)),
                     dying: false,
                     arrival: Arrival::new(started.arrival),
+                    how: started.how,
                     end: watch::channel(None).0,
                 });
                 Event::Forked
             }
             Ok(Err(error)) => {
                 tracing::error!(account = %self.account, %error, "no machine");
+                self.tell_of_failure(error.to_string());
                 Event::StartFailed(error.for_user())
             }
             Err(error) => {
@@ -258,6 +268,7 @@ impl Driver {
                 return Event::SaveOver(SaveOutcome::Failed("it was cut off".into()));
             }
         };
+        self.tell_of_save(&over);
         if over.outcome == SaveOutcome::Done {
             tracing::info!(account = %self.account, bytes = over.bytes, "machine saved");
             let paused = self.lifecycle.paused.as_ref().map(|work| work.who.clone());
@@ -390,11 +401,12 @@ impl Driver {
     }
 
     fn admit(&mut self) {
-        let Some(attached) = &self.machine else { return };
+        let Some(attached) = &mut self.machine else { return };
         for reply in self.waiting.drain(..) {
             let lease = Lease {
                 arrival: attached.arrival.clone(),
                 machine: attached.machine.0.clone(),
+                how: std::mem::replace(&mut attached.how, How::Running),
                 end: attached.end.subscribe(),
                 leaves: self.leaves.clone(),
             };

@@ -49,9 +49,32 @@ pub enum LoginError {
     Stopping,
 }
 
+/// How a machine came to be, as somebody who is let in to it finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Somebody was let in before.
+    Running,
+    Forked,
+    Resumed,
+    /// Forked, though there was memory of it.
+    Cold,
+}
+
+impl How {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            How::Running => "running",
+            How::Forked => "forked",
+            How::Resumed => "resumed",
+            How::Cold => "cold",
+        }
+    }
+}
+
 /// The right to use an account's machine. The machine does not go to rest while there is one.
 pub struct Lease {
     pub machine: Arc<Machine>,
+    pub how: How,
     arrival: Arrival,
     /// Set when the machine is taken away, with the reason.
     end: watch::Receiver<Option<String>>,

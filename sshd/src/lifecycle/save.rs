@@ -2,7 +2,10 @@
 //! the save can fail or be called off, and the machine goes on; from then on the machine is never run
 //! again, and what is on the disk is what the next login gets.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hermitage_storage::{disk::Tag, saved};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +19,9 @@ pub(super) struct SaveOver {
     /// The terminals that wait for their user, the one left last first.
     pub left: Vec<u8>,
     pub bytes: u64,
+    pub took: Duration,
+    /// Names and nanoseconds.
+    pub stages: Vec<(String, u64)>,
 }
 
 /// Saves a machine that has no sessions.
@@ -26,7 +32,16 @@ pub(super) async fn save(
     called_off: CancellationToken,
 ) -> SaveOver {
     let save = Save { context, account, machine, called_off };
-    let mut over = SaveOver { outcome: SaveOutcome::Done, left: vec![], bytes: 0 };
+    // What it did to come to be was told then.
+    save.machine.take_stages();
+    let begun = Instant::now();
+    let mut over = SaveOver {
+        outcome: SaveOutcome::Done,
+        left: vec![],
+        bytes: 0,
+        took: Duration::ZERO,
+        stages: vec![],
+    };
     if let Err(stop) = save.run(&mut over).await {
         over.outcome = match stop {
             Stop::CalledOff => SaveOutcome::CalledOff,
@@ -36,6 +51,8 @@ pub(super) async fn save(
             }
         };
     }
+    over.took = begun.elapsed();
+    over.stages.extend(save.machine.take_stages());
     over
 }
 
@@ -58,10 +75,12 @@ impl Save {
             () = self.machine.quiet() => {}
             () = self.called_off.cancelled() => return Err(Stop::CalledOff),
         }
+        let begun = Instant::now();
         if let Err(reason) = self.machine.freeze().await {
             // Whether it stands still or not: it is told to go on.
             return Err(self.go_on(Stop::Failed(reason)).await);
         }
+        over.stages.push(stage("freeze the guest", begun));
         self.wanted(false).await?;
         over.left = self.machine.left_terminals();
         let created = self.blocking(|context, account| saved::create(&context.state_dir, account));
@@ -83,12 +102,14 @@ impl Save {
         };
         drop(file);
         self.wanted(true).await?;
+        let begun = Instant::now();
         let published =
             self.blocking(move |context, account| saved::publish(&context.state_dir, account, tag));
         if let Err(reason) = published.await {
             let stop = Stop::Failed(format!("can't put it in its place: {reason}"));
             return Err(self.take_back(stop, true).await);
         }
+        over.stages.push(stage("publish", begun));
         Ok(())
     }
 
@@ -138,4 +159,8 @@ impl Save {
             Err(error) => Err(error.to_string()),
         }
     }
+}
+
+fn stage(name: &str, begun: Instant) -> (String, u64) {
+    (name.to_owned(), begun.elapsed().as_nanos().try_into().unwrap_or(u64::MAX))
 }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{
+    How,
     driver::Context,
     resume::{self, Attempt},
     words,
@@ -25,6 +26,7 @@ use crate::{
     machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
     room,
     store::StoreError,
+    watch::Event,
 };
 
 /// How often a disk that is still held is tried again.
@@ -49,6 +51,7 @@ pub(super) struct Started {
     pub account: Account,
     /// How the machine came to be, for who logs in.
     pub arrival: Option<String>,
+    pub how: How,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -117,18 +120,20 @@ pub(super) async fn start(
     let disk = open_disk(&path, machines.stale_timeout()).await?;
     let begun = Instant::now();
     let Former { left, lost, paused } = former;
-    let (machine, arrival) = match resume::resume(&context, &account, &disk, left).await? {
+    let (machine, how, arrival) = match resume::resume(&context, &account, &disk, left).await? {
         Attempt::Resumed(machine, age, bytes) => {
             let resumed = words::resumed(age, bytes, begun.elapsed());
             let paused = paused.as_deref().map(words::paused);
-            (machine, Some([resumed].into_iter().chain(paused).collect::<Vec<_>>().join("; ")))
+            let words = [resumed].into_iter().chain(paused).collect::<Vec<_>>().join("; ");
+            (machine, How::Resumed, Some(words))
         }
         Attempt::Unusable(reason) => {
             tracing::warn!(account = account.name, reason, "the saved machine can't be resumed");
-            (cold_start(&context, &account, disk).await?, Some(words::cold(&reason)))
+            (cold_start(&context, &account, disk).await?, How::Cold, Some(words::cold(&reason)))
         }
         Attempt::Nothing => {
-            (cold_start(&context, &account, disk).await?, lost.as_deref().map(words::cold))
+            let how = if lost.is_some() { How::Cold } else { How::Forked };
+            (cold_start(&context, &account, disk).await?, how, lost.as_deref().map(words::cold))
         }
     };
     tracing::info!(
@@ -139,7 +144,17 @@ pub(super) async fn start(
         how = arrival.as_deref().unwrap_or("cold start"),
         "machine started"
     );
-    Ok(Started { machine, account, arrival })
+    context.watch.tell(Event::MachineStarted {
+        account: account.name.clone(),
+        id: account.id,
+        pid: machine.pid,
+        base: machine.base.clone(),
+        how: how.as_str(),
+        milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+        detail: arrival.clone(),
+        stages: machine.take_stages(),
+    });
+    Ok(Started { machine, account, arrival, how })
 }
 
 /// A machine of the current base and the disk alone.

@@ -12,7 +12,7 @@ mod line;
 mod rate;
 mod report;
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use hermitage_storage::{
     StateDir,
@@ -23,8 +23,8 @@ use uuid::Uuid;
 use crate::{
     auth::Authenticator,
     closing,
-    config::Config,
     lifecycle::Registry,
+    server::Settings,
     session::{InputQueue, Kind, Output},
     span,
     store::Store,
@@ -77,7 +77,7 @@ pub struct Desk {
     pub registry: Registry,
     pub store: Store,
     authenticator: Authenticator,
-    config: Arc<Config>,
+    config: Settings,
     state_dir: StateDir,
     rate: Rate,
 }
@@ -87,7 +87,7 @@ impl Desk {
         registry: Registry,
         store: Store,
         authenticator: Authenticator,
-        config: Arc<Config>,
+        config: Settings,
         state_dir: StateDir,
     ) -> Self {
         Self { registry, store, authenticator, config, state_dir, rate: Rate::default() }

@@ -66,6 +66,8 @@ pub struct Forked {
 /// Finds the right fork server for new machines.
 pub struct ForkServers {
     vmm: PathBuf,
+    /// Whom machines run as, unless it is whom the fork server takes by itself.
+    uid: Option<u32>,
     bases: PathBuf,
     current_base: Box<dyn Fn() -> Result<Option<String>, String> + Send + Sync>,
     next_machine: AtomicU64,
@@ -79,11 +81,13 @@ impl ForkServers {
     /// `current_base` reads the id of the base to fork from.
     pub fn new(
         vmm: PathBuf,
+        uid: Option<u32>,
         bases: PathBuf,
         current_base: impl Fn() -> Result<Option<String>, String> + Send + Sync + 'static,
     ) -> Self {
         Self {
             vmm,
+            uid,
             bases,
             current_base: Box::new(current_base),
             next_machine: AtomicU64::new(1),
@@ -107,7 +111,7 @@ impl ForkServers {
         {
             return Ok(server.clone());
         }
-        let server = ForkServer::start(&self.vmm, &self.bases.join(&base), base).await?;
+        let server = ForkServer::start(&self.vmm, self.uid, &self.bases.join(&base), base).await?;
         Ok(current.insert(server).clone())
     }
 
@@ -123,7 +127,8 @@ impl ForkServers {
         {
             return Ok(server);
         }
-        let server = ForkServer::start(&self.vmm, &self.bases.join(base), base.to_owned()).await?;
+        let server =
+            ForkServer::start(&self.vmm, self.uid, &self.bases.join(base), base.to_owned()).await?;
         others.insert(base.to_owned(), Arc::downgrade(&server));
         Ok(server)
     }
@@ -167,7 +172,12 @@ struct Table {
 }
 
 impl ForkServer {
-    async fn start(vmm: &Path, dir: &Path, base: String) -> Result<Arc<Self>, ForkError> {
+    async fn start(
+        vmm: &Path,
+        uid: Option<u32>,
+        dir: &Path,
+        base: String,
+    ) -> Result<Arc<Self>, ForkError> {
         let spawn = |reason: std::io::Error| ForkError::Spawn {
             program: vmm.into(),
             reason: reason.to_string(),
@@ -175,6 +185,9 @@ impl ForkServer {
         let (ours, theirs) = message_pair(false).map_err(spawn)?;
         let mut command = Command::new(vmm);
         command.arg("fork-server").arg("--base").arg(dir);
+        if let Some(uid) = uid {
+            command.arg("--uid").arg(uid.to_string());
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         // A Ctrl-C at the service's terminal is for the service, which then stops the machines in order.
         command.process_group(0);

@@ -153,6 +153,7 @@ impl Machine {
         match event {
             MachineEvent::Running { stages, .. } => {
                 tracing::debug!(machine = self.label, ?stages, "running");
+                self.note_stages(stages);
             }
             MachineEvent::TerminalDetached { terminal } => self.terminal_detached(terminal),
             MachineEvent::Connected { stream } => {

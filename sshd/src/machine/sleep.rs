@@ -8,7 +8,7 @@ use std::{
 };
 
 use hermitage_guest_proto::{HostMessage, LiveSession, Resume, SessionId, TERMINALS, WallClock};
-use hermitage_vmm_proto::{MachineEvent, MachineRequest};
+use hermitage_vmm_proto::{MachineEvent, MachineRequest, Stage};
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
@@ -34,6 +34,9 @@ const ENTROPY: usize = 64;
 /// Sessions of a resumed machine that are looked at: more than it can have.
 const MOST_SESSIONS: usize = 1024;
 
+/// Stages of a fork, a resume or a save that are kept.
+const MOST_STAGES: usize = 64;
+
 /// Largest session id that a machine can have been given.
 const MOST_SESSION_ID: SessionId = 1 << 48;
 
@@ -45,6 +48,17 @@ pub struct Steps {
     resumed: Option<oneshot::Sender<()>>,
     left: Option<Vec<u8>>,
     restored: Option<oneshot::Sender<Result<(), String>>>,
+    /// Names and nanoseconds of what the machine's process did since they were asked for.
+    stages: Vec<(String, u64)>,
+}
+
+impl Steps {
+    /// The process may say anything: few are kept.
+    fn note(&mut self, stages: Vec<Stage>) {
+        let room = MOST_STAGES.saturating_sub(self.stages.len());
+        let stages = stages.into_iter().take(room);
+        self.stages.extend(stages.map(|stage| (stage.name, stage.nanoseconds)));
+    }
 }
 
 impl Machine {
@@ -169,11 +183,21 @@ impl Machine {
         }
     }
 
+    pub(super) fn note_stages(&self, stages: Vec<Stage>) {
+        self.table().steps.note(stages);
+    }
+
+    /// The stages of what the machine's process did since this was asked last.
+    pub fn take_stages(&self) -> Vec<(String, u64)> {
+        std::mem::take(&mut self.table().steps.stages)
+    }
+
     pub(super) fn step_event(&self, event: MachineEvent) {
         let steps = &mut self.table().steps;
         match event {
             MachineEvent::Saved { bytes, pages, stages } => {
                 tracing::debug!(machine = self.label, bytes, pages, ?stages, "saved");
+                steps.note(stages);
                 answer(&mut steps.saved, Ok(bytes));
             }
             MachineEvent::SaveFailed { reason } => {
@@ -181,6 +205,7 @@ impl Machine {
             }
             MachineEvent::Restored { stages } => {
                 tracing::debug!(machine = self.label, ?stages, "restored");
+                steps.note(stages);
                 answer(&mut steps.restored, Ok(()));
             }
             _ => {}

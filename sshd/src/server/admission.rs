@@ -18,6 +18,7 @@ use super::{
 use crate::{
     auth::{Admission, Refusal},
     lobby::Word,
+    watch::{Event, Method},
 };
 
 impl ClientHandler {
@@ -35,7 +36,7 @@ impl ClientHandler {
             Ok(_) => Auth::Accept,
             Err(refusal) => {
                 let key = offer.public_key.fingerprint(Default::default());
-                self.refuse(user, format!("key {key}"), &refusal)
+                self.refuse(user, Method::Publickey, format!("key {key}"), &refusal)
             }
         }
     }
@@ -51,13 +52,16 @@ impl ClientHandler {
             Err(_) => Err(Refusal::Encode),
         };
         match admission {
-            Ok(admission) => self.admit(admission, wishes, format!("key {fingerprint}")),
+            Ok(admission) => {
+                self.admit(admission, wishes, Method::Publickey, format!("key {fingerprint}"))
+            }
             Err(refusal) => {
-                let refused = self.refuse(user, format!("key {fingerprint}"), &refusal);
+                let refused =
+                    self.refuse(user, Method::Publickey, format!("key {fingerprint}"), &refusal);
                 match self.server.authenticator.takes_certificates() {
                     true => refused,
                     // Its offer was accepted a moment ago.
-                    false => self.failed(user, "publickey"),
+                    false => self.failed(user, Method::Publickey),
                 }
             }
         }
@@ -78,13 +82,15 @@ impl ClientHandler {
         );
         match self.server.authenticator.certificate(name, certificate, self.peer.ip()).await {
             // It ends, and a password does not.
-            Ok(admission) => self.admit(admission, but_no_password(wishes), by),
-            Err(refusal) => self.refuse(user, by, &refusal),
+            Ok(admission) => {
+                self.admit(admission, but_no_password(wishes), Method::Certificate, by)
+            }
+            Err(refusal) => self.refuse(user, Method::Certificate, by, &refusal),
         }
     }
 
     /// Clients offer what they have, so this is no failure.
-    fn refuse(&self, user: &str, by: String, refusal: &Refusal) -> Auth {
+    fn refuse(&self, user: &str, method: Method, by: String, refusal: &Refusal) -> Auth {
         let (peer, user) = (self.peer, shown(user));
         match refusal {
             Refusal::Unknown => tracing::debug!(%peer, user, by, "refused: {refusal}"),
@@ -94,13 +100,27 @@ impl ClientHandler {
             }
             _ => tracing::info!(%peer, user, by, "refused: {refusal}"),
         }
+        // A key that is not known here is what every agent offers.
+        if !matches!(refusal, Refusal::Unknown) {
+            let (source, reason) = (peer.to_string(), refusal.to_string());
+            let by = Some(by);
+            self.server.watch.tell(Event::LoginRefused { user, source, method, by, reason });
+        }
         again()
     }
 
-    fn admit(&mut self, admission: Admission, wishes: Result<Wishes, String>, by: String) -> Auth {
+    fn admit(
+        &mut self,
+        admission: Admission,
+        wishes: Result<Wishes, String>,
+        method: Method,
+        by: String,
+    ) -> Auth {
         let Admission { account, options } = admission;
         let restricted = options != KeyOptions::default();
         tracing::info!(peer = %self.peer, account = account.name, by, restricted, "login by key");
+        self.by = by;
+        self.tell_of_login(&account, method, restricted);
         self.wishes = match options.command {
             // Whoever may run one command does not say what becomes of the machine.
             Some(_) if wishes != Ok(Wishes::default()) => {

@@ -98,6 +98,28 @@ pub enum Refusal {
     Source(usize),
 }
 
+impl Refusal {
+    /// Their names among the metrics.
+    pub const NAMES: [&str; 5] = [
+        "max_connections",
+        "max_unauthenticated",
+        "early_drop",
+        "penalty",
+        "max_unauthenticated_per_source",
+    ];
+
+    pub fn name(&self) -> &'static str {
+        let [full, unauthenticated, chance, penalty, source] = Self::NAMES;
+        match self {
+            Refusal::Full(_) => full,
+            Refusal::Unauthenticated(_) => unauthenticated,
+            Refusal::Chance(_) => chance,
+            Refusal::Penalty(_) => penalty,
+            Refusal::Source(_) => source,
+        }
+    }
+}
+
 /// A place for a connection; given back when dropped.
 pub struct Place {
     connections: Arc<Connections>,

@@ -46,9 +46,11 @@ impl ClientHandler {
             let client = Client {
                 registry: self.server.registry.clone(),
                 store: self.server.store.clone(),
+                watch: self.server.watch.clone(),
                 account,
                 wishes: self.wishes.clone(),
                 source: self.peer.to_string(),
+                login: self.by.clone(),
                 connection: connection.handle(),
                 inflow: self.inflow.clone(),
                 entry: self.entry.clone(),

@@ -31,6 +31,7 @@ use super::{
 use crate::closing;
 use crate::forward::{Forwards, Listener, Listening};
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
+use crate::watch::{Event, Method};
 
 /// Longest command, and longest TERM, in bytes. What the agent is told has to fit a frame.
 const MAX_COMMAND: usize = 128 * 1024;
@@ -46,6 +47,8 @@ pub struct ClientHandler {
     failures: u32,
     /// Who authenticated last; settled once authentication has succeeded.
     pub(super) account: Option<Account>,
+    /// What that login was by.
+    pub(super) by: String,
     /// What the key or the certificate of that login permits.
     pub(super) options: KeyOptions,
     /// What that login asked for, or why that can't be.
@@ -107,6 +110,7 @@ impl ClientHandler {
             entry,
             failures: 0,
             account: None,
+            by: String::new(),
             options: KeyOptions::default(),
             wishes,
             channels,
@@ -117,14 +121,34 @@ impl ClientHandler {
     }
 
     /// A failed attempt. Offers of keys are none: an agent offers all it has.
-    pub(super) fn failed(&mut self, user: &str, method: &str) -> Auth {
+    pub(super) fn failed(&mut self, user: &str, method: Method) -> Auth {
         self.failures += 1;
-        tracing::warn!(peer = %self.peer, user = shown(user), method, "failed login");
+        let user = shown(user);
+        tracing::warn!(peer = %self.peer, user, method = method.as_str(), "failed login");
+        self.server.watch.tell(Event::LoginRefused {
+            user,
+            source: self.peer.to_string(),
+            method,
+            by: None,
+            reason: "it proves nothing".into(),
+        });
         offend(&self.server, self.peer, Offence::Failure);
         if self.failures >= self.server.config.ssh.max_failures {
             self.entry.disconnect("too many authentication failures");
         }
         again()
+    }
+
+    /// What it was by is known.
+    pub(super) fn tell_of_login(&self, account: &Account, method: Method, restricted: bool) {
+        self.server.watch.tell(Event::Login {
+            account: account.name.clone(),
+            id: account.id,
+            source: self.peer.to_string(),
+            method,
+            by: self.by.clone(),
+            restricted,
+        });
     }
 
     fn setup(&mut self, channel: ChannelId) -> Option<&mut Setup> {
@@ -170,6 +194,7 @@ impl ClientHandler {
             account,
             wishes,
             source: self.peer.to_string(),
+            login: self.by.clone(),
             link: self.entry.link(),
             kind,
             pty: setup.pty,
@@ -182,11 +207,12 @@ impl ClientHandler {
                 signals: signals_received,
                 closed: closed.clone(),
             },
-            output: Output { channel: setup.write, connection: connection.handle() },
+            output: Arc::new(Output { channel: setup.write, connection: connection.handle() }),
         };
         let controls = Controls { input: setup.input, window, signals, closed };
         self.channels.insert(channel, ChannelState::Running(controls));
-        tokio::spawn(session::run(self.server.desk.clone(), session));
+        let (desk, watch) = (self.server.desk.clone(), self.server.watch.clone());
+        tokio::spawn(session::run(desk, watch, session));
         true
     }
 
@@ -250,8 +276,10 @@ impl Handler for ClientHandler {
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
         let (name, wishes) = login_name::parse(user);
         let account = self.server.authenticator.password(name, password).await;
-        let Some(account) = account else { return Ok(self.failed(user, "password")) };
+        let Some(account) = account else { return Ok(self.failed(user, Method::Password)) };
         tracing::info!(peer = %self.peer, account = account.name, "login by password");
+        self.by = "password".into();
+        self.tell_of_login(&account, Method::Password, false);
         (self.account, self.wishes) = (Some(account), wishes);
         Ok(Auth::Accept)
     }

@@ -23,7 +23,7 @@ use super::{
     penalties::Offence,
     stream::{Stream, Switch},
 };
-use crate::{link::Link, session::Inflow};
+use crate::{link::Link, session::Inflow, watch::Event};
 
 /// How long a client may take to close once the server has said all it has to say.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -54,6 +54,7 @@ fn admit(server: &Arc<Server>, tcp: TcpStream, peer: SocketAddr) {
             tokio::spawn(attend(server.clone(), tcp, peer, place));
         }
         Err(refusal) => {
+            server.watch.tell(Event::ConnectionRefused { reason: refusal.name() });
             // The beginning of a penalty was a warning: who tries on and on does not fill the log.
             match refusal {
                 Refusal::Penalty(_) => tracing::debug!(%peer, %refusal, "connection refused"),
@@ -74,6 +75,11 @@ fn admit(server: &Arc<Server>, tcp: TcpStream, peer: SocketAddr) {
 pub fn offend(server: &Server, peer: SocketAddr, offence: Offence) {
     if let Some(penalty) = server.penalties.note(source(peer), offence, Instant::now()) {
         tracing::warn!(source = %source(peer), %penalty, "source refused");
+        server.watch.tell(Event::Penalty {
+            source: source(peer).to_string(),
+            seconds: penalty.left.as_secs(),
+            after: penalty.offence.words(),
+        });
     }
 }
 

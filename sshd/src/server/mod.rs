@@ -9,14 +9,18 @@ mod forwarding;
 mod handler;
 mod listener;
 mod login_name;
+mod manager;
 mod penalties;
 mod permits;
+mod settings;
 mod stream;
+mod user;
 mod words;
 
-pub use connections::Entry;
+pub use connections::{Entry, Refusal};
 pub use crypto::{HostKeyError, read_host_key};
 pub use login_name::Wishes;
+pub use settings::{Reader, Settings};
 
 use std::{
     fs::File,
@@ -31,7 +35,7 @@ use hermitage_storage::{StateDir, faults};
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::watch::{Sender, channel},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -46,6 +50,7 @@ use crate::{
     machine::ForkServers,
     room::{self, Floor},
     store::Store,
+    watch::{self, Event, Watch, exporter::Exporter},
 };
 use connections::Connections;
 use penalties::Penalties;
@@ -61,7 +66,7 @@ const STOP_MARGIN: Duration = Duration::from_secs(15);
 
 /// What every connection stands on.
 pub struct Server {
-    pub(crate) config: Arc<Config>,
+    pub(crate) config: Settings,
     pub(crate) store: Store,
     pub(crate) authenticator: Authenticator,
     pub(crate) registry: Registry,
@@ -71,11 +76,13 @@ pub struct Server {
     pub(crate) current_base: Box<dyn Fn() -> Option<String> + Send + Sync>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) since: SystemTime,
+    pub(crate) watch: Watch,
     russh: Arc<russh::server::Config>,
 }
 
-/// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails.
-pub fn run(config: Config) -> anyhow::Result<()> {
+/// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails. At SIGHUP it has
+/// the configuration read again.
+pub fn run(config: Config, reader: Reader) -> anyhow::Result<()> {
     if faults::arm()? {
         tracing::warn!("{} is set: this service is under a test of crashes", faults::VARIABLE);
     }
@@ -84,6 +91,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let hangup = signal(SignalKind::hangup())?;
         let stopping = stop.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -91,9 +99,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
             tracing::info!("stopping");
+            manager::tell("STOPPING=1\nSTATUS=saving machines");
             stopping.cancel();
         });
+        tokio::spawn(manager::live());
         let service = Service::start(config).await?;
+        tokio::spawn(settings::reload_on(hangup, service.server.clone(), reader));
+        manager::tell("READY=1\nSTATUS=accounts can log in");
         service.serve(stop).await
     });
     // What is left are calls on their own threads, which have no more to say.
@@ -106,14 +118,15 @@ pub struct Service {
     server: Arc<Server>,
     listeners: Vec<TcpListener>,
     admin: AdminSocket,
-    scarce: watch::Sender<bool>,
+    exporter: Exporter,
+    scarce: Sender<bool>,
     _lock: File,
 }
 
 impl Service {
     /// Everything that can fail, before anybody is let in.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let config = Arc::new(config);
+        let config = Settings::new(config);
         let state_dir = StateDir::new(&config.state_dir);
         state_dir.create().context("the state directory can't be made")?;
         let lock = lock(&state_dir)?;
@@ -125,16 +138,8 @@ impl Service {
                 state_dir.bases_dir().display()
             );
         }
-        let trust = Trust {
-            authorities: config.ssh.user_ca_keys.clone(),
-            revoked: config.ssh.revoked_keys.clone(),
-        };
-        if let Some(path) = &config.ssh.banner {
-            banner::read(path).with_context(|| {
-                format!("ssh.banner names {}, which can't be shown", path.display())
-            })?;
-        }
-        trust.check().context("ssh.user_ca_keys and ssh.revoked_keys have to name usable files")?;
+        let trust = trust(&config);
+        check_files(&config)?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;
         let listeners = config
@@ -154,13 +159,20 @@ impl Service {
             Err(error) => Err(error.to_string()),
         };
         let told = current_base.clone();
-        let forks = ForkServers::new(vmm, state_dir.bases_dir(), current_base);
-        let (scarce, watched) = watch::channel(false);
+        let forks = ForkServers::new(
+            vmm,
+            user::uid(&config.machines.user)?,
+            state_dir.bases_dir(),
+            current_base,
+        );
+        let (scarce, watched) = channel(false);
+        let watch = Watch::new(watch::audit_log(&config.audit, &config.state_dir));
         let registry = Registry::new(lifecycle::Context {
             config: config.clone(),
             state_dir: state_dir.clone(),
             store: store.clone(),
             forks,
+            watch: watch.clone(),
             scarce: watched,
         });
         let ssh = &config.ssh;
@@ -181,22 +193,22 @@ impl Service {
             authenticator,
             desk: Arc::new(desk),
             connections: Arc::default(),
-            penalties: Penalties::new(
-                Duration::from_secs(ssh.max_penalty),
-                ssh.penalty_exempt.clone(),
-            ),
+            penalties: Penalties::new(ssh.max_penalty(), ssh.penalty_exempt.clone()),
             current_base: Box::new(move || told().ok().flatten()),
             listen: addresses.collect(),
             since: SystemTime::now(),
+            watch,
             russh: Arc::new(crypto::server_config(ssh, key)),
             registry,
             store,
             config,
         });
         let admin = AdminSocket::bind(&server.config.run_dir)?;
+        let metrics = server.config.metrics.address;
+        let exporter = Exporter::bind(&server.config.run_dir, metrics).await?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, scarce, _lock: lock })
+        Ok(Self { server, listeners, admin, exporter, scarce, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -206,16 +218,25 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, scarce, _lock } = self;
+        let Self { server, listeners, admin, exporter, scarce, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
+        if let Some(address) = exporter.address() {
+            tracing::info!(%address, "metrics");
+        }
+        server.watch.tell(Event::ServiceStarted {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            listen: server.listen.iter().map(ToString::to_string).collect(),
+        });
         let mut tasks = tokio::task::JoinSet::new();
         for listener in listeners {
             tasks.spawn(listener::accept(server.clone(), listener));
         }
         tasks.spawn(admin::serve(server.clone(), admin));
         tasks.spawn(closing::keep_hours(server.clone()));
+        tasks.spawn(exporter.serve(server.clone()));
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {
@@ -233,6 +254,7 @@ impl Service {
 
 impl Server {
     async fn shut_down(&self) {
+        self.watch.tell(Event::ServiceStopping);
         let machines = &self.config.machines;
         let stopping = machines.stop_timeout() + STOP_MARGIN;
         let left = self.registry.shutdown(machines.save_timeout(), stopping).await;
@@ -244,7 +266,24 @@ impl Server {
         if timeout(GOODBYE, self.connections.all_gone()).await.is_err() {
             tracing::warn!(left = self.connections.count(), "connections cut off");
         }
+        self.watch.tell(Event::ServiceStopped { machines_left: left });
+        self.watch.flush().await;
     }
+}
+
+/// Whether the files that the configuration names can be used.
+pub fn check_files(config: &Config) -> anyhow::Result<()> {
+    if let Some(path) = &config.ssh.banner {
+        banner::read(path).with_context(|| {
+            format!("ssh.banner names {}, which can't be shown", path.display())
+        })?;
+    }
+    let files = "ssh.user_ca_keys and ssh.revoked_keys have to name usable files";
+    trust(config).check().context(files)
+}
+
+fn trust(config: &Config) -> Trust {
+    Trust { authorities: config.ssh.user_ca_keys.clone(), revoked: config.ssh.revoked_keys.clone() }
 }
 
 /// One service per state directory: the lock is this process's, however it ends.

@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -41,7 +41,7 @@ impl Offence {
         })
     }
 
-    fn words(self) -> &'static str {
+    pub fn words(self) -> &'static str {
         match self {
             Offence::Failure => "failed logins",
             Offence::NoAttempt => "connections without a login",
@@ -59,9 +59,13 @@ pub struct Penalty {
 }
 
 pub struct Penalties {
+    rules: RwLock<Rules>,
+    sources: Mutex<HashMap<IpAddr, Debt>>,
+}
+
+struct Rules {
     limit: Duration,
     exempt: Vec<IpNet>,
-    sources: Mutex<HashMap<IpAddr, Debt>>,
 }
 
 struct Debt {
@@ -75,7 +79,12 @@ struct Debt {
 impl Penalties {
     /// Nobody is refused for longer than `limit`; zero: nobody is refused at all.
     pub fn new(limit: Duration, exempt: Vec<IpNet>) -> Self {
-        Self { limit, exempt, sources: Mutex::default() }
+        Self { rules: RwLock::new(Rules { limit, exempt }), sources: Mutex::default() }
+    }
+
+    /// From now on. What sources owe already stays.
+    pub fn set(&self, limit: Duration, exempt: Vec<IpNet>) {
+        *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Rules { limit, exempt };
     }
 
     /// Whether connections of this source are refused now.
@@ -89,30 +98,33 @@ impl Penalties {
 
     /// Notes an offence. Returns the penalty if it begins with this one.
     pub fn note(&self, source: IpAddr, offence: Offence, now: Instant) -> Option<Penalty> {
-        if self.limit.is_zero() || self.exempt.iter().any(|net| net.contains(&source)) {
+        let rules = self.rules.read().unwrap_or_else(PoisonError::into_inner);
+        let limit = rules.limit;
+        if limit.is_zero() || rules.exempt.iter().any(|net| net.contains(&source)) {
             return None;
         }
+        drop(rules);
         let mut sources = self.sources();
         if sources.len() >= MOST_SOURCES && !sources.contains_key(&source) {
-            make_room(&mut sources, self.limit, now);
+            make_room(&mut sources, limit, now);
         }
         let fresh = Debt { until: now, refusals: 0, refused: false, last: offence };
         let debt = sources.entry(source).or_insert(fresh);
         // Forgiven after as long a time of good behaviour as the longest penalty.
-        if now.saturating_duration_since(debt.until) >= self.limit {
+        if now.saturating_duration_since(debt.until) >= limit {
             debt.refusals = 0;
         }
         let was_refused = debt.refused && debt.until > now;
         let factor = 1 << debt.refusals.min(MOST_DOUBLINGS);
         let owed = debt.until.saturating_duration_since(now) + offence.owes() * factor;
-        debt.until = now + owed.min(self.limit);
+        debt.until = now + owed.min(limit);
         debt.last = offence;
-        debt.refused = was_refused || owed >= ENFORCED_FROM.min(self.limit);
+        debt.refused = was_refused || owed >= ENFORCED_FROM.min(limit);
         if was_refused || !debt.refused {
             return None;
         }
         debt.refusals += 1;
-        Some(Penalty { left: owed.min(self.limit), offence })
+        Some(Penalty { left: owed.min(limit), offence })
     }
 
     fn sources(&self) -> MutexGuard<'_, HashMap<IpAddr, Debt>> {

@@ -17,13 +17,15 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Waker},
 };
 
 use tokio::sync::Notify;
+
+use crate::watch::Live;
 
 /// Queued bytes of a connection at which its windows close.
 const CALM: usize = 1 << 20;
@@ -91,6 +93,8 @@ pub struct InputQueue {
     inflow: Arc<Inflow>,
     state: Mutex<State>,
     changed: Notify,
+    /// Whose client is heard by it.
+    live: OnceLock<Arc<Live>>,
 }
 
 #[derive(Default)]
@@ -102,10 +106,19 @@ struct State {
 
 impl InputQueue {
     pub fn new(inflow: Arc<Inflow>) -> Self {
-        Self { inflow, state: Mutex::default(), changed: Notify::new() }
+        let (state, changed) = (Mutex::default(), Notify::new());
+        Self { inflow, state, changed, live: OnceLock::new() }
+    }
+
+    /// From now on what comes is a sign of life of that session's client.
+    pub fn on_input(&self, live: Arc<Live>) {
+        let _ = self.live.set(live);
     }
 
     pub fn push(&self, data: &[u8]) {
+        if let Some(live) = self.live.get() {
+            live.heard();
+        }
         let mut state = self.state();
         if state.ended || state.discarding || data.is_empty() {
             return;

@@ -38,6 +38,7 @@ use crate::{
     server::Wishes,
     store::Store,
     time,
+    watch::{Live, NewSession, Presence, Watch},
 };
 
 /// Signals that a program may have waiting; more are dropped.
@@ -85,6 +86,8 @@ pub struct Session {
     pub wishes: Result<Wishes, String>,
     /// Address and port of the client.
     pub source: String,
+    /// What the login was by.
+    pub login: String,
     pub link: Weak<Link>,
     pub kind: Kind,
     pub pty: Option<Pty>,
@@ -94,7 +97,7 @@ pub struct Session {
     /// For a new shell on a terminal.
     pub greeting: String,
     pub client: Client,
-    pub output: Output,
+    pub output: Arc<Output>,
 }
 
 /// What comes from the client while the session runs.
@@ -149,26 +152,41 @@ impl Session {
 }
 
 /// Runs a session to its end.
-pub async fn run(desk: Arc<Desk>, mut session: Session) {
+pub async fn run(desk: Arc<Desk>, watch: Watch, mut session: Session) {
     let store = desk.store.clone();
     let kind = session.kind();
     let (name, source) = (session.account.name.clone(), session.source.clone());
+    let who = NewSession {
+        account: name.clone(),
+        id: session.account.id,
+        source: source.clone(),
+        kind,
+        terminal: session.pty.is_some(),
+        login: session.login.clone(),
+    };
+    let mut presence = Presence::new(&watch, who);
+    let live = presence.live();
+    session.client.input.on_input(live.clone());
     tracing::info!(account = name, source, kind, pty = session.pty.is_some(), "session");
     // Beside the session: nobody waits for the log's fsync. What was before is read before.
     let (tell, last) = oneshot::channel();
     let started = tokio::spawn({
         let (store, account, source) = (store.clone(), session.account.id, source.clone());
+        let login = session.login.clone();
         async move {
             // Who asked may be gone.
             let _ = tell.send(last_login(&store, account).await);
-            store.session_started(account, source, kind).await
+            store.session_started(account, source, kind, login).await
         }
     });
 
     let closed = session.client.closed.clone();
+    let output = session.output.clone();
     let outcome = tokio::select! {
-        outcome = attend(&desk, &mut session, last) => outcome,
+        outcome = attend(&desk, &mut session, &live, last) => outcome,
         () = closed.cancelled() => Outcome::ClientGone,
+        reason = live.must_end() => Outcome::Lost(reason),
+        never = announce(&mut presence, &output) => match never {},
     };
     // Nobody takes input any more; it must not hold up the connection's other channels.
     session.client.input.discard();
@@ -180,13 +198,23 @@ pub async fn run(desk: Arc<Desk>, mut session: Session) {
         () = closed.cancelled() => {}
     }
 
+    let machine = presence.machine();
+    presence.ended(&words);
     let noted = match started.await {
-        Ok(Ok(id)) => store.session_ended(id, words).await,
+        Ok(Ok(id)) => store.session_ended(id, words, machine).await,
         Ok(Err(error)) => Err(error),
         Err(_) => return,
     };
     if let Err(error) = noted {
         tracing::error!(account = name, %error, "can't write the sessions log");
+    }
+}
+
+/// Shows what operators have to say, as the client takes it.
+async fn announce(presence: &mut Presence, output: &Output) -> std::convert::Infallible {
+    loop {
+        let words = presence.words().await;
+        output.announce(&words).await;
     }
 }
 
@@ -207,7 +235,12 @@ async fn last_login(store: &Store, account: Uuid) -> String {
 }
 
 /// From the machine to the program's end.
-async fn attend(desk: &Desk, session: &mut Session, last: oneshot::Receiver<String>) -> Outcome {
+async fn attend(
+    desk: &Desk,
+    session: &mut Session,
+    live: &Live,
+    last: oneshot::Receiver<String>,
+) -> Outcome {
     let registry = &desk.registry;
     let wishes = match &session.wishes {
         Ok(wishes) => *wishes,
@@ -233,6 +266,7 @@ async fn attend(desk: &Desk, session: &mut Session, last: oneshot::Receiver<Stri
             Ok(lease) => lease,
             Err(error) => return error.into(),
         };
+        live.found_machine(lease.how);
         if let Some(last) = last.take() {
             // Read long ago: a machine takes longer than the database.
             session.greeting = last.await.unwrap_or_default();

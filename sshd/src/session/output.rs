@@ -77,6 +77,13 @@ impl Output {
         let _ = self.channel.make_writer().write_all(format!("{words}\r\n").as_bytes()).await;
     }
 
+    /// What an operator says to everybody on this terminal, in the middle of whatever is there.
+    pub(super) async fn announce(&self, words: &str) {
+        let words = words.replace('\n', "\r\n");
+        let text = format!("\r\n\x07hermitage: {words}\r\n");
+        let _ = self.channel.make_writer().write_all(text.as_bytes()).await;
+    }
+
     /// What the service itself answers, on standard output; a terminal's is raw.
     pub async fn print(&self, words: &str, terminal: bool) {
         let text = if terminal { words.replace('\n', "\r\n") } else { words.to_owned() };

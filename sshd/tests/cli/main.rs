@@ -8,5 +8,7 @@ mod host;
 mod hostkey;
 mod idle;
 mod machines;
+mod manual;
 mod provisioning;
 mod service;
+mod watching;

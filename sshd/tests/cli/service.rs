@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 /// Answers every request with what `reply` says, and remembers them.
-struct Service {
+pub struct Service {
     asked: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Service {
-    fn start(host: &Host, reply: impl Fn(&Request) -> Reply + Send + 'static) -> Self {
+    pub fn start(host: &Host, reply: impl Fn(&Request) -> Reply + Send + 'static) -> Self {
         Self::start_with(host, reply, |_| {})
     }
 
@@ -42,7 +42,7 @@ impl Service {
         Self { asked }
     }
 
-    fn asked(&self) -> Vec<Request> {
+    pub fn asked(&self) -> Vec<Request> {
         std::mem::take(&mut self.asked.lock().unwrap())
     }
 }

@@ -19,7 +19,7 @@ use hermitage_storage::{
     disk::tag,
     snapshot::{Description, Snapshot, Writer},
 };
-use hermitage_vmm_proto::{End, MachineEvent, MachineRequest, receive, send};
+use hermitage_vmm_proto::{End, MachineEvent, MachineRequest, Stage, receive, send};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::fake_agent;
@@ -75,7 +75,8 @@ pub fn run() -> ! {
     if std::env::var_os("HERMITAGE_RESUME").is_some() {
         machine.restore();
     }
-    machine.event(&MachineEvent::Running { at: 0, stages: vec![] });
+    let stage = Stage { name: "fork process".into(), nanoseconds: 400_000 };
+    machine.event(&MachineEvent::Running { at: 0, stages: vec![stage] });
     let guest = machine.clone();
     std::thread::spawn(move || fake_agent::run(&guest, reading));
     loop {

@@ -89,7 +89,12 @@ impl Service {
     }
 
     pub fn run(&mut self) {
-        let child = self.serve_command().spawn().unwrap();
+        self.run_with(&[]);
+    }
+
+    /// The same with more in its environment.
+    pub fn run_with(&mut self, environment: &[(&str, &str)]) {
+        let child = self.serve_command().envs(environment.iter().copied()).spawn().unwrap();
         self.child = Some(child);
         let status = wait_for("the service to listen", || match self.try_admin(&Request::Status) {
             Some(Reply::Status(status)) => Some(status),

@@ -44,8 +44,8 @@ fn serve() {
             .with_writer(std::io::stderr)
             .init();
         let path = std::env::var("HERMITAGE_TEST_CONFIG").unwrap();
-        let config = hermitage::config::Config::load(Some(path.as_ref())).unwrap();
-        if let Err(error) = hermitage::server::run(config) {
+        let read = move || Ok(hermitage::config::Config::load(Some(path.as_ref()))?);
+        if let Err(error) = hermitage::server::run(read().unwrap(), Box::new(read)) {
             eprintln!("error: {error:#}");
             std::process::exit(1);
         }

@@ -100,11 +100,16 @@ fn another_connection_sees_a_change_at_once() {
 fn sessions_are_logged_with_their_end() {
     let (_dir, mut accounts) = database();
     let alice = accounts.create(&new("alice")).unwrap();
-    let session = NewSession { account: alice.id, source: "192.0.2.1:1234", kind: "shell" };
+    let session = NewSession {
+        account: alice.id,
+        source: "192.0.2.1:1234",
+        kind: "shell",
+        login: "key SHA256:x",
+    };
     let first = accounts.session_started(&session).unwrap();
     let second = accounts.session_started(&session).unwrap();
-    accounts.session_ended(first, "exit 0").unwrap();
-    accounts.session_ended(first, "too late").unwrap();
+    accounts.session_ended(first, "exit 0", Some("forked")).unwrap();
+    accounts.session_ended(first, "too late", None).unwrap();
     let log = accounts.sessions(alice.id, 10).unwrap();
     assert_eq!(log.iter().map(|s| s.id).collect::<Vec<_>>(), [second, first]);
     assert_eq!(log[1].outcome.as_deref(), Some("exit 0"));
@@ -115,6 +120,40 @@ fn sessions_are_logged_with_their_end() {
         Some("the service was killed")
     );
     assert_eq!(accounts.end_open_sessions("again").unwrap(), 0);
+}
+
+#[test]
+fn the_log_is_of_an_account_and_of_a_time() {
+    let (_dir, mut accounts) = database();
+    let alice = accounts.create(&new("alice")).unwrap().id;
+    let bob = accounts.create(&new("bob")).unwrap().id;
+    // When it began and ended.
+    for (account, began, ended) in
+        [(alice, 100, Some(200)), (bob, 150, None), (alice, 300, Some(400)), (bob, 350, Some(360))]
+    {
+        let session =
+            NewSession { account, source: "192.0.2.1:1", kind: "sftp", login: "password" };
+        let id = accounts.session_started(&session).unwrap();
+        if ended.is_some() {
+            accounts.session_ended(id, "exit status 0", Some("running")).unwrap();
+        }
+        let times = "UPDATE sessions SET started = ?2, ended = ?3 WHERE id = ?1";
+        accounts.db.execute(times, rusqlite::params![id, began, ended]).unwrap();
+    }
+    let log = |account, since, most| -> Vec<i64> {
+        let query = LogQuery { account, since, most };
+        accounts.session_log(&query).unwrap().iter().map(|session| session.started).collect()
+    };
+    assert_eq!(log(None, None, 9), [350, 300, 150, 100]);
+    assert_eq!(log(None, None, 2), [350, 300]);
+    assert_eq!(log(Some(alice), None, 9), [300, 100]);
+    assert_eq!(log(None, Some(201), 9), [350, 300, 150], "one that goes on is of now");
+    assert_eq!(log(Some(bob), Some(361), 9), [150]);
+    let last = &accounts.session_log(&LogQuery { account: None, since: None, most: 1 }).unwrap()[0];
+    assert_eq!(
+        (last.login.as_deref(), last.machine.as_deref()),
+        (Some("password"), Some("running"))
+    );
 }
 
 #[test]
@@ -129,7 +168,7 @@ fn the_last_shell_is_found_among_other_sessions() {
         (alice.id, "192.0.2.3:3", "exec"),
         (bob.id, "192.0.2.4:4", "shell"),
     ] {
-        accounts.session_started(&NewSession { account, source, kind }).unwrap();
+        accounts.session_started(&NewSession { account, source, kind, login: "password" }).unwrap();
     }
     let (when, from) = accounts.last_shell(alice.id).unwrap().unwrap();
     assert_eq!(from, "192.0.2.2:2");

@@ -36,7 +36,7 @@ pub use name::{AccountName, MAX_NAME, NameError};
 pub use password::{
     MAX_PASSWORD, MIN_PASSWORD, PasswordError, check_hash, hash_password, verify_password,
 };
-pub use sessions::{NewSession, SessionRecord};
+pub use sessions::{LogQuery, NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;
 #[cfg(test)]

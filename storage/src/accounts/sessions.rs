@@ -12,6 +12,8 @@ pub struct NewSession<'a> {
     pub source: &'a str,
     /// `shell`, `exec`, `sftp`, …
     pub kind: &'a str,
+    /// What the login was by: `key SHA256:…`, `password`, `certificate …`.
+    pub login: &'a str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,25 +26,52 @@ pub struct SessionRecord {
     /// `None`: going on.
     pub ended: Option<i64>,
     pub outcome: Option<String>,
+    /// `None`: from before this was kept.
+    pub login: Option<String>,
+    /// How it found its machine: `running`, `forked`, `resumed`, `cold`. `None`: it got none, or goes on.
+    pub machine: Option<String>,
 }
 
-const COLUMNS: &str = "id, account, source, kind, started, ended, outcome";
+/// Which part of the log.
+#[derive(Clone, Debug)]
+pub struct LogQuery {
+    /// `None`: of all accounts, removed ones too.
+    pub account: Option<Uuid>,
+    /// Sessions that were going on at that time, or began later.
+    pub since: Option<i64>,
+    /// At most so many, the latest.
+    pub most: u32,
+}
+
+const COLUMNS: &str = "id, account, source, kind, started, ended, outcome, login, machine";
 
 impl Accounts {
     /// Returns the number under which to tell its end.
     pub fn session_started(&self, session: &NewSession) -> Result<i64, AccountsError> {
         self.db.execute(
-            "INSERT INTO sessions (account, source, kind, started) VALUES (?1, ?2, ?3, ?4)",
-            params![session.account.to_string(), session.source, session.kind, now()],
+            "INSERT INTO sessions (account, source, kind, started, login) VALUES (?1, ?2, ?3, ?4, ?5)",
+            params![
+                session.account.to_string(),
+                session.source,
+                session.kind,
+                now(),
+                session.login
+            ],
         )?;
         Ok(self.db.last_insert_rowid())
     }
 
-    /// Only the first end counts.
-    pub fn session_ended(&self, id: i64, outcome: &str) -> Result<(), AccountsError> {
+    /// Only the first end counts. `machine`: how it found its machine, if it got one.
+    pub fn session_ended(
+        &self,
+        id: i64,
+        outcome: &str,
+        machine: Option<&str>,
+    ) -> Result<(), AccountsError> {
         self.db.execute(
-            "UPDATE sessions SET ended = ?2, outcome = ?3 WHERE id = ?1 AND ended IS NULL",
-            params![id, now(), outcome],
+            "UPDATE sessions SET ended = ?2, outcome = ?3, machine = ?4 \
+             WHERE id = ?1 AND ended IS NULL",
+            params![id, now(), outcome, machine],
         )?;
         Ok(())
     }
@@ -62,6 +91,19 @@ impl Accounts {
             "SELECT {COLUMNS} FROM sessions WHERE account = ?1 ORDER BY id DESC LIMIT ?2"
         ))?;
         let rows = statement.query_map(params![account.to_string(), most], session)?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// The sessions log, the latest first.
+    pub fn session_log(&self, query: &LogQuery) -> Result<Vec<SessionRecord>, AccountsError> {
+        let mut statement = self.db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM sessions \
+             WHERE (?1 IS NULL OR account = ?1) \
+             AND (?2 IS NULL OR ended IS NULL OR ended >= ?2 OR started >= ?2) \
+             ORDER BY id DESC LIMIT ?3"
+        ))?;
+        let account = query.account.map(|id| id.to_string());
+        let rows = statement.query_map(params![account, query.since, query.most], session)?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
@@ -86,5 +128,7 @@ fn session(row: &Row) -> Result<SessionRecord, rusqlite::Error> {
         started: row.get(4)?,
         ended: row.get(5)?,
         outcome: row.get(6)?,
+        login: row.get(7)?,
+        machine: row.get(8)?,
     })
 }

@@ -5,12 +5,39 @@ use std::{sync::Arc, time::SystemTime};
 use hermitage_storage::accounts::{MachineState, Policy};
 
 use super::Driver;
-use crate::lifecycle::{
-    state::{Awake, State, StopCause},
-    words,
+use crate::{
+    lifecycle::{
+        save::SaveOver,
+        state::{Awake, SaveOutcome, State, StopCause},
+        words,
+    },
+    watch::Event,
 };
 
 impl Driver {
+    pub(super) fn tell_of_failure(&self, reason: String) {
+        self.context.watch.tell(Event::MachineFailed { id: self.account, reason });
+    }
+
+    pub(super) fn tell_of_end(&self, reason: String) {
+        self.context.watch.tell(Event::MachineEnded { id: self.account, reason });
+    }
+
+    pub(super) fn tell_of_save(&self, over: &SaveOver) {
+        let id = self.account;
+        self.context.watch.tell(match &over.outcome {
+            SaveOutcome::Done => Event::MachineSaved {
+                id,
+                bytes: over.bytes,
+                milliseconds: over.took.as_millis().try_into().unwrap_or(u64::MAX),
+                because: self.saved_because.clone(),
+                stages: over.stages.clone(),
+            },
+            SaveOutcome::CalledOff => Event::SaveCalledOff { id },
+            SaveOutcome::Failed(reason) => Event::SaveFailed { id, reason: reason.clone() },
+        });
+    }
+
     pub(super) fn publish(&self) {
         let state = match &self.lifecycle.state {
             State::Stopped => MachineState::Stopped,
