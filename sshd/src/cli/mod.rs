@@ -17,6 +17,7 @@ mod base;
 mod base_removal;
 mod console;
 mod context;
+mod database;
 mod date;
 mod doctor;
 mod hostkey;
@@ -91,6 +92,9 @@ enum Command {
     /// Accounts: who may log in, with what, and how much they get
     #[command(subcommand)]
     Account(account::Command),
+    /// The accounts' database: is it sound, copies of it, going back to one
+    #[command(subcommand)]
+    Database(database::Command),
     /// Base snapshots: what machines are forked from
     #[command(subcommand)]
     Base(base::Command),
@@ -170,6 +174,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor => doctor::run(&context),
         Command::Status => status::run(&context),
         Command::Account(command) => account::run(&context, command),
+        Command::Database(command) => database::run(&context, command),
         Command::Base(command) => base::run(&context, command),
         Command::Snapshot(command) => snapshot::run(&context, command),
         Command::Image(command) => image::run(&context, command),

@@ -41,6 +41,7 @@ use crate::{
     auth::{Authenticator, Trust},
     closing,
     config::Config,
+    copies,
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
     machine::ForkServers,
@@ -107,6 +108,7 @@ pub struct Service {
     listeners: Vec<TcpListener>,
     admin: AdminSocket,
     scarce: watch::Sender<bool>,
+    copies: copies::Keeper,
     _lock: File,
 }
 
@@ -137,6 +139,7 @@ impl Service {
         trust.check().context("ssh.user_ca_keys and ssh.revoked_keys have to name usable files")?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;
+        let copies = copies::Keeper::open(&state_dir.database())?;
         let listeners = config
             .ssh
             .listen
@@ -196,7 +199,7 @@ impl Service {
         let admin = AdminSocket::bind(&server.config.run_dir)?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, scarce, _lock: lock })
+        Ok(Self { server, listeners, admin, scarce, copies, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -206,7 +209,7 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, scarce, _lock } = self;
+        let Self { server, listeners, admin, scarce, copies, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
@@ -216,6 +219,7 @@ impl Service {
         }
         tasks.spawn(admin::serve(server.clone(), admin));
         tasks.spawn(closing::keep_hours(server.clone()));
+        tasks.spawn(copies.keep());
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {

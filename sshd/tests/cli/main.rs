@@ -2,9 +2,11 @@
 
 mod accounts;
 mod bases;
+mod database;
 mod host;
 mod hostkey;
 mod idle;
 mod machines;
 mod provisioning;
 mod service;
+mod shapes;
