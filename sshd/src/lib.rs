@@ -9,6 +9,7 @@ pub mod admin;
 mod auth;
 pub mod closing;
 pub mod config;
+mod copies;
 mod forward;
 mod lifecycle;
 pub mod limits;

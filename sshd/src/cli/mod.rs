@@ -21,6 +21,7 @@ mod checkpoint;
 mod config;
 mod console;
 mod context;
+mod database;
 mod date;
 mod doctor;
 mod hostkey;
@@ -105,6 +106,9 @@ enum Command {
     /// Show who was here: from where, by which key, for how long, and how it ended
     #[command(after_help = log::HELP)]
     Log(log::Log),
+    /// The accounts' database: is it sound, copies of it, going back to one
+    #[command(subcommand)]
+    Database(database::Command),
     /// Base snapshots: what machines are forked from
     #[command(subcommand)]
     Base(base::Command),
@@ -213,6 +217,7 @@ fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Doctor => doctor::run(context),
         Command::Status => status::run(context),
         Command::Account(command) => account::run(context, command),
+        Command::Database(command) => database::run(context, command),
         Command::Session(command) => session::run(context, command),
         Command::Log(query) => log::run(context, &query),
         Command::Base(command) => base::run(context, command),

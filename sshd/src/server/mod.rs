@@ -45,6 +45,7 @@ use crate::{
     auth::{Authenticator, Trust},
     closing,
     config::Config,
+    copies,
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
     machine::ForkServers,
@@ -120,6 +121,7 @@ pub struct Service {
     admin: AdminSocket,
     exporter: Exporter,
     scarce: Sender<bool>,
+    copies: copies::Keeper,
     _lock: File,
 }
 
@@ -142,6 +144,7 @@ impl Service {
         check_files(&config)?;
         let key = crypto::host_key(&state_dir.host_key())?;
         let store = Store::open(&state_dir.database())?;
+        let copies = copies::Keeper::open(&state_dir.database())?;
         let listeners = config
             .ssh
             .listen
@@ -208,7 +211,7 @@ impl Service {
         let exporter = Exporter::bind(&server.config.run_dir, metrics).await?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, exporter, scarce, _lock: lock })
+        Ok(Self { server, listeners, admin, exporter, scarce, copies, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -218,7 +221,7 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, exporter, scarce, _lock } = self;
+        let Self { server, listeners, admin, exporter, scarce, copies, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
@@ -237,6 +240,7 @@ impl Service {
         tasks.spawn(admin::serve(server.clone(), admin));
         tasks.spawn(closing::keep_hours(server.clone()));
         tasks.spawn(exporter.serve(server.clone()));
+        tasks.spawn(copies.keep());
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {

@@ -292,7 +292,7 @@ fn a_disk_is_enlarged_and_never_cut_off() {
     let alice = host.accounts().named("alice").unwrap();
     assert_eq!((alice.disk_bytes, alice.max_sessions), (2 << 30, None), "all or nothing");
     drop(lock);
-    host.run(&["account", "set", "alice", "--disk", "3G", "--policy", "keep"]).success();
+    host.run_soon(&["account", "set", "alice", "--disk", "3G", "--policy", "keep"]);
     assert_eq!(host.accounts().named("alice").unwrap().policy, Some(Policy::Keep));
 }
 

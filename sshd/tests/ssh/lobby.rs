@@ -54,7 +54,9 @@ fn questions_are_answered_and_start_no_machine() {
     assert!(!service.log().contains("machine started"), "{}", service.log());
     // On record as what they were, and no shell.
     let accounts = service.accounts();
-    let recorded = accounts.sessions(alice.id, 10).unwrap();
+    let recorded = wait_for("the third line of the log", || {
+        Some(accounts.sessions(alice.id, 10).unwrap()).filter(|recorded| recorded.len() == 3)
+    });
     let kinds: Vec<_> = recorded.iter().map(|session| session.kind.as_str()).collect();
     assert_eq!(kinds, ["+keys", "+status", "+help"]);
     assert_eq!(accounts.last_shell(alice.id).unwrap(), None);

@@ -1,6 +1,6 @@
 //! The database file: opening it, and bringing its schema forward.
 
-use super::OptionError;
+use super::{Copies, CopyError, OptionError, copies};
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -31,6 +31,10 @@ pub enum AccountsError {
         path.display()
     )]
     Newer { path: PathBuf, found: i64, known: i64 },
+    #[error("{} is a database, but none of accounts", .0.display())]
+    NotOurs(PathBuf),
+    #[error("before the schema is brought forward, the database is copied; that failed: {0}")]
+    Copy(#[source] Box<CopyError>),
     #[error("the schema could not be brought from {from} to {to}; nothing was changed: {source}")]
     Migrate { from: i64, to: i64, source: rusqlite::Error },
     #[error("there is already an account \"{0}\"")]
@@ -72,13 +76,9 @@ impl Accounts {
         Ok(Self { db })
     }
 
-    /// What SQLite finds wrong with the file, at most ten things. Empty: it is sound.
+    /// What is wrong with the database, at most ten things. Empty: it is sound.
     pub fn damage(&self) -> Result<Vec<String>, AccountsError> {
-        let mut statement = self.db.prepare("PRAGMA quick_check(10)")?;
-        let rows = statement.query_map([], |row| row.get(0))?;
-        let mut found = rows.collect::<Result<Vec<String>, _>>()?;
-        found.retain(|line| line != "ok");
-        Ok(found)
+        copies::damage(&self.db)
     }
 }
 
@@ -122,6 +122,13 @@ fn after_first_line(text: &str) -> &str {
 fn migrate(db: &mut Connection, path: &Path, sections: &[&str]) -> Result<(), AccountsError> {
     let open = |source| AccountsError::Open { path: path.to_owned(), source };
     let known = sections.len() as i64;
+    let before = version(db).map_err(open)?;
+    if (1..known).contains(&before) {
+        // Going back to the program from before takes the database from before.
+        Copies::of(path)
+            .take_of(db, &format!("before-schema-{known}"))
+            .map_err(|error| AccountsError::Copy(error.into()))?;
+    }
     loop {
         if version(db).map_err(open)? == known {
             return Ok(());
@@ -129,21 +136,30 @@ fn migrate(db: &mut Connection, path: &Path, sections: &[&str]) -> Result<(), Ac
         let step = db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(open)?;
         // Again, now that nobody else can be migrating.
         let from = version(&step).map_err(open)?;
-        let Some(section) = usize::try_from(from).ok().and_then(|from| sections.get(from)) else {
-            if from == known {
-                return Ok(());
+        let left = usize::try_from(from).ok().and_then(|from| sections.get(from..));
+        let steps = match (left, from) {
+            (Some([]), _) => return Ok(()),
+            // A new one appears whole: nobody is to take it for one of a former version.
+            (Some(all), 0) => all,
+            (Some(left), _) => &left[..1],
+            (None, _) => {
+                return Err(AccountsError::Newer { path: path.to_owned(), found: from, known });
             }
-            return Err(AccountsError::Newer { path: path.to_owned(), found: from, known });
         };
-        let to = from + 1;
-        step.execute_batch(section)
+        let to = from + steps.len() as i64;
+        step.execute_batch(&steps.join("\n"))
             .and_then(|()| step.pragma_update(None, "user_version", to))
             .and_then(|()| step.commit())
             .map_err(|source| AccountsError::Migrate { from, to, source })?;
     }
 }
 
-fn version(db: &Connection) -> Result<i64, rusqlite::Error> {
+/// The schema that this program brings databases to.
+pub(super) fn known_schema() -> i64 {
+    sections(SCHEMA).len() as i64
+}
+
+pub(super) fn version(db: &Connection) -> Result<i64, rusqlite::Error> {
     db.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 

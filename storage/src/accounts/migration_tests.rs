@@ -21,6 +21,11 @@ fn brought_forward(dump: &str) -> (tempfile::TempDir, Accounts) {
     Connection::open(&path).unwrap().execute_batch(dump).unwrap();
     let accounts = Accounts::open(&path).unwrap();
     assert!(accounts.damage().unwrap().is_empty());
+    // What there was before is kept, for the program from before.
+    let copies = Copies::of(&path).list().unwrap();
+    let [copy] = &copies[..] else { panic!("{copies:?}") };
+    let schema = dump.lines().last().unwrap().trim_end_matches(';').rsplit('=').next().unwrap();
+    assert_eq!(examine(&copy.path).unwrap().schema.to_string(), schema);
     (dir, accounts)
 }
 

@@ -10,6 +10,7 @@
 
 mod account;
 mod changes;
+mod copies;
 mod database;
 mod endpoint;
 mod idle;
@@ -27,6 +28,7 @@ pub use account::{
     NewAccount, Policy,
 };
 pub use changes::{BatchError, Changes, Step};
+pub use copies::{Copies, CopyError, DAILY_KEPT, DatabaseCopy, Examined, examine};
 pub use database::{Accounts, AccountsError, BUSY};
 pub use endpoint::Endpoint;
 pub use key_options::{KeyOptions, OptionError, utc_of_digits};

@@ -4,7 +4,7 @@ use super::Finding;
 use crate::cli::context::Context;
 use crate::cli::output::count;
 use crate::cli::{size, status};
-use hermitage_storage::accounts::Accounts;
+use hermitage_storage::accounts::{Accounts, AccountsError};
 use hermitage_storage::base::{Base, BaseId, HostKind};
 use hermitage_storage::image::{self, Image, ImageId};
 use nix::sys::statvfs::statvfs;
@@ -149,6 +149,9 @@ fn image(context: &Context, id: &str) -> Finding {
     }
 }
 
+const RESTORE: &str = "stop the service, then: hermitage database restore (hermitage database list shows what \
+                       copies there are)";
+
 fn database(context: &Context) -> Vec<Finding> {
     const CHECK: &str = "accounts";
     let path = context.state.database();
@@ -167,13 +170,18 @@ fn database(context: &Context) -> Vec<Finding> {
     let (damage, accounts) = match looked {
         Ok(found) => found,
         Err(error) => {
-            let advice = "restore the database from a backup, or use the program that wrote it";
+            let advice = match &error {
+                AccountsError::Newer { .. } => {
+                    "use the program that wrote it, or: hermitage database restore"
+                }
+                _ => RESTORE,
+            };
             return vec![Finding::failure(CHECK, error.to_string(), advice)];
         }
     };
     if !damage.is_empty() {
         let found = format!("{} is damaged: {}", path.display(), damage.join("; "));
-        return vec![Finding::failure(CHECK, found, "restore the database from a backup")];
+        return vec![Finding::failure(CHECK, found, RESTORE)];
     }
     let mut findings = vec![Finding::ok(
         CHECK,
