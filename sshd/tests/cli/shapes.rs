@@ -108,9 +108,9 @@ fn log_in(host: &Host) {
     use hermitage_storage::accounts::{Intent, MachineState, NewSession};
     let accounts = host.accounts();
     let account = accounts.named("alice").unwrap().id;
-    let new = NewSession { account, source: "192.0.2.1:1", kind: "shell" };
+    let new = NewSession { account, source: "192.0.2.1:1", kind: "shell", login: "password" };
     let first = accounts.session_started(&new).unwrap();
-    accounts.session_ended(first, "exit status 0").unwrap();
+    accounts.session_ended(first, "exit status 0", None).unwrap();
     accounts.session_started(&new).unwrap();
     let saved = Intent {
         account,
