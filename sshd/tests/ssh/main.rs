@@ -3,6 +3,7 @@
 //! an SSH client and a machine's sockets is tested without KVM. What needs a guest is tested in the
 //! lab.
 
+mod abuse;
 mod algorithms;
 mod certificates;
 mod ends;

@@ -43,7 +43,9 @@ fn what_there_was_is_there_after_every_migration() {
         assert_eq!(accounts.removed("carol").unwrap().len(), 1);
         // Keys had no options up to schema 3: they open what they did.
         let options = accounts.key_options(ALICE, &[0, 0, 0, 11]).unwrap().unwrap();
-        assert_eq!(options == KeyOptions::default(), version < 3, "{options:?}");
+        assert_eq!(options, KeyOptions::default());
+        let backup = accounts.key_options(ALICE, &[0, 0, 0, 12]).unwrap();
+        assert_eq!(backup.is_some_and(|options| options.command.is_some()), version >= 3);
         let session = &accounts.sessions(ALICE, 9).unwrap()[0];
         assert_eq!((session.id, &session.login, &session.machine), (7, &None, &None));
         // What came with later versions says what it said before there was such a thing.

@@ -18,6 +18,7 @@ pub mod report;
 pub mod resume;
 pub mod sleep;
 pub mod stats;
+pub mod transfer;
 pub mod wait;
 
 /// Says on standard error what is being done.

@@ -1,6 +1,9 @@
 //! `hermitage-bench`: runs the measurements asked for and prints what they found.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use bench::{
@@ -12,7 +15,7 @@ use bench::{
     progress,
     report::{Report, Section},
     resume::{self, Extent},
-    sleep,
+    sleep, transfer,
 };
 use clap::{Parser, ValueEnum};
 
@@ -26,7 +29,7 @@ struct Options {
     /// Measure only this; may be repeated. Rows that need another section's figure for a ratio get it.
     #[arg(long, value_enum, value_name = "SECTION")]
     only: Vec<What>,
-    /// Samples of each section instead of its default (floor and fork 200, agent 50, sleep 20, login 10).
+    /// Samples of each section instead of its default (floor and fork 200, agent 50, sleep 20, login 10, transfer 3).
     #[arg(short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     n: Option<u32>,
     /// Machines to have alive at once for their memory.
@@ -41,6 +44,12 @@ struct Options {
     /// With --prove-resume: bytes of a snapshot to damage, one after another.
     #[arg(long, value_name = "N", default_value_t = 100, requires = "prove_resume")]
     flips: u64,
+    /// MiB of the file that `transfer` copies.
+    #[arg(long, value_name = "MIB", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    transfer_mib: u64,
+    /// Small files that `transfer` copies.
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    transfer_files: u64,
     /// Print JSON on standard output.
     #[arg(long)]
     json: bool,
@@ -75,6 +84,8 @@ enum What {
     Sleep,
     /// Login by ssh against OpenSSH.
     Login,
+    /// Commands, copies, small files and streams by ssh against OpenSSH.
+    Transfer,
     /// An idle logged-in machine, many alive.
     Memory,
 }
@@ -117,6 +128,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     }
     bench.machines();
     bench.login();
+    bench.transfer();
     let Bench { report, failed, .. } = bench;
 
     let table = report.table();
@@ -187,14 +199,29 @@ impl Bench<'_> {
 
     fn login(&mut self) {
         if self.wanted(&[What::Login]) {
-            let result = login::measure(&login::Config {
-                hermitage: &self.libexec.join("hermitage"),
-                state_dir: &self.options.state_dir,
-                run_dir: &self.options.run_dir,
-                port: self.options.ssh_port,
-                rounds: self.n(10),
-            });
+            let hermitage = self.libexec.join("hermitage");
+            let result = login::measure(&self.service(&hermitage, 10));
             self.take("login", result.map(|section| vec![section]));
+        }
+    }
+
+    fn transfer(&mut self) {
+        if self.wanted(&[What::Transfer]) {
+            let hermitage = self.libexec.join("hermitage");
+            let Options { transfer_mib: file_mib, transfer_files: files, .. } = *self.options;
+            let extent = transfer::Extent { file_mib, files };
+            let result = transfer::measure(&self.service(&hermitage, 3), extent);
+            self.take("transfer", result.map(|section| vec![section]));
+        }
+    }
+
+    fn service<'a>(&'a self, hermitage: &'a Path, rounds: usize) -> login::Config<'a> {
+        login::Config {
+            hermitage,
+            state_dir: &self.options.state_dir,
+            run_dir: &self.options.run_dir,
+            port: self.options.ssh_port,
+            rounds: self.n(rounds),
         }
     }
 

@@ -22,6 +22,8 @@ use crate::{
 
 /// A login under emulation takes seconds; the first one of an account also grows its disk.
 const PROMPT_LIMIT: Duration = Duration::from_secs(90);
+/// A big copy under emulation takes minutes.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(1800);
 const EXIT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The ssh client with a key of its own, the same for every server.
@@ -64,8 +66,16 @@ impl Client {
             quoted(&self.program)?,
             quoted(note)?
         );
-        let mut command = Command::new("ssh");
-        command.arg("-tt").arg("-F").arg("/dev/null").arg("-i").arg(self.dir.join("id_ed25519"));
+        let mut command = self.tool("ssh");
+        command.arg("-tt").args(["-o", "ProxyUseFdpass=yes", "-o", dial.as_str()]);
+        command.arg(format!("{user}@127.0.0.1"));
+        Ok(command)
+    }
+
+    /// `ssh`, `scp` or `sftp` with the key, and nothing of this user's configuration.
+    pub fn tool(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-F").arg("/dev/null").arg("-i").arg(self.dir.join("id_ed25519"));
         for option in [
             "IdentitiesOnly=yes",
             "PreferredAuthentications=publickey",
@@ -76,14 +86,53 @@ impl Client {
             "LogLevel=ERROR",
             "ControlMaster=no",
             "ControlPath=none",
-            "ProxyUseFdpass=yes",
-            dial.as_str(),
         ] {
             command.arg("-o").arg(option);
         }
         command.env_remove("SSH_AUTH_SOCK").env("TERM", "xterm").env("SHELL", "/bin/sh");
-        command.arg(format!("{user}@127.0.0.1"));
-        Ok(command)
+        command
+    }
+
+    /// Runs commands at once, their output thrown away. Nanoseconds until all of them have ended well.
+    pub fn run_all(&self, commands: Vec<Command>) -> anyhow::Result<u64> {
+        let begun = clock::now();
+        let mut running = Vec::with_capacity(commands.len());
+        for mut command in commands {
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            let what = format!("{command:?}");
+            let child = command.spawn().with_context(|| format!("start {what}"))?;
+            running.push((Running(child), what));
+        }
+        for (child, what) in &mut running {
+            child.succeed().with_context(|| format!("run {what}"))?;
+        }
+        Ok(clock::now() - begun)
+    }
+}
+
+/// A client that does not outlive the interest in it.
+struct Running(Child);
+
+impl Running {
+    fn succeed(&mut self) -> anyhow::Result<()> {
+        let mut said = String::new();
+        let stderr = self.0.stderr.take().context("its standard error is gone")?;
+        let deadline = Deadline::after(TRANSFER_LIMIT);
+        // Its end closes it.
+        until_readable(&stderr, deadline, "end of it")?;
+        stderr.take(4096).read_to_string(&mut said).context("read what it says")?;
+        let status = self.0.wait().context("wait for it")?;
+        if !status.success() {
+            bail!("{status}: {}", said.trim());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -1,6 +1,6 @@
 //! Login, TCP connect to prompt, against OpenSSH's sshd giving a bare shell on the same host.
 
-mod account;
+pub mod account;
 pub mod client;
 pub mod dial;
 pub mod openssh;
