@@ -131,6 +131,12 @@ pub struct Machines {
     pub stale_timeout: u64,
     /// No machine is started with less than this free where the state directory is.
     pub min_free_mib: u64,
+    /// No machine is started with less memory than this available on the host. 0: whatever there is.
+    pub min_available_mib: u64,
+    /// Memory that running machines are promised together, in multiples of the host's. 0: without end.
+    pub memory_overcommit: u64,
+    /// What saving all running machines may take, in multiples of the room that is free. 0: without end.
+    pub save_overcommit: u64,
     /// With less than this free there, guests get no new space on their disks. 0: never.
     pub guest_floor_mib: u64,
     /// Seconds that work may keep a machine awake after its last session left. 0: not at all.
@@ -155,6 +161,9 @@ impl Default for Machines {
             save_timeout: 80,
             stale_timeout: 30,
             min_free_mib: 512,
+            min_available_mib: 128,
+            memory_overcommit: 64,
+            save_overcommit: 64,
             guest_floor_mib: 256,
             max_linger: 4 * 3600,
             busy_cpu_percent: 10,

@@ -16,6 +16,7 @@ pub mod limits;
 mod link;
 mod lobby;
 mod machine;
+mod promises;
 mod room;
 pub mod server;
 mod session;

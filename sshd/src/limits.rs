@@ -105,12 +105,12 @@ fn as_policy<S: Serializer>(policy: &Option<Policy>, serializer: S) -> Result<S:
 }
 
 fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    size::parse(&text).map(Some).map_err(D::Error::custom)
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| size::parse(&text).map_err(D::Error::custom)).transpose()
 }
 
 fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, D::Error> {
-    let name = String::deserialize(deserializer)?;
+    let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
     let policy = Policy::parse(&name);
     policy.map(Some).ok_or_else(|| D::Error::custom(format!("\"{name}\": save, keep or discard")))
 }
@@ -162,6 +162,17 @@ mod tests {
         assert_eq!(Limits::of(&config, &gone), everybodys);
         assert_eq!(new_disk(&config, Some("student")), 2 << 30);
         assert_eq!(new_disk(&config, Some("staff")), DEFAULT_DISK_BYTES);
+    }
+
+    /// Reading the configuration again compares and merges it as JSON, where what is not said is null.
+    #[test]
+    fn a_class_of_few_words_survives_being_read_again() {
+        let config =
+            load("[class.a]\nsessions = 3\n[class.b]\ndisk = \"5GiB\"\npolicy = \"keep\"\n");
+        let config = config.unwrap();
+        let json = serde_json::to_value(&config).unwrap();
+        let again: Config = serde_json::from_value(json).unwrap();
+        assert_eq!(again.classes, config.classes);
     }
 
     #[test]

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     machine::{ForkServers, Machine},
+    promises::{Promise, Promises},
     server::Settings,
     store::Store,
     watch::Watch,
@@ -52,6 +53,7 @@ pub struct Context {
     pub store: Store,
     pub forks: ForkServers,
     pub watch: Watch,
+    pub promises: Promises,
     /// Whether room for disks is scarce.
     pub scarce: watch::Receiver<bool>,
 }
@@ -96,6 +98,7 @@ pub(super) struct Driver {
 /// The machine the account has, and how its sessions learn that it is taken away.
 struct Attached {
     machine: Arc<MachineCell>,
+    _promise: Promise,
     dying: bool,
     arrival: Arrival,
     /// For the first who is let in; later ones find it running.
@@ -237,6 +240,7 @@ impl Driver {
                 self.former = Some(start::Former::default());
                 self.machine = Some(Attached {
                     machine: Arc::new(MachineCell(started.machine)),
+                    _promise: started.promise,
                     dying: false,
                     arrival: Arrival::new(started.arrival),
                     how: started.how,

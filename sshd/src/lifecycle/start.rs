@@ -24,6 +24,7 @@ use super::{
 use crate::{
     closing,
     machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
+    promises::{Full, Promise},
     room,
     store::StoreError,
     watch::Event,
@@ -49,6 +50,8 @@ pub(super) struct Former {
 pub(super) struct Started {
     pub machine: Arc<Machine>,
     pub account: Account,
+    /// What it was promised of the host, as long as it runs.
+    pub promise: Promise,
     /// How the machine came to be, for who logs in.
     pub arrival: Option<String>,
     pub how: How,
@@ -62,6 +65,8 @@ pub(super) enum StartError {
     Store(#[from] StoreError),
     #[error("{path} has {free} MiB free, less than machines.min_free_mib = {floor}; make room there", path = path.display())]
     NoRoom { path: PathBuf, free: u64, floor: u64 },
+    #[error(transparent)]
+    Full(#[from] Full),
     #[error("can't tell how much room {path} has: {source}", path = path.display())]
     Room { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
@@ -86,6 +91,11 @@ impl StartError {
             StartError::NoRoom { .. } => {
                 "the host's disk is nearly full, so no machine can be started; \
                  your files are safe, try again later"
+                    .into()
+            }
+            StartError::Full(_) => {
+                "the host has no room for one more machine at the moment; your files are safe, try again \
+                 later"
                     .into()
             }
             StartError::Disk(DiskError::InUse(_)) => {
@@ -114,7 +124,7 @@ pub(super) async fn start(
     }
     let account = account.ok_or(StartError::Closed(closing::words(Closed::Removed)))?;
     let machines = &context.config.machines;
-    check_room(context.state_dir.root(), machines.min_free_mib)?;
+    let promise = promise(&context).await?;
 
     let path = context.state_dir.disk(account.id);
     let disk = open_disk(&path, machines.stale_timeout()).await?;
@@ -154,7 +164,7 @@ pub(super) async fn start(
         detail: arrival.clone(),
         stages: machine.take_stages(),
     });
-    Ok(Started { machine, account, arrival, how })
+    Ok(Started { machine, account, promise, arrival, how })
 }
 
 /// A machine of the current base and the disk alone.
@@ -201,12 +211,18 @@ pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<File, S
     }
 }
 
-fn check_room(path: &Path, floor: u64) -> Result<(), StartError> {
-    let free = room::free(path)
-        .map_err(|errno| StartError::Room { path: path.into(), source: errno.into() })?
-        >> 20;
-    if free < floor {
-        return Err(StartError::NoRoom { path: path.into(), free, floor });
-    }
-    Ok(())
+/// Whether the host has room for one more machine, which counts from then on.
+async fn promise(context: &Arc<Context>) -> Result<Promise, StartError> {
+    let context = context.clone();
+    let judged = tokio::task::spawn_blocking(move || {
+        let (path, limits) = (context.state_dir.root(), &context.config.machines);
+        let free = room::free(path)
+            .map_err(|errno| StartError::Room { path: path.into(), source: errno.into() })?;
+        let floor = limits.min_free_mib;
+        if free >> 20 < floor {
+            return Err(StartError::NoRoom { path: path.into(), free: free >> 20, floor });
+        }
+        Ok(context.promises.make(&context.state_dir, limits, free)?)
+    });
+    judged.await.map_err(|error| StartError::Interrupted(error.to_string()))?
 }

@@ -49,6 +49,7 @@ use crate::{
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
     machine::ForkServers,
+    promises::Promises,
     room::{self, Floor},
     store::Store,
     watch::{self, Event, Watch, exporter::Exporter},
@@ -176,6 +177,7 @@ impl Service {
             store: store.clone(),
             forks,
             watch: watch.clone(),
+            promises: Promises::default(),
             scarce: watched,
         });
         let ssh = &config.ssh;

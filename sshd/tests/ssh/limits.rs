@@ -269,3 +269,52 @@ fn nothing_remains_of_ended_sessions() {
     // The status request that is being answered may still have its socket.
     assert!(used() <= before + 1, "{before} descriptors, then {}", used());
 }
+
+/// Promised are machines of the base's size, a hundred gigabytes here; nothing of it is used.
+#[test]
+fn a_full_host_refuses_machines_with_words_and_keeps_those_that_run() {
+    use hermitage_storage::base::{BaseWriter, Description, HostKind};
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // Two fit into a host's memory twice, a third does not.
+    let mut service = Service::prepare(Options {
+        ssh: "",
+        machines: "memory_overcommit = 2\nsave_overcommit = 0\nlinger = 0\nmin_available_mib = 0",
+    });
+    let unnamed = service.path("state/bases/.new-test");
+    let writer = BaseWriter::create(&unnamed, kib * 1000 / 4096 * 4096).unwrap();
+    std::fs::write(service.path("root.erofs"), "nothing").unwrap();
+    let description = Description {
+        image: "00112233445566778899aabbccddeeff".into(),
+        agent_protocol: 1,
+        guest_kernel: "6.12".into(),
+        vcpus: 1,
+        restorable_on: HostKind::here(1, "digest".into()).unwrap(),
+    };
+    let id = writer.finish(description, b"state", &service.path("root.erofs")).unwrap();
+    std::fs::rename(&unnamed, service.state().base(&id)).unwrap();
+    service.state().set_current_base(&id).unwrap();
+    service.run();
+    for name in ["alice", "bob", "carol"] {
+        service.account(name);
+    }
+    let mut shells: Vec<_> = ["alice", "bob"]
+        .map(|name| {
+            let mut ssh = service.ssh_with(&[&at(name), "sleep 60"]);
+            let shell = ssh.spawn().unwrap();
+            wait_for("a session", || service.account_status(name).filter(|s| s.sessions == 1));
+            shell
+        })
+        .into_iter()
+        .collect();
+    let refused = service.ssh("carol", "echo in");
+    assert!(stderr(&refused).contains("no room for one more machine"), "{}", stderr(&refused));
+    assert_eq!(stdout(&refused), "");
+    assert!(service.log().contains("machines.memory_overcommit"), "{}", service.log());
+    assert_eq!(stdout(&service.ssh("bob", "echo in")), "in\n", "who has a machine gets in");
+    shells[0].kill().unwrap();
+    shells[0].wait().unwrap();
+    wait_for("room", || service.ssh("carol", "true").status.success().then_some(()));
+    shells[1].kill().unwrap();
+    shells[1].wait().unwrap();
+}

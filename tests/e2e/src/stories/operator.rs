@@ -8,12 +8,13 @@ use crate::{
     runner::{Test, test},
 };
 
-pub const TESTS: [Test; 7] = [
+pub const TESTS: [Test; 8] = [
     test("account_add_list_show_remove", 240, account_life),
     test("account_commands_can_be_repeated", 240, idempotence),
     test("keys_are_added_and_taken_away", 240, keys),
     test("password_is_changed_and_taken_away", 240, passwords),
     test("removed_account_keeps_its_disk_until_purge", 300, removal),
+    test("an_account_is_enlarged_and_renamed", 240, other_size_and_name),
     test("console_shows_the_boot_log", 240, console),
     test("doctor_finds_nothing_wrong_here", 240, doctor),
 ];
@@ -67,7 +68,9 @@ fn idempotence(story: &Story) -> Result<()> {
         let answer = host.hermitage_json(&command)?;
         same(&command, answer["changed"].as_bool(), Some(changed))?;
     }
-    let taken = host.try_run(&format!("hermitage account add {name}"))?;
+    let again = host.hermitage_json(&format!("account add {name}"))?;
+    same("adding it again", again["changed"].as_bool(), Some(false))?;
+    let taken = host.try_run(&format!("hermitage account add {name} --disk 7G"))?;
     same("exit status for a name that is taken", taken.code(), Some(4))?;
     says("what is said of it", &taken.err(), name)?;
     for bad in ["Alice", "a b", "../x", "root", "1st", "", "a+b"] {
@@ -75,6 +78,35 @@ fn idempotence(story: &Story) -> Result<()> {
         ensure!(refused.code() != Some(0), "the name {bad:?} was taken");
     }
     alice.output("true").map(drop)
+}
+
+/// What is said of it is what the guest sees: more room and the new host name at the next start from the
+/// disk, her files and her user's name as before; and until then her machine is resumed as it was.
+fn other_size_and_name(story: &Story) -> Result<()> {
+    let host = story.host();
+    let alice = story.account_with("alice", &["--disk", "1G"])?;
+    let renamed = story.unique("renamed");
+    alice.output("echo kept > file")?;
+    host.run(&format!("hermitage account stop {}", alice.name))?;
+    host.run(&format!("hermitage account set {} --disk 3G", alice.name))?;
+    story.afterwards(format!("hermitage account remove {renamed} --purge"));
+    host.run(&format!("hermitage account rename {} {renamed}", alice.name))?;
+    same("a login with the former name", alice.exec("true")?.code(), Some(255))?;
+
+    let look = "whoami; hostname; cat ~/file; df -m --output=size / | tail -n 1";
+    let seen = |name: &str| -> Result<(String, u64)> {
+        let text = alice.login_as(name).exec(look)?.success()?;
+        let (words, size) = text.trim_end().rsplit_once('\n').context("no size")?;
+        Ok((words.to_owned(), size.trim().parse().with_context(|| format!("{size:?}"))?))
+    };
+    let host_name = |name: &str| name.replace('_', "-");
+    let (words, size) = seen(&renamed)?;
+    same("resumed", words, format!("{0}\n{1}\nkept", alice.name, host_name(&alice.name)))?;
+    ensure!(size < 1024, "the file system grew under a machine that was resumed: {size} MiB");
+    let (words, size) = seen(&format!("{renamed}+fresh"))?;
+    same("started anew", words, format!("{0}\n{1}\nkept", alice.name, host_name(&renamed)))?;
+    ensure!((2500..3072).contains(&size), "its file system has {size} MiB");
+    Ok(())
 }
 
 fn keys(story: &Story) -> Result<()> {

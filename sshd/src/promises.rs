@@ -1,0 +1,179 @@
+//! What running machines are promised together, and whether the host can take one more.
+//!
+//! A machine is promised the memory of its base, and room on the disk for all of it when it is saved. Most use a
+//! hundredth of that, so hosts promise many times what they have: how many times is the operator's to say. One
+//! more machine than that is refused with words, which is better than a host that kills processes for want of
+//! memory, or a save that does not fit. What there really is left is looked at as well.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use hermitage_storage::{StateDir, base::Base};
+
+use crate::config::Machines;
+
+const MIB: u64 = 1 << 20;
+
+#[derive(Clone, Default)]
+pub struct Promises(Arc<Mutex<Table>>);
+
+#[derive(Default)]
+struct Table {
+    bytes: u64,
+    /// Of bases, which never change, by their ids.
+    memory_of: HashMap<String, u64>,
+}
+
+/// A machine's part of it, given back when dropped.
+pub struct Promise {
+    promises: Promises,
+    bytes: u64,
+}
+
+/// Why there is no more, with what an operator can do about it.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Full {
+    #[error(
+        "{available} MiB of memory are available, less than machines.min_available_mib = {floor}; fewer \
+         machines, or more memory, help"
+    )]
+    Available { available: u64, floor: u64 },
+    #[error(
+        "running machines would be promised {promised} MiB of memory, more than machines.memory_overcommit = \
+         {times} times the host's {total} MiB"
+    )]
+    Memory { promised: u64, times: u64, total: u64 },
+    #[error(
+        "saving all running machines may take {promised} MiB, more than machines.save_overcommit = {times} \
+         times the {free} MiB that are free where the state directory is"
+    )]
+    Saves { promised: u64, times: u64, free: u64 },
+}
+
+/// What the host has.
+#[derive(Clone, Copy, Debug)]
+struct Host {
+    memory: u64,
+    available: u64,
+    free: u64,
+}
+
+impl Promises {
+    /// Promises a machine of the current base what it needs. `free` is the room for saves. Reads small
+    /// files.
+    pub fn make(&self, state: &StateDir, limits: &Machines, free: u64) -> Result<Promise, Full> {
+        let bytes = self.memory_of_base(state);
+        // Without /proc nothing can be judged, and little else works.
+        let (memory, available) = memory().unwrap_or((u64::MAX, u64::MAX));
+        self.promise(bytes, limits, Host { memory, available, free })
+    }
+
+    fn promise(&self, bytes: u64, limits: &Machines, host: Host) -> Result<Promise, Full> {
+        let mut table = self.table();
+        let promised = table.bytes.saturating_add(bytes);
+        judge(promised, limits, host)?;
+        table.bytes = promised;
+        Ok(Promise { promises: self.clone(), bytes })
+    }
+
+    /// 0 if it can't be told: the start that follows says why, better than this could.
+    fn memory_of_base(&self, state: &StateDir) -> u64 {
+        let Ok(Some(id)) = state.current_base() else { return 0 };
+        if let Some(bytes) = self.table().memory_of.get(id.as_str()) {
+            return *bytes;
+        }
+        let Ok(manifest) = Base::manifest(&state.base(&id)) else { return 0 };
+        let bytes = manifest.content.machine.memory_bytes;
+        let mut table = self.table();
+        // Bases come with the years; old ones may be looked up again.
+        if table.memory_of.len() >= 64 {
+            table.memory_of.clear();
+        }
+        table.memory_of.insert(id.as_str().to_owned(), bytes);
+        bytes
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let mut table = self.promises.table();
+        table.bytes = table.bytes.saturating_sub(self.bytes);
+    }
+}
+
+fn judge(promised: u64, limits: &Machines, host: Host) -> Result<(), Full> {
+    let floor = limits.min_available_mib;
+    if host.available / MIB < floor {
+        return Err(Full::Available { available: host.available / MIB, floor });
+    }
+    let over = |times: u64, of: u64| times > 0 && promised > of.saturating_mul(times);
+    let times = limits.memory_overcommit;
+    if over(times, host.memory) {
+        return Err(Full::Memory { promised: promised / MIB, times, total: host.memory / MIB });
+    }
+    let times = limits.save_overcommit;
+    if over(times, host.free) {
+        return Err(Full::Saves { promised: promised / MIB, times, free: host.free / MIB });
+    }
+    Ok(())
+}
+
+/// All of the host's memory, and what can be had without swapping (proc_meminfo(5)).
+fn memory() -> io::Result<(u64, u64)> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let kib: Option<u64> = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        kib.map(|kib| kib.saturating_mul(1024)).ok_or(io::ErrorKind::InvalidData.into())
+    };
+    field("MemTotal").and_then(|total| Ok((total, field("MemAvailable")?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+    const HOST: Host = Host { memory: 2 * GIB, available: GIB, free: GIB };
+
+    #[test]
+    fn so_many_times_what_there_is_is_promised_and_no_more() {
+        let limits = Machines { memory_overcommit: 2, save_overcommit: 0, ..Machines::default() };
+        let promises = Promises::default();
+        let held: Vec<_> =
+            (0..8).map(|_| promises.promise(GIB / 2, &limits, HOST).unwrap()).collect();
+        let full = promises.promise(GIB / 2, &limits, HOST).err().unwrap();
+        assert_eq!(full, Full::Memory { promised: 4608, times: 2, total: 2048 });
+        assert!(full.to_string().contains("machines.memory_overcommit"), "{full}");
+        drop(held.into_iter().next());
+        assert!(promises.promise(GIB / 2, &limits, HOST).is_ok(), "given back");
+        assert_eq!(promises.table().bytes, 0);
+    }
+
+    #[test]
+    fn saves_have_to_fit_and_memory_has_to_be_there() {
+        let limits = Machines { memory_overcommit: 0, save_overcommit: 1, ..Machines::default() };
+        let promises = Promises::default();
+        let _one = promises.promise(GIB, &limits, HOST).unwrap();
+        let full = promises.promise(1, &limits, HOST).err().unwrap();
+        assert!(matches!(full, Full::Saves { times: 1, free: 1024, .. }), "{full}");
+        let none = Machines { save_overcommit: 0, ..limits };
+        let _more = promises.promise(u64::MAX / 2, &none, HOST).unwrap();
+        let poor = Host { available: 5 * MIB, ..HOST };
+        let full = promises.promise(0, &none, poor).err().unwrap();
+        assert!(matches!(full, Full::Available { available: 5, .. }), "{full}");
+    }
+
+    #[test]
+    fn this_host_has_memory() {
+        let (total, available) = memory().unwrap();
+        assert!(total >= available && available > 0);
+    }
+}
