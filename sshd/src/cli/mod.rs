@@ -38,6 +38,7 @@ mod snapshot;
 mod status;
 mod template;
 mod tool;
+mod top;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use context::Context;
@@ -97,6 +98,9 @@ enum Command {
     Doctor,
     /// Show the running service, its machines and sessions
     Status,
+    /// Show what machines take of processors, memory and disks, as it changes
+    #[command(after_help = top::HELP)]
+    Top(top::Top),
     /// Accounts: who may log in, with what, and how much they get
     #[command(subcommand)]
     Account(account::Command),
@@ -216,6 +220,7 @@ fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Serve => serve(context),
         Command::Doctor => doctor::run(context),
         Command::Status => status::run(context),
+        Command::Top(top) => top::run(context, &top),
         Command::Account(command) => account::run(context, command),
         Command::Database(command) => database::run(context, command),
         Command::Session(command) => session::run(context, command),

@@ -13,4 +13,5 @@ mod manual;
 mod provisioning;
 mod service;
 mod shapes;
+mod top;
 mod watching;
