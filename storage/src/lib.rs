@@ -9,6 +9,8 @@
 pub mod accounts;
 #[cfg(feature = "accounts")]
 pub mod archive;
+#[cfg(feature = "accounts")]
+pub mod backup;
 pub mod base;
 pub mod checkpoint;
 pub mod disk;

@@ -50,6 +50,17 @@ impl NewFile {
         &self.file
     }
 
+    pub fn file_mut(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// As [`Self::publish`], for one of many that the caller syncs together before anything depends on them.
+    pub fn publish_unsynced(mut self) -> io::Result<()> {
+        fs::rename(&self.beside.path, &self.beside.target)?;
+        self.beside.published = true;
+        Ok(())
+    }
+
     /// Replaces what is there by that name.
     pub fn publish(mut self) -> io::Result<()> {
         self.file.sync_all()?;

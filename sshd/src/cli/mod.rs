@@ -15,6 +15,7 @@ mod account_show;
 mod admin;
 mod archive;
 mod audit;
+mod backup;
 mod base;
 mod base_removal;
 mod checkpoint;
@@ -122,6 +123,9 @@ enum Command {
     /// Checkpoints: states of an account, files and memory, that it can go back to
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
+    /// Backups: all accounts, again and again, into one directory
+    #[command(subcommand)]
+    Backup(backup::Command),
     /// Guest images: the kernel and root file system that bases are booted from
     #[command(subcommand)]
     Image(image::Command),
@@ -228,6 +232,7 @@ fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Base(command) => base::run(context, command),
         Command::Snapshot(command) => snapshot::run(context, command),
         Command::Checkpoint(command) => checkpoint::run(context, command),
+        Command::Backup(command) => backup::run(context, command),
         Command::Image(command) => image::run(context, command),
         Command::Hostkey { host } => hostkey::run(context, host),
         Command::Config(command) => config::run(context, &command),

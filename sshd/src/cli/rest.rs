@@ -43,6 +43,7 @@ pub fn take(context: &Context, account: &Account, stop: bool) -> anyhow::Result<
 
 /// Bytes that a command may write to the state directory: what is left for the machines is not its to take.
 pub fn room(context: &Context) -> anyhow::Result<u64> {
+    context.state.create().with_context(|| context.not_ours())?;
     let root = context.state.root();
     let stat =
         statvfs(root).with_context(|| format!("looking at the room in {}", root.display()))?;

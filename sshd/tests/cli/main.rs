@@ -2,6 +2,7 @@
 
 mod accounts;
 mod archives;
+mod backups;
 mod bases;
 mod checkpoints;
 mod database;

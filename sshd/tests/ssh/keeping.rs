@@ -88,3 +88,30 @@ fn an_account_moves_with_its_shell_between_services() {
         (!there.state().snapshot(id).exists()).then_some(())
     });
 }
+
+#[test]
+fn a_backup_has_whoever_is_not_there_and_names_who_is() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    for name in ["alice", "bob", "carol"] {
+        service.account(name);
+    }
+    let mut hers = Shell::open(&service, "alice");
+    hers.run("echo i-am-he''re", "i-am-here");
+    // He has left; his machine lingers.
+    assert!(service.ssh("bob", "true").status.success());
+    wait_for("bob to have left", || {
+        service.account_status("bob").filter(|status| status.state == "lingering")
+    });
+    let dir = service.path("backup").display().to_string();
+    let made = hermitage(&service, &["backup", "create", &dir, "--memory"]);
+    assert_eq!(made.status.code(), Some(1), "{}", stderr(&made));
+    assert!(stderr(&made).contains("alice is left out"), "{}", stderr(&made));
+    assert!(stdout(&made).contains("2 accounts"), "{}", stdout(&made));
+    hers.run("echo st''ill", "still");
+    assert_eq!(service.account_status("bob").unwrap().state, "saved");
+    let made = hermitage(&service, &["backup", "create", &dir, "--stop"]);
+    assert!(made.status.success(), "{}", stderr(&made));
+    assert_eq!(hers.wait(), 255);
+    let mut hers = Shell::open(&service, "alice");
+    assert!(hers.expect("still").contains("resumed from"));
+}

@@ -153,7 +153,7 @@ impl Manifest {
     }
 
     /// Everything but the account's own settings, which [`Self::account`] takes apart.
-    fn check(&self) -> Result<(), ArchiveError> {
+    pub(crate) fn check(&self) -> Result<(), ArchiveError> {
         let field = |what, value: &dyn ToString| {
             Err(ArchiveError::Field { what, value: value.to_string().chars().take(64).collect() })
         };

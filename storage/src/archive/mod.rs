@@ -13,7 +13,7 @@ mod writer;
 pub use manifest::{Disk, Manifest, Memory, Settings, describe};
 pub use reader::{Part, Reader};
 pub use record::MAX_RAW;
-pub use restore::{BackMemory, RestoreError, Restored, Wish, restore};
+pub use restore::{BackMemory, Parts, RestoreError, Restored, Wish, restore};
 pub use writer::{Source, Written, write};
 
 use crate::accounts::{AccountsError, KeyError, NameError, PasswordError};
@@ -64,4 +64,4 @@ fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> ArchiveError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

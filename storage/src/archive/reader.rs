@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read};
 
 use super::record::{Coding, HEADER, Header, Kind, MAX_RAW};
-use super::{ArchiveError, MAGIC, Manifest, VERSION, failed};
+use super::{ArchiveError, MAGIC, Manifest, Parts, VERSION, failed};
 
 /// What comes after the manifest.
 #[derive(Debug)]
@@ -41,13 +41,16 @@ impl<R: Read> Reader<R> {
         let manifest = Manifest::decode(&records.raw)?;
         Ok(Self { records, manifest, disk_end: 0, disk_data: 0, memory_end: 0, ended: false })
     }
+}
 
-    pub fn manifest(&self) -> &Manifest {
+impl<R: Read> Parts for Reader<R> {
+    type Error = ArchiveError;
+
+    fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// The next part; [`Part::End`] is the last.
-    pub fn part(&mut self) -> Result<Part<'_>, ArchiveError> {
+    fn part(&mut self) -> Result<Part<'_>, Self::Error> {
         let number = self.records.number;
         let wrong = |reason| ArchiveError::Record { number, reason };
         if self.ended {

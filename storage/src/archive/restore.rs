@@ -1,10 +1,9 @@
 //! An account out of an archive.
 
-use std::io::Read;
-
-use super::{ArchiveError, Manifest, Part, Reader};
+use super::{ArchiveError, Manifest, Part};
 use crate::StateDir;
 use crate::accounts::{Account, Accounts, AccountsError};
+use crate::backup::BackupError;
 use crate::incoming::{Incoming, IncomingError, Remembered};
 
 /// What whoever restores wants.
@@ -22,6 +21,8 @@ pub struct Wish<'a> {
 pub enum RestoreError {
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     #[error(transparent)]
     Incoming(#[from] IncomingError),
     #[error(transparent)]
@@ -49,11 +50,21 @@ pub struct Restored {
     pub disk_data: u64,
 }
 
-/// Makes an account of an archive: all of it, or nothing.
+/// Where an account can be had from, part by part.
+pub trait Parts {
+    type Error: Into<RestoreError>;
+
+    fn manifest(&self) -> &Manifest;
+
+    /// The next part, checked; [`Part::End`] when all of it was there.
+    fn part(&mut self) -> Result<Part<'_>, Self::Error>;
+}
+
+/// Makes an account of an archive, or of what else has its parts: all of it, or nothing.
 pub fn restore(
     state: &StateDir,
     accounts: &mut Accounts,
-    mut from: Reader<impl Read>,
+    mut from: impl Parts,
     wish: &Wish,
 ) -> Result<Restored, RestoreError> {
     let manifest = from.manifest().clone();
@@ -79,7 +90,7 @@ pub fn restore(
     let mut incoming = Incoming::begin(state, identity.id, manifest.disk.bytes)?;
     let mut disk_data = 0;
     loop {
-        match from.part()? {
+        match from.part().map_err(Into::into)? {
             Part::Disk { offset, data } => {
                 incoming.disk(offset, data)?;
                 disk_data += data.len() as u64;

@@ -21,9 +21,9 @@ const KEYS: &str = include_str!("../../testdata/authorized_keys");
 const DISK: u64 = 8 << 20;
 
 /// A host with one account, saved.
-struct Host {
+pub(crate) struct Host {
     _dir: tempfile::TempDir,
-    state: StateDir,
+    pub state: StateDir,
 }
 
 fn base() -> BaseId {
@@ -31,7 +31,7 @@ fn base() -> BaseId {
 }
 
 impl Host {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
         state.create().unwrap();
@@ -39,12 +39,12 @@ impl Host {
         Self { _dir: dir, state }
     }
 
-    fn accounts(&self) -> Accounts {
+    pub fn accounts(&self) -> Accounts {
         Accounts::open(&self.state.database()).unwrap()
     }
 
     /// With data here and there on its disk, and memory.
-    fn account(&self, name: &str, password: bool) -> Uuid {
+    pub fn account(&self, name: &str, password: bool) -> Uuid {
         let mut new = NewAccount::new(AccountName::parse(name).unwrap());
         new.keys = parse_keys(KEYS).unwrap();
         new.password_hash = password.then(|| hash_password(b"a password").unwrap());
@@ -105,7 +105,7 @@ impl Host {
     }
 
     /// Nothing is left of what was tried.
-    fn assert_empty(&self) {
+    pub fn assert_empty(&self) {
         assert!(self.accounts().list(true).unwrap().is_empty());
         let left: Vec<_> = fs::read_dir(self.state.accounts_dir()).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
