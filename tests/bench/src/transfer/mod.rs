@@ -83,7 +83,7 @@ impl Side<'_> {
     fn round(&self, files: &Files, extent: Extent, figures: &mut Figures) -> anyhow::Result<()> {
         figures.command.push(self.run(self.ssh(&["true"]))?);
         let (remote, back) = (self.path("big"), files.dir.join("back"));
-        figures.copy_in.push(self.run(self.scp(&files.big, &self.named(&remote)))?);
+        figures.copy_in.push(self.run(self.scp(&files.big, self.named(&remote)))?);
         figures.copy_out.push(self.run(self.scp(self.named(&remote), &back))?);
         files.compare(&back)?;
 
