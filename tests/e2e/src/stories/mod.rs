@@ -9,6 +9,7 @@ mod files;
 mod fork;
 mod forwarding;
 mod free_memory;
+mod guide;
 mod identity;
 mod jail;
 mod keys;
@@ -36,6 +37,7 @@ pub fn all() -> Vec<Test> {
     all.extend(machine::TESTS);
     all.extend(files::TESTS);
     all.extend(operator::TESTS);
+    all.extend(guide::TESTS);
     all.extend(pressure::TESTS);
     all.extend(crash::TESTS);
     all.extend(fork::TESTS);
