@@ -105,3 +105,12 @@ ALTER TABLE sessions ADD COLUMN login TEXT;
 -- How it found its machine: running, forked, resumed, or cold (started from the disk though there was memory);
 -- NULL: it got none, or it goes on.
 ALTER TABLE sessions ADD COLUMN machine TEXT;
+
+-- section 6
+-- A code with which whoever has it gives an account its first key or password, once. What is kept is the
+-- SHA-256 of 128 random bits, so nobody finds the code by it.
+CREATE TABLE invitations (
+    account       TEXT    NOT NULL PRIMARY KEY REFERENCES accounts (id) ON DELETE CASCADE,
+    hash          BLOB    NOT NULL CHECK (length(hash) = 32),
+    expires       INTEGER NOT NULL
+) STRICT;

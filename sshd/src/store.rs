@@ -6,10 +6,12 @@ use std::{path::Path, sync::Arc};
 
 use hermitage_storage::accounts::{
     Account, Accounts, AccountsError, Change, Intent, KeyOptions, MachineState, NewSession,
-    StoredKey,
+    Redeemed, StoredKey,
 };
 use tokio::sync::Mutex;
 use uuid::Uuid;
+
+use crate::time;
 
 #[derive(Clone)]
 pub struct Store {
@@ -65,6 +67,33 @@ impl Store {
     /// `hash` as the storage crate makes it.
     pub async fn set_password(&self, account: Uuid, hash: String) -> Result<(), StoreError> {
         on(&self.writing, move |accounts| accounts.set_password(account, Some(&hash))).await
+    }
+
+    /// The account of that name, if this is the code of its invitation. An unknown name costs the same two
+    /// look-ups.
+    pub async fn by_invitation(
+        &self,
+        name: &str,
+        code: &str,
+        now: i64,
+    ) -> Result<Option<Account>, StoreError> {
+        let (name, code) = (name.to_owned(), code.to_owned());
+        on(&self.reading, move |accounts| {
+            let account = accounts.by_name(&name)?;
+            let id = account.as_ref().map_or(Uuid::nil(), |account| account.id);
+            let fits = accounts.is_invitation(id, &code, now)?;
+            Ok(account.filter(|_| fits))
+        })
+        .await
+    }
+
+    /// Redeems the account's invitation. False: there is none any more.
+    pub async fn redeem(&self, account: Uuid, what: Redeemed) -> Result<bool, StoreError> {
+        let mut accounts = self.writing.clone().lock_owned().await;
+        tokio::task::spawn_blocking(move || accounts.redeem(account, &what, time::now()))
+            .await
+            .map_err(|error| StoreError::Interrupted(error.to_string()))?
+            .map_err(Into::into)
     }
 
     /// Keeps the machine awake until then; `None` takes that back.

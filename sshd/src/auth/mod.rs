@@ -102,6 +102,21 @@ impl Authenticator {
         Ok(Admission { account, options })
     }
 
+    /// The account whose invitation's code this is; closed or not.
+    pub async fn invitation(&self, user: &str, code: &str) -> Option<Account> {
+        if code.len() > MAX_PASSWORD {
+            return None;
+        }
+        let now = i64::try_from(now()).unwrap_or(i64::MAX);
+        match self.store.by_invitation(user, code, now).await {
+            Ok(account) => account,
+            Err(error) => {
+                tracing::error!(%error, "can't look up an invitation");
+                None
+            }
+        }
+    }
+
     /// The account whose password this is; closed or not, which is for its owner to know.
     pub async fn password(&self, user: &str, password: &str) -> Option<Account> {
         let begun = Instant::now();

@@ -2,8 +2,8 @@
 
 use super::context::Context;
 use super::{
-    NotFound, account_add, account_idle, account_machine, account_set, account_show, admin,
-    archive, import, key, password, size,
+    NotFound, account_add, account_idle, account_invite, account_machine, account_set,
+    account_show, admin, archive, import, key, password, size,
 };
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -51,6 +51,9 @@ Examples:
     /// Give an account another name
     #[command(after_help = account_set::RENAME_HELP)]
     Rename { old: String, new: String },
+    /// Make a code by which an account's owner sets her own key or password, once
+    #[command(after_help = account_invite::HELP)]
+    Invite(account_invite::Invite),
     /// Close an account: its sessions end, it can't log in; everything is kept
     #[command(after_help = account_set::DISABLE_HELP)]
     Disable(account_set::Disable),
@@ -104,6 +107,7 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Show { name } => account_show::show(context, &name),
         Command::Passwd { name, none } => passwd(context, &name, none),
         Command::Set(set) => account_set::set(context, &set),
+        Command::Invite(invite) => account_invite::run(context, &invite),
         Command::Expire(expire) => account_set::expire(context, &expire),
         Command::Rename { old, new } => account_set::rename(context, &old, &new),
         Command::Disable(disable) => account_set::disable(context, &disable),

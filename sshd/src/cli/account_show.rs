@@ -31,6 +31,8 @@ struct View {
     /// Bytes that are saved of its memory.
     saved_bytes: Option<u64>,
     limits: Limits,
+    /// Until when a code of an invitation is good.
+    invited: Option<i64>,
     /// Its class as it is shown.
     class: String,
     /// Bytes that its checkpoints take.
@@ -64,6 +66,7 @@ impl View {
             checkpoint_bytes: checkpoint::usage(&context.state, account.id),
             machine,
             limits: Limits::of(&context.config, &account),
+            invited: accounts.invited_until(account.id)?.filter(|until| *until > time::now()),
             class: match &account.class {
                 None => "none".into(),
                 Some(class) if context.config.classes.contains_key(class) => class.clone(),
@@ -159,6 +162,7 @@ impl View {
             "hostname": account.hostname,
             "guest_name": account.guest_name(),
             "has_password": account.password.is_some(),
+            "invited_until": self.invited.map(time::rfc3339),
             "keys": self.keys.iter().map(key_json).collect::<Vec<_>>(),
             "limits": {
                 "disk_bytes": account.disk_bytes,
@@ -225,6 +229,12 @@ impl View {
             ("linger", linger),
             ("policy", format!("{}{}", limits.policy.as_str(), self.by(account.policy.is_some()))),
         ];
+        if let Some(until) = self.invited {
+            facts.push((
+                "invited",
+                format!("by a code that is good until {} UTC", time::short(until)),
+            ));
+        }
         if let Some(until) = self.hold() {
             facts.push(("hold", format!("until {} UTC", time::short(until))));
         }

@@ -8,6 +8,7 @@ mod account;
 mod account_add;
 mod account_disk;
 mod account_idle;
+mod account_invite;
 mod account_limits;
 mod account_machine;
 mod account_set;

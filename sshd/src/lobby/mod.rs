@@ -10,6 +10,7 @@
 
 mod line;
 mod rate;
+mod redeem;
 mod report;
 
 use std::time::Instant;
@@ -45,6 +46,8 @@ pub enum Word {
     Passwd,
     Hold,
     Reset,
+    /// Nobody's to type: what a login with the code of an invitation gets.
+    Invitation,
 }
 
 impl Word {
@@ -68,6 +71,7 @@ impl Word {
             Word::Passwd => "+passwd",
             Word::Hold => "+hold",
             Word::Reset => "+reset",
+            Word::Invitation => "+invitation",
         }
     }
 }
@@ -134,6 +138,7 @@ pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String,
         (Word::Status, _) => report::status(desk, &account).await,
         (Word::Keys, _) => report::keys(desk, &account).await,
         (Word::Passwd, _) => passwd(desk, &account, &visit).await,
+        (Word::Invitation, _) => redeem::redeem(desk, &account, &visit).await,
         (Word::Hold, argument) => hold(desk, &account, argument).await,
         (Word::Reset, argument) => reset(desk, &account, &visit, argument).await,
     }

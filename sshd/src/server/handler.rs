@@ -30,6 +30,7 @@ use super::{
 };
 use crate::closing;
 use crate::forward::{Forwards, Listener, Listening};
+use crate::lobby::Word;
 use crate::session::{self, Client, Inflow, InputQueue, Kind, Output, Pty, SIGNALS, Session};
 use crate::watch::{Event, Method};
 
@@ -275,6 +276,17 @@ impl Handler for ClientHandler {
 
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
         let (name, wishes) = login_name::parse(user);
+        if let Some(account) = self.server.authenticator.invitation(name, password).await {
+            tracing::info!(peer = %self.peer, account = account.name, "login by invitation");
+            self.by = "invitation".into();
+            self.tell_of_login(&account, Method::Password, true);
+            // It may redeem the invitation, for which it may have a terminal, and nothing else.
+            self.options = KeyOptions::restricted();
+            self.options.pty = true;
+            self.wishes = Ok(Wishes { lobby: Some(Word::Invitation), ..Wishes::default() });
+            self.account = Some(account);
+            return Ok(Auth::Accept);
+        }
         let account = self.server.authenticator.password(name, password).await;
         let Some(account) = account else { return Ok(self.failed(user, Method::Password)) };
         tracing::info!(peer = %self.peer, account = account.name, "login by password");

@@ -318,3 +318,34 @@ fn a_renamed_account_is_the_same_account() {
     host.run(&["account", "rename", "nobody", "carol"]).fails(3, "no account \"nobody\"");
     assert_eq!(host.json(&["account", "rename", "al_ice", "al_ice"])["changed"], false);
 }
+
+#[test]
+fn an_invitation_is_made_made_anew_and_taken_back() {
+    let host = Host::new();
+    host.run(&["account", "add", "alice"]).success();
+    let first = host.json(&["account", "invite", "alice", "--expires", "24h"]);
+    let second = host.json(&["account", "invite", "alice"]);
+    let code = |object: &Value| object["code"].as_str().unwrap().to_owned();
+    assert_ne!(code(&first), code(&second));
+    let (accounts, now) = (host.accounts(), now());
+    let alice = accounts.named("alice").unwrap().id;
+    assert!(!accounts.is_invitation(alice, &code(&first), now).unwrap());
+    assert!(accounts.is_invitation(alice, &code(&second), now).unwrap());
+    assert!(!accounts.is_invitation(alice, &code(&second), now + 8 * 86_400).unwrap());
+    assert!(host.json(&["account", "show", "alice"])["invited_until"].is_string());
+    let text = host.run(&["account", "show", "alice"]).success().out;
+    assert!(text.contains("invited   by a code"), "{text}");
+    let database = fs::read(host.state().database()).unwrap();
+    let shown = code(&second);
+    for part in [shown.as_bytes(), shown.replace('-', "").as_bytes()] {
+        assert!(!database.windows(part.len()).any(|window| window == part), "kept as it is");
+    }
+    assert_eq!(host.json(&["account", "invite", "alice", "--revoke"])["changed"], true);
+    assert_eq!(host.json(&["account", "invite", "alice", "--revoke"])["changed"], false);
+    assert!(!accounts.is_invitation(alice, &code(&second), now).unwrap());
+    host.run(&["account", "invite", "alice", "--expires", "2020-01-01"]).fails(1, "is past");
+    host.run(&["account", "invite", "bob"]).fails(3, "no account");
+    host.run(&["account", "disable", "alice"]).success();
+    let noted = host.run(&["account", "invite", "alice"]).success();
+    assert!(noted.err.contains("this account is disabled"), "{}", noted.err);
+}

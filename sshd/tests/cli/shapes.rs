@@ -58,6 +58,9 @@ fn programs_find_the_fields_they_know() {
     see("account disable", &["account", "disable", "bob"], "");
     see("account enable", &["account", "enable", "bob"], "");
     see("account show", &["account", "show", "bob"], "");
+    see("account invite", &["account", "invite", "bob"], "");
+    see("account show", &["account", "show", "bob"], "");
+    see("account invite", &["account", "invite", "bob", "--revoke"], "");
     see("account set", &["account", "set", "bob", "--sessions", "2"], "");
     see("account expire", &["account", "expire", "bob", "2099-01-01"], "");
     see("account expire", &["account", "expire", "bob", "never"], "");

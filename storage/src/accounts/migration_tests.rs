@@ -5,11 +5,12 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 4] = [
+const SCHEMAS: [&str; 5] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
     include_str!("../../testdata/accounts-schema-4.sql"),
+    include_str!("../../testdata/accounts-schema-5.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -116,4 +117,15 @@ fn limits_of_schema_4_are_the_accounts_own_if_they_were_not_everybodys() {
     let changes = Changes { max_sessions: Some(None), ..Changes::default() };
     let bob = account("bob").id;
     assert_eq!(accounts.change(bob, &changes).unwrap(), ["max_sessions"]);
+}
+
+#[test]
+fn classes_and_ends_of_schema_5_stay() {
+    let (_dir, accounts) = brought_forward(SCHEMAS[4]);
+    let (alice, bob) = (accounts.named("alice").unwrap(), accounts.named("bob").unwrap());
+    assert_eq!((alice.class.as_deref(), alice.expires), (Some("student"), Some(4_086_547_200)));
+    assert_eq!((alice.guest_name(), bob.guest_name()), ("alicia", "bob"));
+    assert_eq!((bob.max_streams, bob.disabled_until), (Some(7), Some(1_863_000_000)));
+    assert_eq!((alice.policy, bob.policy), (Some(Policy::Keep), Some(Policy::Discard)));
+    assert_eq!(accounts.invited_until(ALICE).unwrap(), None);
 }
