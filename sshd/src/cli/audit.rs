@@ -12,7 +12,7 @@ const MOST_WORDS: usize = 64;
 const LONGEST_WORD: usize = 512;
 
 /// Commands that change nothing, or that the service notes.
-const LOOKS: [&str; 12] = [
+const LOOKS: [&str; 11] = [
     "serve",
     "doctor",
     "status",
@@ -24,7 +24,6 @@ const LOOKS: [&str; 12] = [
     "completions",
     "man",
     "top",
-    "metrics",
 ];
 
 /// Subcommands of any command that change nothing.

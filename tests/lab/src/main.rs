@@ -8,6 +8,7 @@ mod follow;
 mod guest_image;
 mod hold;
 mod layout;
+mod package;
 mod process;
 mod programs;
 mod service;
@@ -110,6 +111,8 @@ enum Verb {
         #[arg(last = true, value_name = "BENCH OPTIONS")]
         options: Vec<String>,
     },
+    /// Build the Debian package
+    Package,
     /// Check licences, directions of imports, and paths that documents name
     Check,
     /// Stop the service and the machine in order; data stays
@@ -199,6 +202,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Bench { machine, keep, options } => {
             return Ok(code(bench::run(&layout, &machine, &options, keep)?));
         }
+        Verb::Package => println!("{}", package::build(&layout)?.display()),
         Verb::Check => checks::all(&layout)?,
         Verb::Status => status(&layout)?,
         Verb::Down => {
