@@ -17,7 +17,7 @@ use crate::limits::{self, Classes};
 pub struct Config {
     pub state_dir: PathBuf,
     pub run_dir: PathBuf,
-    /// Where `hermitage-vmm` is. Default: beside this program, or `HERMITAGE_LIBEXEC`.
+    /// Where `hermitage-vmm` is. Default: `HERMITAGE_LIBEXEC`, or beside this program, or `/usr/libexec/hermitage`.
     pub libexec_dir: Option<PathBuf>,
     pub ssh: Ssh,
     pub machines: Machines,
@@ -226,6 +226,10 @@ pub enum ConfigError {
     Public(SocketAddr),
 }
 
+/// Where the other programs are if they are not beside this one, and the one that is looked for.
+const LIBEXEC_DIR: &str = "/usr/libexec/hermitage";
+const LIBEXEC_PROGRAM: &str = "hermitage-vmm";
+
 /// Where the configuration is looked for unless told.
 pub const DEFAULT_PATH: &str = "/etc/hermitage/hermitage.toml";
 
@@ -304,10 +308,12 @@ impl Config {
         if let Some(dir) = std::env::var_os("HERMITAGE_LIBEXEC") {
             return dir.into();
         }
-        std::env::current_exe()
-            .ok()
-            .and_then(|program| Some(program.parent()?.to_owned()))
-            .unwrap_or_else(|| "/usr/libexec/hermitage".into())
+        let beside = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
+        match beside {
+            Some(dir) if dir.join(LIBEXEC_PROGRAM).exists() => dir,
+            // As the package installs them.
+            _ => LIBEXEC_DIR.into(),
+        }
     }
 }
 

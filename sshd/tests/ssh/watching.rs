@@ -74,6 +74,7 @@ fn an_operator_sees_who_is_here_speaks_to_them_and_ends_a_session() {
     wait_for("nobody", || sessions(&service, None).is_empty().then_some(()));
     let mut again = Shell::open(&service, "alice");
     again.run("echo c$kept", "chere");
+    assert_eq!(sessions(&service, Some("alice"))[0].machine.as_deref(), Some("running"));
 
     let wrong = Request::EndSessions { numbers: vec![4711], account: None };
     assert!(matches!(service.admin(&wrong), Reply::Error { message } if message.contains("4711")));
