@@ -308,7 +308,8 @@ impl Config {
         if let Some(dir) = std::env::var_os("HERMITAGE_LIBEXEC") {
             return dir.into();
         }
-        let beside = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
+        let beside =
+            std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
         match beside {
             Some(dir) if dir.join(LIBEXEC_PROGRAM).exists() => dir,
             // As the package installs them.
