@@ -8,6 +8,7 @@
 //! Whether a login may ask at all was decided when it was let in (`server/admission.rs`): a key that runs one
 //! command may not, and one that may less than the account can't set its password.
 
+mod keep;
 mod line;
 mod rate;
 mod redeem;
@@ -48,11 +49,19 @@ pub enum Word {
     Reset,
     /// Nobody's to type: what a login with the code of an invitation gets.
     Invitation,
+    Checkpoint,
 }
 
 impl Word {
-    pub const ALL: &[Word] =
-        &[Word::Help, Word::Status, Word::Keys, Word::Passwd, Word::Hold, Word::Reset];
+    pub const ALL: &[Word] = &[
+        Word::Help,
+        Word::Status,
+        Word::Keys,
+        Word::Passwd,
+        Word::Hold,
+        Word::Reset,
+        Word::Checkpoint,
+    ];
 
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|word| word.name() == name)
@@ -72,6 +81,7 @@ impl Word {
             Word::Hold => "+hold",
             Word::Reset => "+reset",
             Word::Invitation => "+invitation",
+            Word::Checkpoint => "+checkpoint",
         }
     }
 }
@@ -129,7 +139,7 @@ pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String,
         argument,
         "asked of the service"
     );
-    let takes = matches!(word, Word::Hold | Word::Reset);
+    let takes = matches!(word, Word::Hold | Word::Reset | Word::Checkpoint);
     match (word, argument) {
         (_, Some(given)) if !takes => {
             Err(format!("+{} takes no argument, and was given \"{given}\"", word.name()))
@@ -141,6 +151,8 @@ pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String,
         (Word::Invitation, _) => redeem::redeem(desk, &account, &visit).await,
         (Word::Hold, argument) => hold(desk, &account, argument).await,
         (Word::Reset, argument) => reset(desk, &account, &visit, argument).await,
+        (Word::Checkpoint, None) => keep::list(desk, &account).await,
+        (Word::Checkpoint, Some(name)) => keep::create(desk, &account, name).await,
     }
 }
 

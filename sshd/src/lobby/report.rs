@@ -21,6 +21,8 @@ Words after your name, as in: ssh {name}+status@…
   +hold      how long your machine is kept awake; with a time or \"off\" (ssh {name}+hold@… 2h)
              that is set: it is not put to sleep meanwhile, though nobody is logged in
   +reset     drop your machine's memory, should it hang; your files stay
+  +checkpoint  what there is of your machine and files as they were; with a name they are kept
+             as they are now, for your operator to bring back
   +help      this
 
   +new       a terminal beside the one that you left

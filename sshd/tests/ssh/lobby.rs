@@ -203,3 +203,39 @@ fn who_asks_too_often_waits() {
     assert!(stderr(&answers[13]).contains("ask again in"), "{}", stderr(&answers[13]));
     assert!(self::ask(&service, "bob+help", &[]).status.success(), "another account's questions");
 }
+
+#[test]
+fn a_user_keeps_her_files_and_memory_when_she_is_not_there() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    let alice = service.account("alice");
+    assert!(stdout(&ask(&service, "alice+checkpoint", &[])).starts_with("No checkpoints."));
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo i-was-he''re", "i-was-here");
+    let said = refused(&ask(&service, "alice+checkpoint", &["one"]));
+    assert!(said.contains("log out of your other session"), "{said}");
+    shell.run("echo st''ill", "still");
+    shell.cut(&service);
+    let made = ask(&service, "alice+checkpoint", &["one"]);
+    assert_eq!(
+        stdout(&made),
+        "one has your files and memory as they are now.\n",
+        "{}",
+        stderr(&made)
+    );
+    // What worked in it goes on.
+    wait_for("the machine", || {
+        service.account_status("alice").filter(|status| status.state == "lingering")
+    });
+    let listed = stdout(&ask(&service, "alice+checkpoint", &[]));
+    assert!(listed.starts_with("one ") && listed.ends_with("files and memory\n"), "{listed}");
+    assert!(ask(&service, "alice+checkpoint", &["two"]).status.success());
+    for (name, words) in [("one", "already"), ("three", "you take 2 at most"), ("../x", "no name")]
+    {
+        let said = refused(&ask(&service, "alice+checkpoint", &[name]));
+        assert!(said.contains(words) && !said.contains("/tmp"), "{said}");
+    }
+    assert_eq!(service.state().checkpoints_dir(alice.id).read_dir().unwrap().count(), 2);
+    // And goes on where she was.
+    let mut shell = Shell::open(&service, "alice");
+    assert!(shell.expect("still").contains("resumed from"));
+}
