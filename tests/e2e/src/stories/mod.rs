@@ -12,6 +12,7 @@ mod free_memory;
 mod guide;
 mod identity;
 mod jail;
+mod keeping;
 mod keys;
 mod login;
 mod machine;
@@ -55,5 +56,6 @@ pub fn all() -> Vec<Test> {
     all.extend(other_clients::TESTS);
     all.extend(editor::TESTS);
     all.extend(keys::TESTS);
+    all.extend(keeping::TESTS);
     all
 }
