@@ -46,6 +46,7 @@ impl OpenSsh {
              KbdInteractiveAuthentication no\n\
              UsePAM no\n\
              PidFile none\n\
+             Subsystem sftp internal-sftp\n\
              LogLevel ERROR\n",
             host_key.display(),
             keys.display(),

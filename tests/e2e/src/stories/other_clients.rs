@@ -15,6 +15,7 @@ use crate::{
     harness::{
         Story,
         account::Account,
+        host::quote,
         process::{self, Input},
         same, says,
     },
@@ -39,6 +40,9 @@ fn require(program: &str, package: &str) -> Result<()> {
     let there = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
     if there { Ok(()) } else { skip(format!("there is no {program} here (Debian's {package})")) }
 }
+
+/// Says that its input and output are a terminal, and of which kind.
+const ON_A_TERMINAL: &str = "test -t 0 && test -t 1 && echo on $(basename $(dirname $(tty)))";
 
 fn port(story: &Story) -> String {
     story.world.options.ssh_port.to_string()
@@ -74,6 +78,9 @@ fn putty(story: &Story) -> Result<()> {
     let ended = process::run("plink", plink, Input::Nothing, story.within(60))?;
     same("plink's status", ended.code(), Some(3))?;
     same("its output", (ended.out().trim(), ended.err().trim()), ("out", "err"))?;
+    let mut plink = client("plink");
+    plink.args(["-ssh", "-t", &alice.login().destination(), ON_A_TERMINAL]);
+    says("plink -t", &run(story, "plink -t", plink)?, "on pts")?;
 
     let (there, back, batch) = (story.path("there"), story.path("back"), story.path("batch"));
     super::session::make_random(story, 300_000, &there)?;
@@ -115,6 +122,16 @@ fn dropbear(story: &Story) -> Result<()> {
     let ended = process::run("dbclient", command, sent, story.within(60))?;
     same("dbclient's status", ended.code(), Some(4))?;
     same("bytes that came back", ended.stdout.len(), 200_000)?;
+    // It sets its own terminal first, so it needs one.
+    let mut typed = client(&["-t"]);
+    typed.arg(ON_A_TERMINAL);
+    let words: Vec<_> = std::iter::once(typed.get_program())
+        .chain(typed.get_args())
+        .map(|word| quote(&word.to_string_lossy()))
+        .collect();
+    let mut script = Command::new("script");
+    script.args(["-qec", &words.join(" "), "/dev/null"]).env("HOME", &home);
+    says("dbclient -t", &run(story, "dbclient -t", script)?, "on pts")?;
     // -B: its standard input and output are a forwarded stream.
     let mut server = alice.login().start("echo served | nc -lN 127.0.0.1 7100", Input::Nothing)?;
     let served = story.wait_for("the server in the machine", 30, || {
@@ -277,6 +294,8 @@ async def main():
         print([(d.stdout.strip(), d.exit_status) for d in done] == [(str(n), n) for n in range(6)])
         done = await one.run("kill -TERM $$")
         print(done.exit_signal[0])
+        done = await one.run("stty size; tty", term_type="xterm", term_size=(90, 31))
+        print(done.stdout.split()[:2], done.stdout.split()[2].startswith("/dev/pts/"))
         async with one.start_sftp_client() as sftp:
             async with sftp.open("up", "wb") as file:
                 await file.write(b"x" * 200000)
@@ -296,7 +315,7 @@ async def main():
 asyncio.run(main())
 "#;
     let told = python(story, "asyncssh", &program.replace("LOCAL", &local.to_string()), &alice)?;
-    same("what asyncssh saw", told.as_str(), "True\nTERM\n200000\nthrough it\n")
+    same("what asyncssh saw", told.as_str(), "True\nTERM\n['31', '90'] True\n200000\nthrough it\n")
 }
 
 /// What ssh-audit has against us; docs/ssh.md says why it stays.
