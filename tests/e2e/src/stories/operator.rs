@@ -106,6 +106,9 @@ fn other_size_and_name(story: &Story) -> Result<()> {
     let (words, size) = seen(&format!("{renamed}+fresh"))?;
     same("started anew", words, format!("{0}\n{1}\nkept", alice.name, host_name(&renamed)))?;
     ensure!((2500..3072).contains(&size), "its file system has {size} MiB");
+    host.run(&format!("hermitage account remove {renamed} --purge"))?;
+    // Nobody has the former name any more.
+    story.forget_cleanup();
     Ok(())
 }
 
