@@ -134,22 +134,16 @@ impl Frozen {
         Ok(())
     }
 
-    fn open(&self, path: &str, access: OFlag) -> Result<File> {
-        openat(&self.cgroups, path, access | OFlag::O_CLOEXEC, Mode::empty())
-            .map(File::from)
-            .with_context(|| format!("opening {path} of the cgroups"))
-    }
-
     fn read(&self, path: &str) -> Result<String> {
         let mut text = String::new();
-        self.open(path, OFlag::O_RDONLY)?
+        open(&self.cgroups, path, OFlag::O_RDONLY)?
             .read_to_string(&mut text)
             .with_context(|| format!("reading {path} of the cgroups"))?;
         Ok(text)
     }
 
     fn write(&self, path: &str, text: &str) -> Result<()> {
-        self.open(path, OFlag::O_WRONLY)?
+        open(&self.cgroups, path, OFlag::O_WRONLY)?
             .write_all(text.as_bytes())
             .with_context(|| format!("writing {text} to {path} of the cgroups"))
     }
@@ -175,10 +169,7 @@ impl Home {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(error) => return Err(error).context("making a cgroup"),
         }
-        let path = format!("{HOME}/cgroup.procs");
-        openat(&cgroups, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())
-            .map(|file| Self(File::from(file)))
-            .with_context(|| format!("opening {path} of the cgroups"))
+        open(&cgroups, &format!("{HOME}/cgroup.procs"), OFlag::O_WRONLY).map(Self)
     }
 
     /// In a child before it has started anything: from here on it is in this cgroup. It works without, and a
@@ -186,6 +177,12 @@ impl Home {
     pub fn enter(&self) {
         let _ = unistd::write(&self.0, b"0");
     }
+}
+
+fn open(cgroups: impl AsFd, path: &str, access: OFlag) -> Result<File> {
+    openat(cgroups, path, access | OFlag::O_CLOEXEC, Mode::empty())
+        .map(File::from)
+        .with_context(|| format!("opening {path} of the cgroups"))
 }
 
 /// The account disk's root directory, whatever is mounted over it by now.

@@ -6,9 +6,10 @@
 
 use crate::life::{self, Account, Random};
 use crate::medium::{self, Folder, Medium, PowerCut};
+use crate::{ACCOUNT, SEED, live_and_die};
 use hermitage_storage::checkpoint::{self, Known, Name};
 use hermitage_storage::disk;
-use hermitage_storage::faults::{Point, Process, VARIABLE};
+use hermitage_storage::faults::{Point, Process};
 use hermitage_storage::rest::AtRest;
 use hermitage_storage::saved;
 use hermitage_storage::snapshot::Snapshot;
@@ -16,10 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::Command;
 
-const ACCOUNT: &str = "HERMITAGE_CHECKPOINTS_ACCOUNT";
-const SEED: &str = "HERMITAGE_CHECKPOINTS_SEED";
 const ROOM: u64 = 1 << 30;
 /// Checkpoints that the child lets there be.
 const FEW: usize = 4;
@@ -165,15 +163,8 @@ impl<M: Medium> Trial<M> {
             _ => String::new(),
         };
         let plan = format!("{before}{} kill {}\n", point.name(), self.random.below(2));
-        fs::write(self.faults.path().join("plan"), plan).unwrap();
-        fs::write(self.faults.path().join("log"), "").unwrap();
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["checkpoints::keeping_states", "--exact", "--nocapture"])
-            .env(ACCOUNT, self.medium.root())
-            .env(SEED, self.random.next().to_string())
-            .env(VARIABLE, self.faults.path())
-            .output()
-            .unwrap();
+        let (life, seed) = ("checkpoints::keeping_states", self.random.next());
+        let child = live_and_die(life, self.medium.root(), seed, self.faults.path(), &plan);
         let said = String::from_utf8_lossy(&child.stdout).into_owned();
         let told = |what: &str| format!("round {round}, {}: {what}\n{said}", point.name());
         let killed = child.status.signal() == Some(9);

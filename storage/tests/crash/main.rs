@@ -23,7 +23,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Where the child finds its account. Set: this process is the child.
@@ -46,6 +47,19 @@ fn points() -> Vec<Point> {
     };
     let asleep = |point: &Point| point.process() != Process::Rest;
     Point::ALL.iter().copied().filter(elsewhere).filter(asleep).collect()
+}
+
+/// Runs one of the lives, a test by its name, in a process of its own, in which faults strike as planned.
+fn live_and_die(life: &str, account: &Path, seed: u64, faults: &Path, plan: &str) -> Output {
+    fs::write(faults.join("plan"), plan).unwrap();
+    fs::write(faults.join("log"), "").unwrap();
+    Command::new(std::env::current_exe().unwrap())
+        .args([life, "--exact", "--nocapture"])
+        .env(ACCOUNT, account)
+        .env(SEED, seed.to_string())
+        .env(VARIABLE, faults)
+        .output()
+        .unwrap()
 }
 
 /// Not a test of its own: what the parents run.
@@ -129,15 +143,8 @@ impl<M: Medium> Trial<M> {
 
     fn round(&mut self, round: u64, point: Point) {
         let told = |what: &str| format!("round {round}, {}: {what}", point.name());
-        fs::write(self.faults.path().join("plan"), self.plan(point)).unwrap();
-        fs::write(self.faults.path().join("log"), "").unwrap();
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["life", "--exact", "--nocapture"])
-            .env(ACCOUNT, self.medium.root())
-            .env(SEED, self.random.next().to_string())
-            .env(VARIABLE, self.faults.path())
-            .output()
-            .unwrap();
+        let (plan, seed) = (self.plan(point), self.random.next());
+        let child = live_and_die("life", self.medium.root(), seed, self.faults.path(), &plan);
         let said = String::from_utf8_lossy(&child.stdout).into_owned();
         let log = fs::read_to_string(self.faults.path().join("log")).unwrap();
         let status = child.status;

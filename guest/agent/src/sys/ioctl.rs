@@ -23,7 +23,6 @@ mod raw {
     nix::ioctl_read!(blk_get_size64, 0x12, 114, u64);
     // fs/ext4: `EXT4_IOC_RESIZE_FS _IOW('f', 16, __u64)`
     nix::ioctl_write_ptr!(ext4_resize_fs, b'f', 16, u64);
-    // linux/fs.h: `_IOWR('X', 119, int)`, `_IOWR('X', 120, int)`; the argument is not used
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
     nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
     nix::ioctl_read_bad!(get_foreground_group, libc::TIOCGPGRP, libc::pid_t);

@@ -1,6 +1,6 @@
 //! Login, TCP connect to prompt, against OpenSSH's sshd giving a bare shell on the same host.
 
-pub mod account;
+mod account;
 pub mod client;
 pub mod dial;
 pub mod openssh;
@@ -11,6 +11,7 @@ use account::Account;
 use anyhow::Context as _;
 use client::Client;
 use openssh::OpenSsh;
+use tempfile::TempDir;
 
 use crate::{progress, report::Section, stats::Samples};
 
@@ -22,13 +23,29 @@ pub struct Config<'a> {
     pub rounds: usize,
 }
 
+/// Both servers, and a client that both let in.
+pub struct Servers {
+    // They are ended in this order, the folder with the client's key last.
+    pub account: Account,
+    pub peer: OpenSsh,
+    pub client: Client,
+    pub dir: TempDir,
+}
+
+impl Servers {
+    pub fn start(config: &Config<'_>) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let program = std::env::current_exe().context("find this program")?;
+        let client = Client::new(dir.path(), &program)?;
+        let key = client.public_key();
+        let peer = OpenSsh::start(dir.path(), &key)?;
+        let account = Account::add(config.hermitage, config.state_dir, config.run_dir, &key)?;
+        Ok(Self { account, peer, client, dir })
+    }
+}
+
 pub fn measure(config: &Config<'_>) -> anyhow::Result<Section> {
-    let dir = tempfile::tempdir()?;
-    let program = std::env::current_exe().context("find this program")?;
-    let client = Client::new(dir.path(), &program)?;
-    let peer = OpenSsh::start(dir.path(), &client.public_key())?;
-    let account =
-        Account::add(config.hermitage, config.state_dir, config.run_dir, &client.public_key())?;
+    let Servers { account, peer, client, dir: _dir } = &Servers::start(config)?;
 
     // The first login ever grows the disk's file system and makes the home; the peer's warms its
     // program. Neither is what a login costs from then on.

@@ -9,7 +9,7 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, ensure};
 
-use super::login::{self, account::Account, client::Client, openssh::OpenSsh};
+use super::login::{self, Servers, client::Client};
 use crate::{progress, report::Section, stats::Samples};
 use files::Files;
 
@@ -46,21 +46,16 @@ struct Figures {
 }
 
 pub fn measure(config: &login::Config<'_>, extent: Extent) -> anyhow::Result<Section> {
-    let dir = tempfile::tempdir()?;
-    let program = std::env::current_exe().context("find this program")?;
-    let client = Client::new(dir.path(), &program)?;
-    let peer = OpenSsh::start(dir.path(), &client.public_key())?;
-    let account =
-        Account::add(config.hermitage, config.state_dir, config.run_dir, &client.public_key())?;
+    let Servers { account, peer, client, dir } = &Servers::start(config)?;
     progress!("transfer: the first login, not counted");
     client.login(&account.name, config.port)?;
     let files = Files::make(dir.path(), extent)?;
     let home = dir.path().join("peer");
     std::fs::create_dir(&home).with_context(|| format!("make {}", home.display()))?;
     // Where each server's side puts things: the account's home, and a folder of this run's.
-    let ours = Side { client: &client, user: &account.name, port: config.port, folder: "." };
+    let ours = Side { client, user: &account.name, port: config.port, folder: "." };
     let folder = home.to_str().context("the temporary folder's path is not UTF-8")?;
-    let bare = Side { client: &client, user: "root", port: peer.port, folder };
+    let bare = Side { client, user: "root", port: peer.port, folder };
 
     let [mut theirs, mut figures] = [Figures::default(), Figures::default()];
     for round in 1..=config.rounds {
