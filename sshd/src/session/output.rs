@@ -41,16 +41,15 @@ impl Output {
         pump(from, self.channel.make_writer_ext(Some(STDERR))).await;
     }
 
-    /// Says what is left to say and closes the channel.
+    /// Says what is left to say and closes the channel. The status goes before the end of output: ssh's shared
+    /// connections close a channel whose input has ended as soon as they see that end.
     pub(super) async fn finish(&self, farewell: Farewell, terminal: bool) {
         // A connection that is gone can't be told; nothing to do about it.
         let _ = match farewell {
             Farewell::Status(ExitStatus::Code(code)) => {
-                let _ = self.channel.eof().await;
                 self.channel.exit_status(code.into()).await.map_err(drop)
             }
             Farewell::Status(ExitStatus::Signal { name, core_dumped }) => {
-                let _ = self.channel.eof().await;
                 let signal = Sig::Custom(signal_name(&name).to_owned());
                 self.connection
                     .exit_signal_request(
@@ -64,11 +63,11 @@ impl Output {
             }
             Farewell::Words(words) => {
                 self.say(&words, terminal).await;
-                let _ = self.channel.eof().await;
                 self.channel.exit_status(EXIT_LOST).await.map_err(drop)
             }
             Farewell::Nothing => Ok(()),
         };
+        let _ = self.channel.eof().await;
         let _ = self.channel.close().await;
     }
 

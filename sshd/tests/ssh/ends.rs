@@ -36,6 +36,26 @@ fn is_alive(pid: Pid) -> bool {
     kill(pid, None).is_ok()
 }
 
+/// The master of a shared connection closes the channel of a client that has ended its input as soon as it sees
+/// the end of output. A status after that is lost.
+#[test]
+fn the_status_comes_before_the_end_of_output() {
+    let service = Service::start();
+    service.account("alice");
+    let position = |log: &str, word: &str| {
+        log.lines().position(|line| line.contains(word)).unwrap_or_else(|| panic!("{word}: {log}"))
+    };
+    for (command, wanted, word) in
+        [("exit 5", 5, "rtype exit-status"), ("kill -TERM $$", 255, "rtype exit-signal")]
+    {
+        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-vv"]);
+        let output = finish(ssh.args([&at("alice"), command]));
+        let log = stderr(&output);
+        assert_eq!(output.status.code(), Some(wanted), "{log}");
+        assert!(position(&log, word) < position(&log, "rcvd eof"), "{log}");
+    }
+}
+
 #[test]
 fn a_killed_machine_ends_its_own_sessions_with_words() {
     let service = Service::start();
