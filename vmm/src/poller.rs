@@ -16,6 +16,10 @@ use std::{
     time::Duration,
 };
 
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::{EFD_NONBLOCK, EventFd},
@@ -69,8 +73,16 @@ pub struct Event {
     pub hangup: bool,
 }
 
+impl Event {
+    fn posted(key: Key) -> Self {
+        Self { key, readable: false, writable: false, hangup: false }
+    }
+}
+
 /// Keys of this owner are the poller's own.
 const OWN: u8 = u8::MAX;
+const WAKE: u32 = 0;
+const TIMER: u32 = 1;
 
 /// Most events one [`Poller::wait`] brings from descriptors.
 const BATCH: usize = 64;
@@ -79,19 +91,23 @@ pub struct Poller {
     epoll: Epoll,
     wake: EventFd,
     posted: Mutex<Vec<Key>>,
+    timer: OwnedFd,
+    /// Posted when the timer fires, which runs while there are any.
+    late: Mutex<Vec<Key>>,
 }
 
 impl Poller {
     pub fn new() -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let wake = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let key = Key { owner: OWN, token: 0 };
-        epoll.ctl(
-            ControlOperation::Add,
-            wake.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, key.pack()),
-        )?;
-        Ok(Self { epoll, wake, posted: Mutex::new(Vec::new()) })
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        for (fd, token) in [(wake.as_raw_fd(), WAKE), (timer.as_raw_fd(), TIMER)] {
+            let event = EpollEvent::new(EventSet::IN, Key { owner: OWN, token }.pack());
+            epoll.ctl(ControlOperation::Add, fd, event)?;
+        }
+        let (posted, late) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+        Ok(Self { epoll, wake, posted, timer, late })
     }
 
     /// Starts watching a descriptor. Owner 255 is the poller's own.
@@ -114,7 +130,7 @@ impl Poller {
     /// Makes `wait` return an event for this key without a descriptor being ready: how another thread
     /// hands on work. Posting a key that is already waiting to be fetched does nothing.
     pub fn post(&self, key: Key) -> io::Result<()> {
-        let mut posted = self.posted();
+        let mut posted = lock(&self.posted);
         if !posted.contains(&key) {
             posted.push(key);
         }
@@ -123,6 +139,21 @@ impl Poller {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             result => result,
         }
+    }
+
+    /// The same in a while: after `delay`, or earlier if another key is waiting so already.
+    pub fn post_after(&self, delay: Duration, key: Key) -> io::Result<()> {
+        let mut late = lock(&self.late);
+        if late.is_empty() {
+            let it_value = Timespec::try_from(delay).map_err(io::Error::other)?;
+            let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let once = Itimerspec { it_interval, it_value };
+            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        }
+        if !late.contains(&key) {
+            late.push(key);
+        }
+        Ok(())
     }
 
     /// Waits for events and puts them into `events`, which is cleared first. An empty `events` means
@@ -136,9 +167,16 @@ impl Poller {
         };
         for event in &buffer[..count] {
             let key = Key::unpack(event.data());
-            if key.owner == OWN {
-                self.fetch_posted(events);
-                continue;
+            match key {
+                Key { owner: OWN, token: TIMER } => {
+                    self.fetch_late(events);
+                    continue;
+                }
+                Key { owner: OWN, .. } => {
+                    self.fetch_posted(events);
+                    continue;
+                }
+                _ => {}
             }
             let set = event.event_set();
             events.push(Event {
@@ -154,18 +192,20 @@ impl Poller {
     fn fetch_posted(&self, events: &mut Vec<Event>) {
         // Emptied before the list is: a post in between wakes once too often, never too seldom.
         let _ = self.wake.read();
-        let posted = std::mem::take(&mut *self.posted());
-        events.extend(posted.into_iter().map(|key| Event {
-            key,
-            readable: false,
-            writable: false,
-            hangup: false,
-        }));
+        let posted = std::mem::take(&mut *lock(&self.posted));
+        events.extend(posted.into_iter().map(Event::posted));
     }
 
-    fn posted(&self) -> MutexGuard<'_, Vec<Key>> {
-        self.posted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn fetch_late(&self, events: &mut Vec<Event>) {
+        // Emptied under the lock, as the timer is set under it: who comes next sets it again.
+        let mut late = lock(&self.late);
+        let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+        events.extend(late.drain(..).map(Event::posted));
     }
+}
+
+fn lock<T>(keys: &Mutex<T>) -> MutexGuard<'_, T> {
+    keys.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Rounded up, so that a wait for less than a millisecond does not become a busy loop.
@@ -263,6 +303,22 @@ mod tests {
         assert!(wait(&poller)[0].hangup);
         source.set(None).unwrap();
         assert_eq!(wait(&poller), []);
+    }
+
+    #[test]
+    fn what_is_posted_for_later_comes_once_and_later() {
+        let poller = Poller::new().unwrap();
+        let other = Key { token: 1, ..KEY };
+        for _ in 0..3 {
+            for key in [KEY, other, KEY] {
+                poller.post_after(Duration::from_millis(20), key).unwrap();
+            }
+            assert_eq!(wait(&poller), []);
+            let mut events = Vec::new();
+            poller.wait(&mut events, Some(Duration::from_secs(10))).unwrap();
+            assert_eq!(events, [Event::posted(KEY), Event::posted(other)]);
+            assert_eq!(wait(&poller), []);
+        }
     }
 
     #[test]

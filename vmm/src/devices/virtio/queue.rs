@@ -41,6 +41,23 @@ pub struct RingFeatures {
     pub event_idx: bool,
 }
 
+/// Payload that may come back quietly: well below half of a Linux socket's usual send buffer (208 KiB), which
+/// is what its packets may hold before a writer that waits for room is not woken for new room.
+const QUIET_BYTES: u64 = 32 * 1024;
+
+/// What came back quietly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Unsaid {
+    descriptors: usize,
+    bytes: u64,
+}
+
+impl Unsaid {
+    fn is_much(&self, size: u16) -> bool {
+        self.bytes >= QUIET_BYTES || self.descriptors * 4 >= usize::from(size)
+    }
+}
+
 pub struct VirtQueue {
     device: &'static str,
     index: usize,
@@ -48,8 +65,10 @@ pub struct VirtQueue {
     pub(super) registers: QueueRegisters,
     indirect: bool,
     running: Option<Queue>,
-    /// Chains were given back since the last `take_signal`.
+    /// Chains were given back since the last `take_signal`, and the driver is to hear of it.
     added: bool,
+    /// Chains that were given back and that it need not hear of yet.
+    unsaid: Unsaid,
     /// As saved, until asked for.
     pending: bool,
 }
@@ -65,6 +84,7 @@ impl VirtQueue {
             indirect: false,
             running: None,
             added: false,
+            unsaid: Unsaid::default(),
             pending: false,
         }
     }
@@ -76,6 +96,7 @@ impl VirtQueue {
     pub(super) fn stop(&mut self) {
         self.running = None;
         self.added = false;
+        self.unsaid = Unsaid::default();
     }
 
     pub fn is_ready(&self) -> bool {
@@ -169,6 +190,32 @@ impl VirtQueue {
         result.map_err(|error| self.broken(error.to_string()))
     }
 
+    /// Gives back a chain that the driver only frees: it hears of it with the next interrupt for whatever else,
+    /// or when [`QUIET_BYTES`] or a quarter of the ring have come back so. An interrupt through virtio-mmio is
+    /// three exits of the guest, and a stream of small packets would have one for each. It must hear
+    /// of the last ones in the end ([`say_all`](Self::say_all)): Linux wakes a writer only once enough of the
+    /// memory of its packets is free again (`sock_def_write_space`), even if there is room at the other end.
+    pub fn complete_quietly(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<(), Fault> {
+        let said = self.added;
+        self.complete(memory, chain.head, 0)?;
+        self.unsaid.descriptors += chain.readable.len() + chain.writable.len();
+        self.unsaid.bytes += chain.readable_bytes();
+        // Who has no event indices may want to hear of each.
+        let indices = self.running.as_ref().is_some_and(|queue| queue.event_idx_enabled());
+        self.added = said || !indices || self.unsaid.is_much(self.registers.size);
+        Ok(())
+    }
+
+    /// Whether chains came back that the driver has not heard of.
+    pub fn is_quiet(&self) -> bool {
+        !self.added && self.unsaid != Unsaid::default()
+    }
+
+    /// Lets the driver hear of all that came back.
+    pub fn say_all(&mut self) {
+        self.added |= self.unsaid != Unsaid::default();
+    }
+
     /// Asks the driver to notify when it makes the next chain available. True if there is one already:
     /// the notification for it may never come.
     pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
@@ -189,6 +236,7 @@ impl VirtQueue {
         if !std::mem::take(&mut self.added) {
             return Ok(false);
         }
+        self.unsaid = Unsaid::default();
         let Some(queue) = &mut self.running else { return Ok(false) };
         queue.needs_notification(memory).map_err(|error| self.broken(error.to_string()))
     }
@@ -220,9 +268,9 @@ impl VirtQueue {
         memory: &GuestMemory,
         features: RingFeatures,
     ) -> Result<(), StateError> {
+        self.stop();
         self.registers = state.registers;
         self.indirect = features.indirect;
-        self.running = None;
         self.pending = state.ready && state.pending;
         if state.ready {
             let queue = self.build(memory, features, state.position).map_err(|reason| {

@@ -230,7 +230,7 @@ impl Port {
     ) -> Result<(), Fault> {
         self.delivered = 0;
         queue.advance();
-        queue.complete(memory, chain.head, 0)
+        queue.complete_quietly(memory, chain)
     }
 
     /// Input: from the socket into the buffers the guest has made available.

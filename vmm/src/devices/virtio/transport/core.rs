@@ -280,6 +280,9 @@ impl<D: VirtioDevice> Core<D> {
         if self.device.busy() {
             return Err(StateError::busy(D::NAME, "requests are under way"));
         }
+        // A restored queue knows of nothing unsaid: the driver is to look for it when it goes on.
+        let quiet = self.queues.iter().any(VirtQueue::is_quiet);
+        let unsaid = if quiet { INTERRUPT_QUEUE } else { 0 };
         let queues = self.queues.iter().map(|queue| queue.save(&self.memory));
         Ok(TransportState {
             version: STATE_VERSION,
@@ -289,7 +292,7 @@ impl<D: VirtioDevice> Core<D> {
             device_features_sel: self.device_features_sel,
             driver_features_sel: self.driver_features_sel,
             queue_sel: self.queue_sel,
-            interrupt_status: self.interrupt_status,
+            interrupt_status: self.interrupt_status | unsaid,
             config_generation: self.config_generation,
             queues: queues.collect::<Result<_, _>>()?,
             device: self.device.save()?,

@@ -18,6 +18,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::Arc,
+    time::Duration,
 };
 
 use hermitage_guest_proto::CONTROL_PORT;
@@ -60,6 +61,11 @@ const FIRST_PORT: u32 = 1024;
 const GO_ON: u32 = 0;
 /// Posted when there are outcomes to fetch.
 const TOLD: u32 = 1;
+/// Comes back [`QUIET_TIME`] after packets of the guest were taken and it was not told.
+const SAY_ALL: u32 = 2;
+
+/// How long the guest may not hear that its packets were taken, in a lull between them.
+const QUIET_TIME: Duration = Duration::from_millis(10);
 
 /// What became of a connection that the host asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -204,11 +210,17 @@ impl Vsock {
     }
 
     fn ready(&mut self, event: &Event, context: &mut Context<'_>) -> Result<(), Fault> {
-        let port = event.key.token;
-        if port == GO_ON {
-            self.take_packets(context)?;
-            return self.pay(context);
-        }
+        let port = match event.key.token {
+            GO_ON => {
+                self.take_packets(context)?;
+                return self.pay(context);
+            }
+            SAY_ALL => {
+                context.queues[TRANSMIT].say_all();
+                return Ok(());
+            }
+            port => port,
+        };
         let Some(connection) = self.connections.get_mut(&port) else { return Ok(()) };
         if event.hangup && connection.state == State::Connecting {
             // Whoever asked has lost interest.

@@ -1,8 +1,8 @@
 //! Packets between the guest's queues and the connections.
 
 use super::{
-    FAIR_SHARE, GO_ON, GUEST_CID, HOST_CID, MAX_PAYLOAD, MAX_RESETS, RECEIVE, TRANSMIT, Vsock,
-    VsockOutcome,
+    FAIR_SHARE, GO_ON, GUEST_CID, HOST_CID, MAX_PAYLOAD, MAX_RESETS, QUIET_TIME, RECEIVE, SAY_ALL,
+    TRANSMIT, Vsock, VsockOutcome,
     connection::{Input, State},
     packet::{HEADER, Header, STREAM, op},
 };
@@ -16,8 +16,21 @@ use crate::{
 };
 
 impl Vsock {
-    /// Takes packets of the guest: a bounded number, then others get their turn.
+    /// Takes packets of the guest: a bounded number, then others get their turn. The guest hears of it soon.
     pub(super) fn take_packets(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        self.take_some(context)?;
+        if !context.queues[TRANSMIT].is_quiet() {
+            return Ok(());
+        }
+        let key = Key { owner: self.owner, token: SAY_ALL };
+        self.poller.post_after(QUIET_TIME, key).map_err(|source| Fault::Host {
+            device: Self::NAME,
+            what: "set a timer",
+            source,
+        })
+    }
+
+    fn take_some(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
         let memory = context.memory;
         let queue = &mut context.queues[TRANSMIT];
         for _ in 0..2 * queue.max_size() {
@@ -34,7 +47,7 @@ impl Vsock {
             let header = read_header(&chain, memory).map_err(|reason| queue.broken(reason))?;
             self.packet(&header, &chain, memory);
             queue.advance();
-            queue.complete(memory, chain.head, 0)?;
+            queue.complete_quietly(memory, &chain)?;
         }
         let key = Key { owner: self.owner, token: GO_ON };
         self.poller.post(key).map_err(|source| Fault::Host {

@@ -38,7 +38,7 @@ pub struct Socket {
 
 pub struct Guest {
     pub driver: Driver<Vsock>,
-    poller: Arc<Poller>,
+    pub poller: Arc<Poller>,
     buffers: HashMap<u16, u64>,
     /// Receive buffers not given to the device.
     kept: Vec<u64>,
@@ -139,7 +139,7 @@ impl Guest {
         for (header, data) in packets {
             self.packet(header, &data);
         }
-        self.driver.used(TRANSMIT);
+        self.driver.used_quietly(TRANSMIT);
         used.len()
     }
 
@@ -219,7 +219,12 @@ impl Guest {
 
     /// Sends any packet at all.
     pub fn send_raw(&mut self, header: &Header, data: &[u8]) -> Result<(), Fault> {
-        self.driver.used(TRANSMIT);
+        self.driver.used_quietly(TRANSMIT);
+        self.put_packet(header, data)
+    }
+
+    /// The same, without looking what has come back.
+    pub fn put_packet(&mut self, header: &Header, data: &[u8]) -> Result<(), Fault> {
         let slot = self.driver.next_descriptor(TRANSMIT);
         let address = self.transmit[usize::from(slot)];
         self.driver.put(address, &header.encode());
@@ -235,7 +240,7 @@ impl Guest {
     pub fn write(&mut self, port: u32, bytes: &[u8]) -> usize {
         let mut written = 0;
         while written < bytes.len() {
-            self.driver.used(TRANSMIT);
+            self.driver.used_quietly(TRANSMIT);
             let socket = &self.sockets[&port];
             let credit = socket.peer_room.saturating_sub((socket.sent - socket.peer_read).0);
             let count = (bytes.len() - written).min(credit as usize).min(MAX_PAYLOAD as usize);

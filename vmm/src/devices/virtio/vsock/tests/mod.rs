@@ -1,4 +1,5 @@
 mod guest;
+mod quiet;
 
 use std::{io::Write, net::Shutdown, os::unix::net::UnixStream};
 
