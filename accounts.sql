@@ -114,3 +114,21 @@ CREATE TABLE invitations (
     hash          BLOB    NOT NULL CHECK (length(hash) = 32),
     expires       INTEGER NOT NULL
 ) STRICT;
+
+-- section 7
+-- Bytes that its disk, saved memory and checkpoints may take on the host together; 0: without end, NULL: as its
+-- class or the configuration says.
+ALTER TABLE accounts ADD COLUMN quota_bytes INTEGER CHECK (quota_bytes >= 0);
+-- What accounts used, a row for each day (UTC) on which there was something. Days long past are deleted.
+CREATE TABLE usage (
+    account       TEXT    NOT NULL REFERENCES accounts (id) ON DELETE CASCADE,
+    day           INTEGER NOT NULL,                         -- since 1970-01-01
+    sessions      INTEGER NOT NULL DEFAULT 0,               -- that began
+    awake_s       INTEGER NOT NULL DEFAULT 0,               -- seconds that its machine ran
+    cpu_ms        INTEGER NOT NULL DEFAULT 0,               -- milliseconds that it had of processors
+    received      INTEGER NOT NULL DEFAULT 0,               -- bytes from its sessions' clients
+    sent          INTEGER NOT NULL DEFAULT 0,               -- bytes to them
+    disk_bytes    INTEGER,                                  -- what it took on the host, when last looked
+    PRIMARY KEY (account, day)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX usage_by_day ON usage (day);

@@ -139,6 +139,9 @@ pub struct Machines {
     pub save_overcommit: u64,
     /// With less than this free there, guests get no new space on their disks. 0: never.
     pub guest_floor_mib: u64,
+    /// What an account may take on the host: its disk, saved memory and checkpoints together. 0: as much as they
+    /// can have.
+    pub quota_mib: u64,
     /// Seconds that work may keep a machine awake after its last session left. 0: not at all.
     pub max_linger: u64,
     /// What work is, in hundredths of one processor.
@@ -165,6 +168,7 @@ impl Default for Machines {
             memory_overcommit: 64,
             save_overcommit: 64,
             guest_floor_mib: 256,
+            quota_mib: 0,
             max_linger: 4 * 3600,
             busy_cpu_percent: 10,
             max_hold: 7 * 86_400,
@@ -345,6 +349,10 @@ impl Machines {
     }
     pub fn max_hold(&self) -> Duration {
         Duration::from_secs(self.max_hold)
+    }
+    /// In bytes; 0: no end.
+    pub fn quota(&self) -> u64 {
+        self.quota_mib.saturating_mul(1 << 20)
     }
     /// In bytes.
     pub fn guest_floor(&self) -> u64 {

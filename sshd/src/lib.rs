@@ -17,6 +17,7 @@ mod link;
 mod lobby;
 mod machine;
 mod promises;
+pub mod quota;
 mod room;
 pub mod server;
 mod session;

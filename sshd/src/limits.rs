@@ -21,6 +21,9 @@ pub struct Class {
     /// Size of the disks of accounts that are made in it.
     #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
     pub disk: Option<u64>,
+    /// What its disk, saved memory and checkpoints may take together; 0: without end.
+    #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
+    pub quota: Option<u64>,
     pub sessions: Option<u32>,
     /// Streams that one connection forwards at a time.
     pub streams: Option<u32>,
@@ -40,6 +43,8 @@ pub struct Limits {
     pub policy: Policy,
     pub linger: Duration,
     pub max_linger: Duration,
+    /// Bytes that it may take on the host; `None`: as many as its disk, memory and checkpoints can have.
+    pub quota: Option<u64>,
 }
 
 impl Limits {
@@ -62,6 +67,8 @@ impl Limits {
             policy: account.policy.or(class.policy).unwrap_or_default(),
             linger: seconds(account.linger_s, class.linger, machines.linger()),
             max_linger: seconds(account.max_linger_s, class.max_linger, machines.max_linger()),
+            quota: Some(account.quota_bytes.or(class.quota).unwrap_or_else(|| machines.quota()))
+                .filter(|bytes| *bytes > 0),
         }
     }
 }
@@ -129,8 +136,8 @@ mod tests {
 
     #[test]
     fn an_accounts_own_word_counts_before_its_class_and_that_before_the_rest() {
-        let text = "[machines]\nlinger = 7\n[ssh]\nmax_streams = 5\n[class.student]\ndisk = \"2GiB\"\n\
-                    sessions = 3\nmax_linger = 0\npolicy = \"discard\"\n[class.staff]\nstreams = 0\n";
+        let text = "[machines]\nlinger = 7\nquota_mib = 8192\n[ssh]\nmax_streams = 5\n[class.student]\ndisk = \"2GiB\"\n\
+                    quota = \"3GiB\"\nsessions = 3\nmax_linger = 0\npolicy = \"discard\"\n[class.staff]\nstreams = 0\n";
         let config = load(text).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let mut accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
@@ -143,6 +150,7 @@ mod tests {
             policy: Policy::Save,
             linger: seconds(7),
             max_linger: seconds(4 * 3600),
+            quota: Some(8 << 30),
         };
         assert_eq!(Limits::of(&config, &plain), everybodys);
         let student = Account { class: Some("student".into()), ..plain.clone() };
@@ -150,11 +158,13 @@ mod tests {
             max_sessions: 3,
             policy: Policy::Discard,
             max_linger: seconds(0),
+            quota: Some(3 << 30),
             ..everybodys.clone()
         };
         assert_eq!(Limits::of(&config, &student), students);
         let own = Account { max_sessions: Some(9), policy: Some(Policy::Keep), ..student };
-        let wanted = Limits { max_sessions: 9, policy: Policy::Keep, ..students };
+        let own = Account { quota_bytes: Some(0), ..own };
+        let wanted = Limits { max_sessions: 9, policy: Policy::Keep, quota: None, ..students };
         assert_eq!(Limits::of(&config, &own), wanted);
         let staff = Account { class: Some("staff".into()), ..plain.clone() };
         assert_eq!(Limits::of(&config, &staff).max_streams, 0);

@@ -15,6 +15,7 @@ pub mod base;
 pub mod checkpoint;
 pub mod disk;
 pub mod faults;
+pub mod footprint;
 pub mod image;
 #[cfg(feature = "accounts")]
 pub mod incoming;

@@ -29,6 +29,10 @@ pub struct Wanted {
     /// Size of the disk, which takes only what is written to it [default: as the class says, or 10G]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub disk: Option<u64>,
+    /// What its disk, saved memory and checkpoints may take on the host together: 20G, "none", or "default": as
+    /// the class or the configuration says
+    #[arg(long, value_name = "SIZE", value_parser = quota)]
+    pub quota: Option<Own<u64>>,
     /// Most sessions at once, or "default": as the class says, or 32
     #[arg(long, visible_alias = "max-sessions", value_name = "N", value_parser = sessions)]
     pub sessions: Option<Own<u32>>,
@@ -48,6 +52,9 @@ pub struct Wanted {
     #[arg(long, value_name = "TIME", value_parser = expiry)]
     pub expires: Option<Own<i64>>,
 }
+
+/// Less is a slip of the pen: an empty disk takes more.
+const SMALLEST_QUOTA: u64 = 1 << 20;
 
 /// Something that is not as it is asked for.
 pub struct Difference {
@@ -81,6 +88,7 @@ impl Wanted {
         new.class = self.class.as_ref().and_then(Own::value);
         let of_class = || limits::new_disk(&context.config, new.class.as_deref());
         new.disk_bytes = self.disk.unwrap_or_else(of_class);
+        new.quota_bytes = self.quota.as_ref().and_then(Own::value);
         new.max_sessions = self.sessions.as_ref().and_then(Own::value);
         new.max_streams = self.streams.as_ref().and_then(Own::value);
         new.linger_s = self.linger.as_ref().and_then(Own::value);
@@ -93,6 +101,7 @@ impl Wanted {
     pub fn changes(&self) -> Changes {
         Changes {
             class: self.class.as_ref().map(Own::value),
+            quota_bytes: self.quota.as_ref().map(Own::value),
             max_sessions: self.sessions.as_ref().map(Own::value),
             max_streams: self.streams.as_ref().map(Own::value),
             linger_s: self.linger.as_ref().map(Own::value),
@@ -132,6 +141,13 @@ impl Wanted {
         let number = |n: u32| n.to_string();
         let named = |policy: Policy| policy.as_str().to_owned();
         look("class", "class", account.class.clone(), wanted(&self.class, |class| class), "none");
+        look(
+            "quota",
+            "quota",
+            account.quota_bytes.map(exact_quota),
+            wanted(&self.quota, exact_quota),
+            "default",
+        );
         look(
             "number of sessions",
             "sessions",
@@ -174,6 +190,10 @@ impl Wanted {
     }
 }
 
+fn exact_quota(bytes: u64) -> String {
+    if bytes == 0 { "none".into() } else { exact_size(bytes) }
+}
+
 /// A size in the largest unit that says it exactly: what can be typed again.
 fn exact_size(bytes: u64) -> String {
     for (unit, bits) in [("GiB", 30), ("MiB", 20), ("KiB", 10)] {
@@ -196,6 +216,19 @@ pub fn class(text: &str) -> Result<Own<String>, String> {
     own(text, "none", |name| match name {
         "" => Err("a class has a name".into()),
         name => Ok(name.to_owned()),
+    })
+}
+
+/// "none" is 0.
+pub fn quota(text: &str) -> Result<Own<u64>, String> {
+    own(text, "default", |text| match text {
+        "none" => Ok(0),
+        text => match size::parse(text)? {
+            bytes if bytes < SMALLEST_QUOTA => {
+                Err(format!("{text} is no quota: 1M or more, \"none\" or \"default\""))
+            }
+            bytes => Ok(bytes),
+        },
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::account_limits::{Own, Wanted, expiry};
 use super::context::Context;
-use super::{account_disk, account_show, admin, date, time};
+use super::{account_disk, account_quota, account_show, admin, date, time};
 use anyhow::bail;
 use hermitage::closing;
 use hermitage_storage::accounts::{AccountName, Accounts, Change, Changes};
@@ -11,10 +11,11 @@ use serde_json::json;
 pub const SET_HELP: &str = "\
 What is not given stays as it is. Sessions and streams count from the next session or connection on, linger and
 policy at once. A disk can be enlarged, while its machine does not run; nothing on it is lost. It can't be made
-smaller.
+smaller. A quota counts at once; it can't be made less than what the account takes.
 
 Examples:
   hermitage account set alice --class student
+  hermitage account set alice --quota 30GiB
   hermitage account set alice --disk 20GiB --sessions 8
   hermitage account set alice --sessions default --expires never";
 
@@ -69,6 +70,7 @@ pub fn set(context: &Context, set: &Set) -> anyhow::Result<()> {
     let mut accounts = context.accounts()?;
     let account = accounts.named(&set.name)?;
     let mut changes = set.wanted.changes();
+    account_quota::check(context, &account, &changes).map_err(anyhow::Error::msg)?;
     if let Some(bytes) = set.wanted.disk {
         account_disk::enlarge(context, &account, bytes)?;
         changes.disk_bytes = Some(bytes);

@@ -1,14 +1,17 @@
 //! What `hermitage account` prints of accounts, for people and for programs.
 
+use super::account_quota;
 use super::context::Context;
 use super::output::{count, table};
 use super::{size, span, status, time};
 use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage::limits::Limits;
+use hermitage::quota::Quota;
 use hermitage_storage::accounts::{
     Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey,
 };
+use hermitage_storage::footprint::Footprint;
 use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -37,6 +40,7 @@ struct View {
     class: String,
     /// Bytes that its checkpoints take.
     checkpoint_bytes: u64,
+    quota: Quota,
 }
 
 impl View {
@@ -49,6 +53,10 @@ impl View {
         let place = match account.removed {
             None => context.state.disk(account.id),
             Some(_) => context.state.removed_dir(account.id).join("disk.img"),
+        };
+        let quota = Quota {
+            used: Footprint::in_dir(place.parent().unwrap_or(&place)),
+            ..account_quota::of(context, &account)
         };
         let running = service.into_iter().flat_map(|service| &service.accounts);
         let machine = running
@@ -64,6 +72,7 @@ impl View {
                 .ok()
                 .map(|metadata| metadata.len()),
             checkpoint_bytes: checkpoint::usage(&context.state, account.id),
+            quota,
             machine,
             limits: Limits::of(&context.config, &account),
             invited: accounts.invited_until(account.id)?.filter(|until| *until > time::now()),
@@ -133,8 +142,19 @@ impl View {
     fn disk(&self) -> String {
         let limit = size::show(self.account.disk_bytes);
         match self.disk_allocated {
-            Some(_) => format!("{} of {limit}", size::show(self.used())),
+            Some(written) => format!("{} of {limit}", size::show(written)),
             None => format!("none yet, {limit}"),
+        }
+    }
+
+    fn quota_words(&self) -> String {
+        let takes = format!("takes {} ({})", self.quota.shown(), self.quota.parts());
+        match self.quota.percent() {
+            Some(percent) => {
+                let own = self.account.quota_bytes.is_some();
+                format!("{takes}, {percent} %{}", self.by(own))
+            }
+            None => format!("none; {takes}"),
         }
     }
 
@@ -166,6 +186,7 @@ impl View {
             "keys": self.keys.iter().map(key_json).collect::<Vec<_>>(),
             "limits": {
                 "disk_bytes": account.disk_bytes,
+                "quota_bytes": self.quota.limit,
                 "max_sessions": self.limits.max_sessions,
                 "max_streams": self.limits.max_streams,
                 "linger_seconds": account.linger_s,
@@ -173,6 +194,7 @@ impl View {
             },
             // What it has of its own, where neither its class nor the configuration counts.
             "own": {
+                "quota_bytes": account.quota_bytes,
                 "max_sessions": account.max_sessions,
                 "max_streams": account.max_streams,
                 "linger_seconds": account.linger_s,
@@ -187,6 +209,8 @@ impl View {
             "because": self.because(),
             "disk_allocated_bytes": self.disk_allocated,
             "used_bytes": self.used(),
+            // Against limits.quota_bytes: checkpoints too, each file once.
+            "quota_used_bytes": self.quota.used.total(),
             "machine": self.machine.as_ref().map(|machine| json!({
                 "state": machine.state,
                 "since": time::rfc3339(machine.since),
@@ -214,6 +238,7 @@ impl View {
             ("created", time::short(account.created)),
             ("password", if account.password.is_some() { "set" } else { "none" }.to_owned()),
             ("disk", self.disk()),
+            ("quota", self.quota_words()),
             (
                 "sessions",
                 format!(
@@ -239,7 +264,7 @@ impl View {
             facts.push(("hold", format!("until {} UTC", time::short(until))));
         }
         if let Some(bytes) = self.saved_bytes {
-            facts.push(("saved", format!("{}, which counts as disk", size::show(bytes))));
+            facts.push(("saved", format!("{}, which counts for the quota", size::show(bytes))));
         }
         if account.guest_name() != account.name {
             facts.push(("inside", format!("the user is {}", account.guest_name())));
@@ -297,6 +322,7 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
             "MACHINE",
             "LOGS IN WITH",
             "DISK",
+            "QUOTA",
             "LAST SESSION",
             "BECAUSE",
         ];
@@ -309,6 +335,7 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
                 view.machine_state().to_owned(),
                 means(view),
                 view.disk(),
+                view.quota.percent().map_or("-".into(), |percent| format!("{percent} %")),
                 view.sessions.first().map_or("never".into(), |last| time::short(last.started)),
                 view.because().unwrap_or_default().to_owned(),
             ]);

@@ -1,7 +1,7 @@
 //! `hermitage account export|restore`: an account as a file.
 
 use super::context::Context;
-use super::{rest, size, time};
+use super::{account_quota, rest, size, time};
 use anyhow::{Context as _, bail};
 use hermitage_storage::accounts::Account;
 use hermitage_storage::archive::{
@@ -202,6 +202,14 @@ pub fn tell(context: &Context, restored: &Restored) -> anyhow::Result<()> {
     }
     if restored.account.disabled {
         context.out.note(format!("{name} is disabled, as it was: hermitage account enable {name}"));
+    }
+    let quota = account_quota::of(context, &restored.account);
+    if quota.is_over() {
+        context.out.note(format!(
+            "{name} takes {}, more than its quota, so programs in its machine get no new space: hermitage account set \
+             {name} --quota SIZE",
+            quota.shown()
+        ));
     }
     let object: Value = json!({
         "account": name,

@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use super::output::table;
-use super::{NotFound, admin, rest, size, time};
+use super::{NotFound, account_quota, admin, rest, size, time};
 use anyhow::Context as _;
 use clap::Subcommand;
 use hermitage_storage::accounts::{Account, Accounts, Intent, MachineState};
@@ -61,8 +61,11 @@ fn create(context: &Context, account: &str, name: Option<&str>, stop: bool) -> a
         Some(name) => Name::parse(name)?,
         None => dated(context, &account, "")?,
     };
-    let known = known(&accounts, &account)?;
+    // Before sessions are ended for nothing; and again with what was saved then.
+    fits(context, &account, None, "another checkpoint")?;
     let at_rest = rest::take(context, &account, stop)?;
+    fits(context, &account, None, "another checkpoint")?;
+    let known = known(&accounts, &account)?;
     let (now, room) = (time::now(), rest::room(context)?);
     let about = checkpoint::create(&context.state, &at_rest, &name, known, now, room)
         .with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
@@ -105,8 +108,11 @@ fn restore(context: &Context, account: &str, name: &str, stop: bool) -> anyhow::
     let account = accounts.named(account)?;
     let name = Name::parse(name)?;
     // Before sessions are ended for nothing.
-    find(context, &account, &name)?;
+    let source = find(context, &account, &name)?;
+    let keeping = "what is replaced, kept as one more checkpoint,";
+    fits(context, &account, Some(&source), keeping)?;
     let at_rest = rest::take(context, &account, stop)?;
+    fits(context, &account, Some(&source), keeping)?;
     let known = known(&accounts, &account)?;
     let keep = dated(context, &account, "before-")?;
     let (now, room) = (time::now(), rest::room(context)?);
@@ -144,6 +150,20 @@ fn drop(context: &Context, account: &str, name: &str) -> anyhow::Result<()> {
     context
         .out
         .show(&object, || format!("{name} is deleted, which was {}", size::show(one.allocated)))
+}
+
+/// Whether the quota has room for a copy of the disk, or of a checkpoint. The memory of the former is linked.
+fn fits(
+    context: &Context,
+    account: &Account,
+    source: Option<&Checkpoint>,
+    what: &str,
+) -> anyhow::Result<()> {
+    let more = match source {
+        Some(source) => source.allocated,
+        None => account_quota::of(context, account).used.disk,
+    };
+    account_quota::refuse(context, account, more, what)
 }
 
 fn find(context: &Context, account: &Account, name: &Name) -> anyhow::Result<Checkpoint> {

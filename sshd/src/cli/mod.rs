@@ -11,6 +11,7 @@ mod account_idle;
 mod account_invite;
 mod account_limits;
 mod account_machine;
+mod account_quota;
 mod account_set;
 mod account_show;
 mod admin;

@@ -92,6 +92,8 @@ pub(super) struct Driver {
     machine: Option<Attached>,
     timer: Option<Instant>,
     vigil: Vigil,
+    /// What the account may take on the host, as whoever watches over its machine's disk knows it.
+    quota: watch::Sender<Option<u64>>,
     status: watch::Sender<Status>,
 }
 
@@ -145,6 +147,7 @@ impl Driver {
             machine: None,
             timer: None,
             vigil,
+            quota: watch::channel(None).0,
             status,
         };
         (driver, watched)
@@ -309,7 +312,9 @@ impl Driver {
             Effect::Start => {
                 let (context, account) = (self.context.clone(), self.account);
                 let former = self.former.clone().unwrap_or_default();
-                self.starting = Some(tokio::spawn(start::start(context, account, former)));
+                let quota = self.quota.clone();
+                let task = start::start(context, account, former, quota);
+                self.starting = Some(tokio::spawn(task));
             }
             Effect::Save => {
                 self.saved_because = self.rest_cause();

@@ -15,6 +15,8 @@ use hermitage_storage::{
     saved::{self, Found},
 };
 
+use tokio::sync::watch;
+
 use super::{driver::Context, start::StartError};
 use crate::machine::{ForkError, LaunchError, Machine, ResumeError, Sleeper, resume as wake};
 
@@ -32,6 +34,7 @@ pub(super) async fn resume(
     account: &Account,
     disk: &File,
     left: Vec<u8>,
+    scarce: &impl Fn() -> watch::Receiver<bool>,
 ) -> Result<Attempt, StartError> {
     let interrupted = |error: io::Error| StartError::Interrupted(error.to_string());
     let disk_of_check = disk.try_clone().map_err(interrupted)?;
@@ -65,7 +68,7 @@ pub(super) async fn resume(
         snapshot: file.into(),
         left,
         timeout: context.config.machines.start_timeout(),
-        scarce: context.scarce.clone(),
+        scarce: scarce(),
     };
     let (shared, id) = (context.clone(), account.id);
     let consume = blocking(move || saved::consume(&shared.state_dir, id));

@@ -12,7 +12,10 @@ use hermitage_storage::{
     accounts::{Account, Closed},
     disk::{self, DiskError},
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use uuid::Uuid;
 
 use super::{
@@ -23,9 +26,10 @@ use super::{
 };
 use crate::{
     closing,
+    limits::Limits,
     machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
     promises::{Full, Promise},
-    room,
+    quota, room,
     store::StoreError,
     watch::Event,
 };
@@ -117,6 +121,7 @@ pub(super) async fn start(
     context: Arc<Context>,
     account: Uuid,
     former: Former,
+    quota: watch::Sender<Option<u64>>,
 ) -> Result<Started, StartError> {
     let account = context.store.by_id(account).await?;
     if let Some(closed) = closing::closed(account.as_ref()) {
@@ -125,12 +130,17 @@ pub(super) async fn start(
     let account = account.ok_or(StartError::Closed(closing::words(Closed::Removed)))?;
     let machines = &context.config.machines;
     let promise = promise(&context).await?;
+    quota.send_replace(Limits::of(&context.config, &account).quota);
+    let (dir, host) = (context.state_dir.clone(), context.scarce.clone());
+    let scarce = || quota::keep_watch(dir.clone(), account.id, host.clone(), quota.subscribe());
 
     let path = context.state_dir.disk(account.id);
     let disk = open_disk(&path, machines.stale_timeout()).await?;
     let begun = Instant::now();
     let Former { left, lost, paused } = former;
-    let (machine, how, arrival) = match resume::resume(&context, &account, &disk, left).await? {
+    let (machine, how, arrival) = match resume::resume(&context, &account, &disk, left, &scarce)
+        .await?
+    {
         Attempt::Resumed(machine, age, bytes) => {
             let resumed = words::resumed(age, bytes, begun.elapsed());
             let paused = paused.as_deref().map(words::paused);
@@ -139,11 +149,13 @@ pub(super) async fn start(
         }
         Attempt::Unusable(reason) => {
             tracing::warn!(account = account.name, reason, "the saved machine can't be resumed");
-            (cold_start(&context, &account, disk).await?, How::Cold, Some(words::cold(&reason)))
+            let machine = cold_start(&context, &account, disk, scarce()).await?;
+            (machine, How::Cold, Some(words::cold(&reason)))
         }
         Attempt::Nothing => {
             let how = if lost.is_some() { How::Cold } else { How::Forked };
-            (cold_start(&context, &account, disk).await?, how, lost.as_deref().map(words::cold))
+            let machine = cold_start(&context, &account, disk, scarce()).await?;
+            (machine, how, lost.as_deref().map(words::cold))
         }
     };
     tracing::info!(
@@ -172,6 +184,7 @@ async fn cold_start(
     context: &Context,
     account: &Account,
     disk: File,
+    scarce: watch::Receiver<bool>,
 ) -> Result<Arc<Machine>, StartError> {
     let path = context.state_dir.disk(account.id);
     let disk_size = disk.metadata().map_err(|source| StartError::DiskSize { path, source })?.len();
@@ -190,7 +203,7 @@ async fn cold_start(
         attach,
         disk: disk.into(),
         timeout: context.config.machines.start_timeout(),
-        scarce: context.scarce.clone(),
+        scarce,
     };
     Ok(launch(&context.forks, spec).await?)
 }

@@ -49,6 +49,9 @@ pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String
             there.len()
         ));
     }
+    // Of what is on the disk now; what is saved of her memory is linked, and takes nothing more.
+    let quota = desk.quota(account).await?;
+    quota.fits(quota.used.disk).map_err(|over| format!("your quota does not allow it: {over}"))?;
     let ran = desk.registry.status_of(id).is_some_and(|machine| machine.machine_pid.is_some());
     match desk.registry.sessions(id) {
         0 => desk.registry.stop(id, StopCause::Admin).await,
@@ -61,19 +64,24 @@ pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String
         paused: intent.paused,
     });
     let at_rest = rest(desk, account).await?;
+    // Her memory was saved meanwhile.
+    let quota = desk.quota(account).await?;
+    let fits = quota.fits(quota.used.disk);
     let (state, floor) = (desk.state_dir.clone(), desk.config.machines.min_free_mib << 20);
     let taken = name.clone();
     let made = blocking(move || {
+        fits.map_err(|over| format!("your quota does not allow it: {over}"))?;
         let free = room::free(state.root()).unwrap_or(0);
         let room = free.saturating_sub(floor);
-        checkpoint::create(&state, &at_rest, &taken, known, time::now(), room)
+        let made = checkpoint::create(&state, &at_rest, &taken, known, time::now(), room);
+        made.map_err(|error| trouble(&error))
     });
     let made = made.await;
     if ran {
         // What works in it, or is to stay awake, goes on.
         desk.registry.expect(account);
     }
-    let about = made?.map_err(|error| trouble(&error))?;
+    let about = made??;
     tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
     Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
 }

@@ -26,6 +26,7 @@ use crate::{
     auth::Authenticator,
     closing,
     lifecycle::Registry,
+    quota::Quota,
     server::Settings,
     session::{InputQueue, Kind, Output},
     span,
@@ -105,6 +106,19 @@ impl Desk {
         state_dir: StateDir,
     ) -> Self {
         Self { registry, store, authenticator, config, state_dir, rate: Rate::default() }
+    }
+
+    /// What the account takes on the host, and may take.
+    pub async fn quota(&self, account: &Account) -> Result<Quota, String> {
+        let (config, state, account) =
+            (self.config.clone(), self.state_dir.clone(), account.clone());
+        let looked = tokio::task::spawn_blocking(move || Quota::of(&config, &state, &account));
+        looked.await.map_err(|error| error.to_string())
+    }
+
+    /// For a user whose room gets tight.
+    pub async fn tight(&self, account: &Account) -> Option<String> {
+        self.quota(account).await.ok()?.warning()
     }
 }
 

@@ -69,6 +69,11 @@ pub async fn status(desk: &Desk, account: &Account) -> Result<String, String> {
             },
         ),
     ];
+    if let Ok(quota) = desk.quota(account).await
+        && let Some(percent) = quota.percent()
+    {
+        facts.push(("quota", format!("{}, {percent} %: {}", quota.shown(), quota.parts())));
+    }
     if let Some(bytes) = used.saved {
         facts.push(("memory", format!("{} saved", size::show(bytes))));
     }

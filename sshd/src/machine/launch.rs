@@ -157,7 +157,7 @@ pub async fn resume(
         return Err(error);
     }
     // Its first message was another one.
-    keep_told(&machine, scarce);
+    keep_told(&machine, scarce, None);
     Ok(machine)
 }
 
@@ -170,7 +170,7 @@ fn supervise(
     scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
     let machine = supervise_with(label, forked, control, agent, |_| ()).0;
-    keep_told(&machine, scarce);
+    keep_told(&machine, scarce, Some(false));
     machine
 }
 
@@ -208,12 +208,13 @@ fn supervise_with<T>(
     (machine, first)
 }
 
-/// Keeps the guest told about its disk's room until the machine ends.
-fn keep_told(machine: &Arc<Machine>, scarce: watch::Receiver<bool>) {
+/// Keeps the guest told about its disk's room until the machine ends. `told`: what it believes; one that was saved
+/// believes what was so then, which nobody knows.
+fn keep_told(machine: &Arc<Machine>, scarce: watch::Receiver<bool>, told: Option<bool>) {
     let machine = machine.clone();
     tokio::spawn(async move {
         tokio::select! {
-            () = tell_room(machine.clone(), scarce) => {}
+            () = tell_room(machine.clone(), scarce, told) => {}
             _ = machine.ended() => {}
         }
     });
@@ -221,17 +222,20 @@ fn keep_told(machine: &Arc<Machine>, scarce: watch::Receiver<bool>) {
 
 /// Keeps the guest told whether there is room for its disk, for as long as the service looks. `Attach`
 /// is on its way already, so the disk is mounted when this arrives.
-async fn tell_room(machine: Arc<Machine>, mut scarce: watch::Receiver<bool>) {
-    let mut told = false;
+async fn tell_room(
+    machine: Arc<Machine>,
+    mut scarce: watch::Receiver<bool>,
+    mut told: Option<bool>,
+) {
     loop {
         let is = *scarce.borrow_and_update();
-        if is != told {
+        if told != Some(is) {
             if !machine.tell(HostMessage::DiskRoom { scarce: is }).await {
                 // It does not read, or is about to be gone, which ends this task.
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
             }
-            told = is;
+            told = Some(is);
         }
         if scarce.changed().await.is_err() {
             return;

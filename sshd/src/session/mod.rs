@@ -271,11 +271,13 @@ async fn attend(
             // Read long ago: a machine takes longer than the database.
             session.greeting = last.await.unwrap_or_default();
         }
+        let shell = matches!((&session.kind, &session.pty), (Kind::Shell, Some(_)));
+        let tight = if shell { desk.tight(&session.account).await } else { None };
         let served = tokio::select! {
             // A machine that is taken away says so, rather than what its end looks like from here.
             biased;
             reason = lease.must_end() => return Outcome::Lost(reason),
-            served = serve(&lease, session, wishes) => served,
+            served = serve(&lease, session, wishes, tight) => served,
         };
         match served {
             Ok(outcome) => return outcome,
@@ -309,8 +311,13 @@ async fn visit(desk: &Desk, word: lobby::Word, session: &Session) -> Outcome {
     }
 }
 
-/// Runs the program. An error if it could not be started.
-async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<Outcome, OpenError> {
+/// Runs the program. An error if it could not be started. `tight`: what a shell's user should know of her room.
+async fn serve(
+    lease: &Lease,
+    session: &mut Session,
+    wishes: Wishes,
+    tight: Option<String>,
+) -> Result<Outcome, OpenError> {
     let mut env = session.env.clone();
     let _socket = agent_socket(session, &mut env).await;
     let client = &mut session.client;
@@ -321,10 +328,10 @@ async fn serve(lease: &Lease, session: &mut Session, wishes: Wishes) -> Result<O
                 Kind::Shell | Kind::Sftp => None,
             };
             let window = *client.window.borrow_and_update();
-            if command.is_none()
-                && let Some(words) = lease.arrival()
-            {
-                session.output.greet(&words).await;
+            if command.is_none() {
+                for words in lease.arrival().into_iter().chain(tight) {
+                    session.output.greet(&words).await;
+                }
             }
             let claim = Claim {
                 take: wishes.take_over,

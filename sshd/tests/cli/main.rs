@@ -12,6 +12,7 @@ mod idle;
 mod machines;
 mod manual;
 mod provisioning;
+mod quota;
 mod service;
 mod shapes;
 mod top;

@@ -7,12 +7,12 @@ use crate::{
     terminals::Shell,
 };
 
-fn hermitage(service: &Service, arguments: &[&str]) -> Output {
+pub fn hermitage(service: &Service, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hermitage"));
     finish(command.arg("--config").arg(service.path("hermitage.toml")).args(arguments))
 }
 
-fn done(service: &Service, arguments: &[&str]) -> String {
+pub fn done(service: &Service, arguments: &[&str]) -> String {
     let output = hermitage(service, arguments);
     assert!(output.status.success(), "{}", stderr(&output));
     stdout(&output)

@@ -24,6 +24,7 @@ mod login;
 mod openmetrics;
 mod penalties;
 mod processes;
+mod quota;
 mod raw;
 mod service;
 mod sleep;

@@ -84,6 +84,8 @@ pub struct Account {
     pub policy: Option<Policy>,
     /// How long work may keep its machine awake.
     pub max_linger_s: Option<u32>,
+    /// Bytes that its disk, saved memory and checkpoints may take on the host together; 0: without end.
+    pub quota_bytes: Option<u64>,
     /// Until when its machine is kept awake; over if that is past.
     pub hold_until: Option<i64>,
 }
@@ -141,6 +143,8 @@ pub struct NewAccount {
     pub linger_s: Option<u32>,
     pub policy: Option<Policy>,
     pub max_linger_s: Option<u32>,
+    /// 0: without end.
+    pub quota_bytes: Option<u64>,
     pub expires: Option<i64>,
     /// Made closed: nobody logs in until it is opened.
     pub disabled: bool,
@@ -162,6 +166,7 @@ impl NewAccount {
             linger_s: None,
             policy: None,
             max_linger_s: None,
+            quota_bytes: None,
             expires: None,
             disabled: false,
             disabled_until: None,
@@ -195,7 +200,7 @@ pub enum Change {
 
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
                        disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until, class, \
-                       max_streams, expires, disabled_until, guest_name";
+                       max_streams, expires, disabled_until, guest_name, quota_bytes";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -329,6 +334,7 @@ pub(super) fn insert(
     if disk == 0 {
         return Err(limit("disk", 0));
     }
+    let quota = quota(new.quota_bytes)?;
     if new.max_sessions == Some(0) {
         return Err(limit("sessions", 0));
     }
@@ -339,8 +345,8 @@ pub(super) fn insert(
     tx.prepare_cached(
         "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
          max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled, disabled_until, \
-         guest_name) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
+         guest_name, quota_bytes) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)",
     )?
     .execute(params![
         id.to_string(),
@@ -361,11 +367,20 @@ pub(super) fn insert(
         new.disabled,
         new.disabled_until,
         guest_name,
+        quota,
     ])?;
     for key in &new.keys {
         insert_key(tx, *id, key)?;
     }
     alive(tx, new.name.as_str())?.ok_or_else(|| AccountsError::Unknown(new.name.to_string()))
+}
+
+/// As the database keeps it.
+pub(super) fn quota(bytes: Option<u64>) -> Result<Option<i64>, AccountsError> {
+    let fits = |bytes| {
+        i64::try_from(bytes).map_err(|_| AccountsError::Limit { what: "quota", value: bytes })
+    };
+    bytes.map(fits).transpose()
 }
 
 fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {
@@ -410,6 +425,7 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         expires: row.get(17)?,
         disabled_until: row.get(18)?,
         guest_name: row.get(19)?,
+        quota_bytes: row.get::<_, Option<i64>>(20)?.map(i64::unsigned_abs),
     })
 }
 

@@ -20,6 +20,8 @@ pub struct Changes {
     pub linger_s: Option<Option<u32>>,
     pub max_linger_s: Option<Option<u32>>,
     pub policy: Option<Option<Policy>>,
+    /// 0: without end.
+    pub quota_bytes: Option<Option<u64>>,
     pub expires: Option<Option<i64>>,
     pub disabled: Option<bool>,
     /// argon2id, PHC string.
@@ -123,6 +125,7 @@ fn apply(
         },
         None => None,
     };
+    let quota = changes.quota_bytes.map(account::quota).transpose()?;
     let mut changed = Vec::new();
     let mut set = |column: &'static str, value: Option<&dyn ToSql>| -> Result<(), AccountsError> {
         let Some(value) = value else { return Ok(()) };
@@ -142,6 +145,7 @@ fn apply(
     set("linger_s", sql(&changes.linger_s))?;
     set("max_linger_s", sql(&changes.max_linger_s))?;
     set("policy", sql(&changes.policy))?;
+    set("quota_bytes", sql(&quota))?;
     set("expires", sql(&changes.expires))?;
     set("password", sql(&changes.password))?;
     set("disabled", sql(&changes.disabled))?;

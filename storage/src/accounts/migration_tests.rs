@@ -5,12 +5,13 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 5] = [
+const SCHEMAS: [&str; 6] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
     include_str!("../../testdata/accounts-schema-4.sql"),
     include_str!("../../testdata/accounts-schema-5.sql"),
+    include_str!("../../testdata/accounts-schema-6.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -52,6 +53,7 @@ fn what_there_was_is_there_after_every_migration() {
         // What came with later versions says what it said before there was such a thing.
         assert_eq!((alice.max_linger_s, alice.hold_until), (None, None));
         assert_eq!(accounts.intent(ALICE).unwrap().unwrap().paused, None);
+        assert_eq!((alice.quota_bytes, accounts.usage(ALICE, 0).unwrap()), (None, vec![]));
         // And takes new values.
         assert_eq!(accounts.set_hold(ALICE, Some(9)).unwrap(), Change::Done);
         assert_eq!(accounts.set_max_linger(ALICE, Some(0)).unwrap(), Change::Done);
@@ -128,4 +130,14 @@ fn classes_and_ends_of_schema_5_stay() {
     assert_eq!((bob.max_streams, bob.disabled_until), (Some(7), Some(1_863_000_000)));
     assert_eq!((alice.policy, bob.policy), (Some(Policy::Keep), Some(Policy::Discard)));
     assert_eq!(accounts.invited_until(ALICE).unwrap(), None);
+}
+
+#[test]
+fn invitations_of_schema_6_stay() {
+    let (_dir, mut accounts) = brought_forward(SCHEMAS[5]);
+    assert_eq!(accounts.invited_until(ALICE).unwrap(), Some(4_086_547_200));
+    let changes = Changes { quota_bytes: Some(Some(5 << 30)), ..Changes::default() };
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), ["quota_bytes"]);
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), [] as [&str; 0]);
+    assert_eq!(accounts.named("alice").unwrap().quota_bytes, Some(5 << 30));
 }

@@ -23,6 +23,7 @@ mod password;
 mod sessions;
 mod source_pattern;
 mod stored_keys;
+mod usage;
 
 pub use account::{
     Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, Identity,
@@ -43,6 +44,7 @@ pub use password::{
 pub use sessions::{LogQuery, NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;
+pub use usage::{Keep, PRUNED_AT_ONCE, Pruned, Used, UsedDay, day_of, first_second};
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]

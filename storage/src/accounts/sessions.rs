@@ -2,6 +2,7 @@
 
 use super::account::id_column;
 use super::database::{Accounts, AccountsError, now};
+use super::usage;
 use rusqlite::{OptionalExtension, Row, params};
 use uuid::Uuid;
 
@@ -46,9 +47,10 @@ pub struct LogQuery {
 const COLUMNS: &str = "id, account, source, kind, started, ended, outcome, login, machine";
 
 impl Accounts {
-    /// Returns the number under which to tell its end.
+    /// Returns the number under which to tell its end. The account's day counts it too, at once with it.
     pub fn session_started(&self, session: &NewSession) -> Result<i64, AccountsError> {
-        self.db.execute(
+        let tx = self.db.unchecked_transaction()?;
+        tx.execute(
             "INSERT INTO sessions (account, source, kind, started, login) VALUES (?1, ?2, ?3, ?4, ?5)",
             params![
                 session.account.to_string(),
@@ -58,7 +60,10 @@ impl Accounts {
                 session.login
             ],
         )?;
-        Ok(self.db.last_insert_rowid())
+        let id = tx.last_insert_rowid();
+        usage::count_session(&tx, session.account)?;
+        tx.commit()?;
+        Ok(id)
     }
 
     /// Only the first end counts. `machine`: how it found its machine, if it got one.

@@ -53,6 +53,9 @@ pub struct Settings {
     pub max_streams: Option<u32>,
     pub linger_s: Option<u32>,
     pub max_linger_s: Option<u32>,
+    /// Left out where there is none: programs from before there were quotas refuse only what they would drop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota_bytes: Option<u64>,
     pub disk_bytes: u64,
 }
 
@@ -93,6 +96,7 @@ impl Settings {
             max_streams: account.max_streams,
             linger_s: account.linger_s,
             max_linger_s: account.max_linger_s,
+            quota_bytes: account.quota_bytes,
             disk_bytes: account.disk_bytes,
         }
     }
@@ -211,6 +215,7 @@ impl Manifest {
         new.max_sessions = settings.max_sessions;
         new.linger_s = settings.linger_s;
         new.max_linger_s = settings.max_linger_s;
+        new.quota_bytes = settings.quota_bytes;
         let digits = &settings.machine_id;
         let machine_id = u128::from_str_radix(digits, 16)
             .ok()

@@ -249,6 +249,7 @@ fn manifest() -> Manifest {
         policy: None,
         max_sessions: None,
         max_streams: None,
+        quota_bytes: None,
         linger_s: None,
         max_linger_s: None,
         disk_bytes: DISK,

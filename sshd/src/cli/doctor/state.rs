@@ -3,8 +3,8 @@
 use super::Finding;
 use crate::cli::context::Context;
 use crate::cli::output::count;
-use crate::cli::{size, status};
-use hermitage_storage::accounts::{Accounts, AccountsError};
+use crate::cli::{account_quota, size, status};
+use hermitage_storage::accounts::{Account, Accounts, AccountsError};
 use hermitage_storage::base::{Base, BaseId, HostKind};
 use hermitage_storage::image::{self, Image, ImageId};
 use nix::sys::statvfs::statvfs;
@@ -201,7 +201,32 @@ fn database(context: &Context) -> Vec<Finding> {
              has to come from a backup",
         ));
     }
+    findings.extend(quotas(context, &accounts));
     findings
+}
+
+/// A class or the configuration may have been made less than accounts take.
+fn quotas(context: &Context, accounts: &[Account]) -> Option<Finding> {
+    let quotas = accounts.iter().map(|account| (account, account_quota::of(context, account)));
+    let with = || quotas.clone().filter(|(_, quota)| quota.limit.is_some());
+    let count_with = with().count();
+    if count_with == 0 {
+        return None;
+    }
+    let over: Vec<_> = with().filter(|(_, quota)| quota.is_over()).collect();
+    if over.is_empty() {
+        let found = format!("{} with one, none is over it", count(count_with, "account"));
+        return Some(Finding::ok("quotas", found));
+    }
+    let shown =
+        over.iter().take(10).map(|(account, quota)| format!("{} {}", account.name, quota.shown()));
+    let shown: Vec<_> = shown.collect();
+    Some(Finding::warning(
+        "quotas",
+        format!("{} over it: {}", count(over.len(), "account"), shown.join(", ")),
+        "programs in their machines get no new space: hermitage account show NAME says what takes it, account set \
+         NAME --quota SIZE gives more",
+    ))
 }
 
 fn service(context: &Context) -> Finding {

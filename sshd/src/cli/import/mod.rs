@@ -33,6 +33,7 @@ The first line names the columns, in any order; only name is needed, and an empt
   password    a password of her own; the file is as secret as they are
   class       a class of the configuration
   disk        size of the disk: 20GiB
+  quota       what disk, saved memory and checkpoints may take together: 30GiB
   sessions    most sessions at once
   streams     most streams that a connection forwards
   linger      how long the machine stays after the last session: 10m

@@ -3,6 +3,7 @@
 use super::in_parallel;
 use super::rows::{Problem, Row};
 use crate::cli::account_add::missing_keys;
+use crate::cli::account_quota;
 use crate::cli::context::Context;
 use hermitage_storage::accounts::{Account, Accounts, Changes, NewAccount, Step, verify_password};
 
@@ -49,7 +50,16 @@ pub fn plan(
         }
         planned.push(match there {
             None => Planned::Step(Step::Create(create(context, row))),
-            Some(there) => change(accounts, row, there, password_fits, update, &mut wrong)?,
+            Some(there) => {
+                let planned = change(accounts, row, there, password_fits, update, &mut wrong)?;
+                if let Planned::Step(Step::Change(_, changes)) = &planned
+                    && update
+                    && let Err(words) = account_quota::check(context, there, changes)
+                {
+                    wrong(words);
+                }
+                planned
+            }
         });
     }
     Ok(planned)

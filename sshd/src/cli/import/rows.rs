@@ -33,6 +33,7 @@ enum Column {
     Password,
     Class,
     Disk,
+    Quota,
     Sessions,
     Streams,
     Linger,
@@ -48,6 +49,7 @@ const COLUMNS: &[(&str, Column)] = &[
     ("password", Column::Password),
     ("class", Column::Class),
     ("disk", Column::Disk),
+    ("quota", Column::Quota),
     ("sessions", Column::Sessions),
     ("streams", Column::Streams),
     ("linger", Column::Linger),
@@ -209,6 +211,7 @@ fn row(line: u64, columns: &[Column], record: &csv::ByteRecord) -> Result<Row, V
             }
             Column::Class => take(&mut wanted.class, account_limits::class(text).map_err(told)),
             Column::Disk => take(&mut wanted.disk, crate::cli::size::parse(text).map_err(told)),
+            Column::Quota => take(&mut wanted.quota, account_limits::quota(text).map_err(told)),
             Column::Sessions => {
                 take(&mut wanted.sessions, account_limits::sessions(text).map_err(told))
             }

@@ -85,6 +85,7 @@ impl Driver {
         let limits = Limits::of(&self.context.config, account);
         let before =
             (self.lifecycle.policy, self.lifecycle.held, self.vigil.linger, self.vigil.max_linger);
+        self.quota.send_if_modified(|quota| std::mem::replace(quota, limits.quota) != limits.quota);
         self.lifecycle.policy = limits.policy;
         self.lifecycle.held = account.hold_at(time::now());
         self.vigil.linger = limits.linger;
