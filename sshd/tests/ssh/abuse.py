@@ -1,7 +1,8 @@
 """What no client sends: one connection for each kind, logged in, then a few messages of our own making.
 
-Prints for each what became of the connection: `NAME ended` or `NAME open`.
-usage: abuse.py PORT USER KEY [SEED]
+Prints for each what became of the connection: `NAME ended` or `NAME open`. With ROUNDS, only noise: as many
+connections, each with a seed of its own, from SEED on.
+usage: abuse.py PORT USER KEY [SEED [ROUNDS]]
 """
 
 import random
@@ -14,12 +15,13 @@ import paramiko
 
 PORT, USER, KEY = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 SEED = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+ROUNDS = int(sys.argv[5]) if len(sys.argv) > 5 else 0
 
 # RFC 4250, 4.1.2
 DISCONNECT, IGNORE, SERVICE_REQUEST, SERVICE_ACCEPT, KEXINIT, NEWKEYS = 1, 2, 5, 6, 20, 21
 USERAUTH_REQUEST, USERAUTH_SUCCESS, GLOBAL_REQUEST = 50, 52, 80
-OPEN, OPEN_CONFIRMATION, WINDOW_ADJUST, DATA, EXTENDED_DATA = 90, 91, 93, 94, 95
-EOF, CLOSE, REQUEST, SUCCESS = 96, 97, 98, 99
+OPEN, OPEN_CONFIRMATION, OPEN_FAILURE, WINDOW_ADJUST, DATA, EXTENDED_DATA = 90, 91, 92, 93, 94, 95
+EOF, CLOSE, REQUEST, SUCCESS, FAILURE = 96, 97, 98, 99, 100
 
 
 def text(value):
@@ -172,19 +174,27 @@ def a_packet_of_noise(c):
     c.raw(bytes(range(256)) * 64)
 
 
-def noise_in_messages(c):
-    chance = random.Random(SEED)
-    channel = c.session("cat")
-    kinds = [OPEN, DATA, EXTENDED_DATA, REQUEST, WINDOW_ADJUST, GLOBAL_REQUEST, EOF, IGNORE, 255]
-    names = [b"exec", b"shell", b"pty-req", b"env", b"signal", b"window-change", b"subsystem",
-             b"tcpip-forward", b"auth-agent-req@openssh.com", b"direct-tcpip", b"\0\xff\x1b"]
-    for _ in range(300):
+def noise_in_messages(c, seed=SEED):
+    """What looks like SSH, more or less, with channels that exist and such that don't."""
+    chance = random.Random(seed)
+    channels = [c.session(chance.choice(["cat", "yes", "sleep 9", None])) for _ in range(2)]
+    kinds = [OPEN, OPEN_CONFIRMATION, OPEN_FAILURE, DATA, EXTENDED_DATA, REQUEST, REQUEST, WINDOW_ADJUST,
+             GLOBAL_REQUEST, EOF, CLOSE, SUCCESS, FAILURE, IGNORE, 255]
+    names = [b"exec", b"shell", b"pty-req", b"env", b"signal", b"window-change", b"subsystem", b"sftp",
+             b"tcpip-forward", b"cancel-tcpip-forward", b"streamlocal-forward@openssh.com",
+             b"auth-agent-req@openssh.com", b"direct-tcpip", b"direct-streamlocal@openssh.com", b"session",
+             b"x11-req", b"eow@openssh.com", b"\0\xff\x1b"]
+    for _ in range(chance.randrange(300)):
         parts = []
+        # Most messages begin with a channel.
+        if chance.random() < 0.7:
+            parts.append(number(chance.choice(channels).remote_chanid))
         for _ in range(chance.randrange(6)):
             parts.append(chance.choice([
-                lambda: number(channel.remote_chanid),
+                lambda: number(chance.choice([0, 1, 22, 80, 4096, 0x7FFFFFFF, 0xFFFFFFFF])),
                 lambda: number(chance.getrandbits(32)),
                 lambda: text(chance.choice(names)),
+                lambda: text(chance.randbytes(chance.randrange(2000))),
                 lambda: chance.randbytes(chance.randrange(64)),
                 lambda: bytes([chance.getrandbits(1)]),
             ])())
@@ -198,12 +208,20 @@ ABUSES = [nobodys_channel, more_than_the_window, a_packet_too_long, a_string_lon
           requests_without_end, channels_without_end, environment_without_end, a_packet_of_noise,
           noise_in_messages]
 
-for abuse in ABUSES:
+def run(name, abuse):
     client = Client()
     try:
         abuse(client)
     except Exception:
         pass  # It was cut off in the middle.
     time.sleep(0.05)
-    print(abuse.__name__, client.became(), flush=True)
+    print(name, client.became(), flush=True)
     client.close()
+
+
+if ROUNDS:
+    for seed in range(SEED, SEED + ROUNDS):
+        run("noise %d" % seed, lambda c: noise_in_messages(c, seed))
+else:
+    for abuse in ABUSES:
+        run(abuse.__name__, abuse)
