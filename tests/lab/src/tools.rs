@@ -68,23 +68,27 @@ const PYTHON_CLIENTS: &[(&str, &str)] = &[
     ("/usr/lib/python3/dist-packages/asyncssh", "python3-asyncssh"),
 ];
 
-/// From PyPI, as Debian's releases have versions that don't know today's algorithms; that one version, as
-/// its opinions are what the test compares with. It has no dependencies.
-const AUDIT: (&str, &str) = ("ssh_audit", "ssh-audit==3.9.0");
+/// From PyPI, by the name of the module: what Debian's releases have in versions that don't know today's algorithms,
+/// or only for C. Of `ssh-audit` that one version, as its opinions are what the test compares with. None of them
+/// has dependencies.
+const FROM_PYPI: &[(&str, &str)] =
+    &[("ssh_audit", "ssh-audit==3.9.0"), ("pylibsshext", "ansible-pylibssh==1.4.0")];
 
 /// Installs what of them is missing, as far as that is possible; modules from PyPI into that folder.
 pub fn install_clients(modules: &Path, log: &Path) {
     install_debians_clients(log);
-    if modules.join(AUDIT.0).exists() {
-        return;
-    }
-    let installed = step(&format!("install {}", AUDIT.1), || {
-        let mut pip = tool("python3");
-        pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--target"]).arg(modules);
-        run_logged(pip.arg(AUDIT.1), log)
-    });
-    if let Err(error) = installed {
-        note(&format!("its test is skipped: {error:#}"));
+    for (module, package) in FROM_PYPI {
+        if modules.join(module).exists() {
+            continue;
+        }
+        let installed = step(&format!("install {package}"), || {
+            let mut pip = tool("python3");
+            pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--target"]).arg(modules);
+            run_logged(pip.arg(package), log)
+        });
+        if let Err(error) = installed {
+            note(&format!("its test is skipped: {error:#}"));
+        }
     }
 }
 

@@ -175,7 +175,7 @@ print(\"whole\")'";
     same("200 MiB written and read", alice.output(check)?.as_str(), "whole")?;
     alice.stop_machine()?;
     bob.stop_machine()?;
-    resume::prove(story, 2, 16, 8, "3584 MiB, 2 vCPUs")?;
+    resume::prove(story, 1, 16, 8, "3584 MiB, 2 vCPUs")?;
     unneeded_bases(story, [&alice, &bob, &carol], &current, built["id"].as_str().unwrap_or("?"))
 }
 

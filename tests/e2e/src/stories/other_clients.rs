@@ -22,12 +22,13 @@ use crate::{
     runner::{Test, skip, test},
 };
 
-pub const TESTS: [Test; 7] = [
+pub const TESTS: [Test; 8] = [
     test("client_putty", 120, putty),
     test("client_dropbear", 120, dropbear),
     test("client_curl", 120, curl),
     test("client_sshfs", 120, sshfs),
     test("client_paramiko", 120, paramiko),
+    test("client_libssh", 120, libssh),
     test("client_asyncssh", 120, asyncssh),
     test("ssh_audit_finds_what_is_known", 60, audit),
 ];
@@ -220,10 +221,19 @@ fn sshfs(story: &Story) -> Result<()> {
 
 /// A Python program with the account's key as its argument, where it imports.
 fn python(story: &Story, module: &str, program: &str, alice: &Account) -> Result<String> {
+    run_python(story, Command::new(PYTHON), module, program, alice)
+}
+
+fn run_python(
+    story: &Story,
+    mut command: Command,
+    module: &str,
+    program: &str,
+    alice: &Account,
+) -> Result<String> {
     let file = story.path(module);
     fs::write(&file, program)?;
     let options = &story.world.options;
-    let mut command = Command::new(PYTHON);
     command.arg(&file).args([&options.ssh_host, &port(story), &alice.name]).arg(&alice.key);
     run(story, module, command)
 }
@@ -318,6 +328,60 @@ asyncio.run(main())
     same("what asyncssh saw", told.as_str(), "True\nTERM\n['31', '90'] True\n200000\nthrough it\n")
 }
 
+/// libssh by the Python module that Ansible uses, which brings the library along. It was built for the Python that
+/// installed it, which need not be Debian's.
+fn libssh(story: &Story) -> Result<()> {
+    let modules = from_pypi(story, "pylibsshext")?;
+    let alice = story.account("alice")?;
+    let mut python = Command::new("python3");
+    python.env("PYTHONPATH", modules);
+    let told = run_python(
+        story,
+        python,
+        "libssh",
+        r#"
+import os, sys
+from pylibsshext.session import Session
+host, port, user, key = sys.argv[1:5]
+session = Session()
+session.connect(host=host, port=int(port), user=user, private_key=open(key, "rb").read(),
+                host_key_checking=False, look_for_keys=False)
+for n in range(3):
+    done = session.new_channel().exec_command(f"echo out{n}; echo err >&2; exit {n + 4}")
+    print(done.stdout.decode().strip(), done.stderr.decode().strip(), done.returncode)
+data = os.urandom(300000)
+up, back = __file__ + ".up", __file__ + ".back"
+open(up, "wb").write(data)
+for copy in (session.sftp(), session.scp()):
+    copy.put(up, "up")
+    copy.get("up", back)
+    print(open(back, "rb").read() == data)
+    os.remove(back)
+shell = session.invoke_shell()
+shell.sendall(b"tty; echo $((6 * 7)) is; exit\n")
+text = b""
+while b"42 is" not in text:
+    text += shell.read_bulk_response(timeout=1000, retry=5)
+print(b"/dev/" in text)
+shell.close()
+session.close()
+"#,
+        &alice,
+    )?;
+    let wanted = "out0 err 4\nout1 err 5\nout2 err 6\nTrue\nTrue\nTrue\n";
+    same("what libssh saw", told.as_str(), wanted)
+}
+
+/// The folder with that module, or the test is skipped.
+fn from_pypi<'a>(story: &'a Story, module: &str) -> Result<&'a Path> {
+    match &story.world.options.python_modules {
+        Some(modules) if modules.join(module).exists() => Ok(modules),
+        _ => skip(format!(
+            "there is no {module} (--python-modules; `cargo lab test` takes it from PyPI)"
+        )),
+    }
+}
+
 /// What ssh-audit has against us; docs/ssh.md says why it stays.
 const KNOWN: [(&str, &str, &str); 3] = [
     ("kex", "curve25519-sha256", BEFORE_QUANTA),
@@ -328,12 +392,7 @@ const BEFORE_QUANTA: &str = "does not provide protection against post-quantum at
 
 fn audit(story: &Story) -> Result<()> {
     let options = &story.world.options;
-    let Some(modules) = options.python_modules.as_ref().filter(|at| at.join("ssh_audit").exists())
-    else {
-        return skip(
-            "there is no ssh-audit (--python-modules; `cargo lab test` takes it from PyPI)",
-        );
-    };
+    let modules = from_pypi(story, "ssh_audit")?;
     let mut command = Command::new(PYTHON);
     command.env("PYTHONPATH", modules).args(["-m", "ssh_audit", "--json", "--skip-rate-test"]);
     command.args(["-p", &port(story), &options.ssh_host]);
