@@ -14,6 +14,7 @@ mod account_machine;
 mod account_quota;
 mod account_set;
 mod account_show;
+mod account_usage;
 mod admin;
 mod archive;
 mod audit;
@@ -271,7 +272,7 @@ mod tests {
     #[test]
     fn the_documented_configuration_is_the_default() {
         use hermitage::config::Config;
-        const SECTIONS: [&str; 5] = ["ssh", "machines", "audit", "metrics", "classes"];
+        const SECTIONS: [&str; 6] = ["ssh", "machines", "audit", "history", "metrics", "classes"];
         const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
         // What has no default is there as an example.
         let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys", "address"];
