@@ -102,6 +102,34 @@ The name is free at once. The disk stays in STATE_DIR/removed until the same com
     Key(key::Command),
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List { .. } | Self::Show { .. } | Self::Usage(_) => false,
+            Self::Import(import) => import.changes(),
+            Self::Key(command) => command.changes(),
+            Self::Add(_)
+            | Self::Passwd { .. }
+            | Self::Set(_)
+            | Self::Expire(_)
+            | Self::Rename { .. }
+            | Self::Invite(_)
+            | Self::Disable(_)
+            | Self::Enable { .. }
+            | Self::Start { .. }
+            | Self::Stop { .. }
+            | Self::Reset { .. }
+            | Self::FactoryReset { .. }
+            | Self::Policy(_)
+            | Self::Hold(_)
+            | Self::Remove { .. }
+            | Self::Export(_)
+            | Self::Restore(_) => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Add(add) => account_add::run(context, &add),
