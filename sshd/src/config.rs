@@ -25,6 +25,7 @@ pub struct Config {
     #[serde(rename = "class")]
     pub classes: Classes,
     pub audit: Audit,
+    pub history: History,
     pub metrics: Metrics,
 }
 
@@ -38,6 +39,7 @@ impl Default for Config {
             machines: Machines::default(),
             classes: Classes::default(),
             audit: Audit::default(),
+            history: History::default(),
             metrics: Metrics::default(),
         }
     }
@@ -190,6 +192,24 @@ pub struct Audit {
 impl Default for Audit {
     fn default() -> Self {
         Self { files: 8, max_file_mib: 16 }
+    }
+}
+
+/// What the database keeps of the past (docs/accounts.md, "History"); 0: all of it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct History {
+    /// Days that a session is remembered after its end.
+    pub sessions_days: u32,
+    /// Sessions that are remembered, the latest.
+    pub most_sessions: u64,
+    /// Days of which it is known what each account used.
+    pub usage_days: u32,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { sessions_days: 400, most_sessions: 1_000_000, usage_days: 400 }
     }
 }
 

@@ -81,18 +81,31 @@ pub fn provision(
     Ok(true)
 }
 
+/// Puts a new disk in the place of an account's, which nobody may have open: from one moment to the next, so that
+/// there always is one.
+pub fn renew(disk: &Path, template: &Path, size: u64) -> Result<(), DiskError> {
+    let _old = open_locked(disk)?;
+    let new = unpublished(template, disk, size)?;
+    new.publish().map_err(failed(disk, "putting a new disk in its place"))
+}
+
 /// Makes a disk of `size` bytes from the template. It appears whole or not at all.
 pub fn create(template: &Path, disk: &Path, size: u64) -> Result<(), DiskError> {
+    let new = unpublished(template, disk, size)?;
+    new.publish_new().map_err(failed(disk, "making the disk"))
+}
+
+fn unpublished(template: &Path, disk: &Path, size: u64) -> Result<NewFile, DiskError> {
     let source = File::open(template).map_err(failed(template, "opening the disk template"))?;
     let meta = source.metadata().map_err(failed(template, "reading the disk template"))?;
     if !size.is_multiple_of(BLOCK) || size < meta.len() {
         return Err(DiskError::Size { size, template: meta.len() });
     }
-    let made = || -> io::Result<()> {
+    let made = || -> io::Result<NewFile> {
         let new = NewFile::create(disk, 0o600)?;
         sparse::copy(&source, new.file())?;
         new.file().set_len(size)?;
-        new.publish_new()
+        Ok(new)
     };
     made().map_err(failed(disk, "making the disk"))
 }
@@ -126,6 +139,19 @@ pub(crate) fn lock(file: &File) -> Result<(), Errno> {
         l_pid: 0,
     };
     fcntl(file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+}
+
+/// Whether somebody has such a lock; takes none.
+pub(crate) fn is_locked(file: &File) -> Result<bool, Errno> {
+    let mut whole = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut whole))?;
+    Ok(whole.l_type != libc::F_UNLCK as libc::c_short)
 }
 
 /// Names a snapshot; chosen at random for each.

@@ -150,3 +150,21 @@ fn a_tag_stays_with_the_disk_until_it_is_cleared() {
     fs::copy(state.disk(account), &copy).unwrap();
     assert_eq!(tag(&File::open(&copy).unwrap()).unwrap(), None);
 }
+
+#[test]
+fn a_new_disk_takes_the_place_of_one_that_nobody_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let (template, disk) = (dir.path().join("template"), dir.path().join("disk.img"));
+    fs::write(&template, vec![7; 8192]).unwrap();
+    assert!(matches!(renew(&disk, &template, 16384), Err(DiskError::Missing(_))));
+    create(&template, &disk, 16384).unwrap();
+    fs::write(&disk, vec![1; 16384]).unwrap();
+    let held = open_locked(&disk).unwrap();
+    set_tag(&held, [9; 16]).unwrap();
+    assert!(matches!(renew(&disk, &template, 16384), Err(DiskError::InUse(_))));
+    assert_eq!(fs::read(&disk).unwrap(), vec![1; 16384]);
+    drop(held);
+    renew(&disk, &template, 32768).unwrap();
+    assert_eq!(fs::read(&disk).unwrap(), [vec![7; 8192], vec![0; 24576]].concat());
+    assert_eq!(tag(&File::open(&disk).unwrap()).unwrap(), None, "no memory is of it");
+}

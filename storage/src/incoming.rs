@@ -140,23 +140,24 @@ impl Incoming {
     }
 }
 
+/// What [`sweep`] would take away.
+pub fn leftovers(state: &StateDir, accounts: &Accounts) -> Result<Vec<PathBuf>, IncomingError> {
+    let dir = state.accounts_dir();
+    let mut found = publish::leftovers(&dir).map_err(failed(&dir, "looking at leftovers"))?;
+    for (id, place, _held) in marked(&dir)? {
+        if accounts.by_id(id)?.is_none() {
+            found.push(place);
+        }
+    }
+    Ok(found)
+}
+
 /// Takes away what restores that were cut off have left. Returns the folders.
 pub fn sweep(state: &StateDir, accounts: &Accounts) -> Result<Vec<PathBuf>, IncomingError> {
     let dir = state.accounts_dir();
     let failing = |doing| failed(&dir, doing);
     let mut swept = publish::sweep(&dir).map_err(failing("sweeping"))?;
-    for entry in fs::read_dir(&dir).map_err(failing("sweeping"))? {
-        let place = entry.map_err(failing("sweeping"))?.path();
-        let name = place.file_name().and_then(|name| name.to_str());
-        let Some(id) = name.and_then(|name| Uuid::try_parse(name).ok()) else { continue };
-        if !place.join(MARK).exists() {
-            continue;
-        }
-        let Ok(held) = File::open(&place) else { continue };
-        if flock(&held, FlockOperation::NonBlockingLockExclusive).is_err() {
-            // Somebody is at it.
-            continue;
-        }
+    for (id, place, _held) in marked(&dir)? {
         match accounts.by_id(id)? {
             Some(_) => unmark(&place).map_err(failed(&place, "removing the mark"))?,
             None => {
@@ -166,6 +167,25 @@ pub fn sweep(state: &StateDir, accounts: &Accounts) -> Result<Vec<PathBuf>, Inco
         }
     }
     Ok(swept)
+}
+
+/// Folders of accounts whose restore was not over, and that nobody is at: each is held.
+fn marked(dir: &Path) -> Result<Vec<(Uuid, PathBuf, File)>, IncomingError> {
+    let failing = |doing| failed(dir, doing);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failing("sweeping"))? {
+        let place = entry.map_err(failing("sweeping"))?.path();
+        let name = place.file_name().and_then(|name| name.to_str());
+        let Some(id) = name.and_then(|name| Uuid::try_parse(name).ok()) else { continue };
+        if !place.join(MARK).exists() {
+            continue;
+        }
+        let Ok(held) = File::open(&place) else { continue };
+        if flock(&held, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            found.push((id, place, held));
+        }
+    }
+    Ok(found)
 }
 
 fn unmark(place: &Path) -> io::Result<()> {

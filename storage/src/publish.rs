@@ -166,7 +166,17 @@ impl Drop for Beside {
 
 /// Removes what crashed makers left in a directory. Returns the names.
 pub fn sweep(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut removed = Vec::new();
+    abandoned(dir)?.into_iter().map(|(path, _lock)| remove(&path).map(|()| path)).collect()
+}
+
+/// What [`sweep`] would remove.
+pub fn leftovers(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    Ok(abandoned(dir)?.into_iter().map(|(path, _lock)| path).collect())
+}
+
+/// Unfinished entries that nobody writes to, each held.
+fn abandoned(dir: &Path) -> io::Result<Vec<(PathBuf, File)>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let path = entry.path();
@@ -175,11 +185,10 @@ pub fn sweep(dir: &Path) -> io::Result<Vec<PathBuf>> {
         }
         let Ok(lock) = File::open(&path) else { continue };
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            remove(&path)?;
-            removed.push(path);
+            found.push((path, lock));
         }
     }
-    Ok(removed)
+    Ok(found)
 }
 
 /// Is this the name of something unfinished?
@@ -251,7 +260,9 @@ mod tests {
         fs::write(dir.path().join(".new-dead-a"), "x").unwrap();
         fs::write(dir.path().join("kept"), "x").unwrap();
         let alive = NewDir::create(&dir.path().join("c"), 0o700).unwrap();
+        assert_eq!(leftovers(dir.path()).unwrap().len(), 2);
         assert_eq!(sweep(dir.path()).unwrap().len(), 2);
+        assert!(leftovers(dir.path()).unwrap().is_empty());
         alive.publish().unwrap();
         let mut left = names(dir.path());
         left.sort();

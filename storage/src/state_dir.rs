@@ -33,15 +33,7 @@ impl StateDir {
     /// Makes what is missing of the folders, and sets their modes: what belongs to accounts is for the
     /// service only, images and bases hold no secret.
     pub fn create(&self) -> io::Result<()> {
-        let folders = [
-            (self.root.clone(), 0o711),
-            (self.host_keys_dir(), 0o700),
-            (self.images_dir(), 0o755),
-            (self.bases_dir(), 0o755),
-            (self.accounts_dir(), 0o700),
-            (self.removed_accounts_dir(), 0o700),
-        ];
-        for (path, mode) in folders {
+        for (path, mode) in self.folders() {
             DirBuilder::new()
                 .recursive(true)
                 .mode(mode)
@@ -52,6 +44,18 @@ impl StateDir {
                 })?;
         }
         publish::sync_dir(&self.root)
+    }
+
+    /// The folders there have to be, and their modes.
+    pub fn folders(&self) -> [(PathBuf, u32); 6] {
+        [
+            (self.root.clone(), 0o711),
+            (self.host_keys_dir(), 0o700),
+            (self.images_dir(), 0o755),
+            (self.bases_dir(), 0o755),
+            (self.accounts_dir(), 0o700),
+            (self.removed_accounts_dir(), 0o700),
+        ]
     }
 
     pub fn root(&self) -> &Path {
@@ -162,6 +166,19 @@ impl StateDir {
         )
     }
 
+    /// Whether a service has [`Self::lock_service`]'s lock. One that is just starting is not disturbed by the look.
+    pub fn service_is_locked(&self) -> io::Result<bool> {
+        match File::open(self.service_lock()) {
+            Ok(file) => Ok(disk::is_locked(&file)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn service_lock(&self) -> PathBuf {
+        self.root.join(Self::SERVICE_LOCK)
+    }
+
     /// For the service, which must be the only one: `None` if another has it. Held as long as the
     /// returned file is open.
     pub fn lock_service(&self) -> io::Result<Option<File>> {
@@ -170,7 +187,7 @@ impl StateDir {
             .truncate(false)
             .write(true)
             .mode(0o600)
-            .open(self.root.join(Self::SERVICE_LOCK))?;
+            .open(self.service_lock())?;
         match disk::lock(&file) {
             Ok(()) => Ok(Some(file)),
             Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
@@ -203,9 +220,12 @@ mod tests {
     fn one_service_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
+        assert!(!state.service_is_locked().unwrap(), "there is no such file yet");
         let held = state.lock_service().unwrap().expect("nobody has it");
         assert!(state.lock_service().unwrap().is_none());
+        assert!(state.service_is_locked().unwrap());
         drop(held);
+        assert!(!state.service_is_locked().unwrap());
         assert!(state.lock_service().unwrap().is_some());
     }
 

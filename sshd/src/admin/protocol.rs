@@ -130,6 +130,11 @@ pub struct SessionStatus {
     pub idle: u64,
     /// How it found its machine: `running`, `forked`, `resumed`, `cold`. None: it still waits for it.
     pub machine: Option<String>,
+    /// Bytes of its channels, from its client and to it.
+    #[serde(default)]
+    pub received: u64,
+    #[serde(default)]
+    pub sent: u64,
 }
 
 /// Longest text of a [`Request::Message`], in bytes.

@@ -108,6 +108,7 @@ async fn account_id(server: &Server, name: Option<&str>) -> Result<Option<Uuid>,
 
 fn status(live: &Live) -> SessionStatus {
     let since = live.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (received, sent) = live.traffic.totals();
     SessionStatus {
         number: live.number,
         account: live.who.account.clone(),
@@ -118,6 +119,8 @@ fn status(live: &Live) -> SessionStatus {
         since: since.as_secs().try_into().unwrap_or(i64::MAX),
         idle: live.idle().as_secs(),
         machine: live.machine().map(|how| How::as_str(how).into()),
+        received,
+        sent,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::context::Context;
 use super::{
     NotFound, account_add, account_idle, account_invite, account_machine, account_set,
-    account_show, admin, archive, import, key, password, size,
+    account_show, account_usage, admin, archive, import, key, password, size,
 };
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -30,6 +30,9 @@ pub enum Command {
     },
     /// Show an account: its keys, disk, machine and last sessions
     Show { name: String },
+    /// Show what an account used: sessions, time, processors, bytes, disk; day by day
+    #[command(after_help = account_usage::HELP)]
+    Usage(account_usage::Usage),
     /// Set an account's password (asked for, or a line on standard input)
     #[command(after_help = "\
 Examples:
@@ -99,12 +102,41 @@ The name is free at once. The disk stays in STATE_DIR/removed until the same com
     Key(key::Command),
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List { .. } | Self::Show { .. } | Self::Usage(_) => false,
+            Self::Import(import) => import.changes(),
+            Self::Key(command) => command.changes(),
+            Self::Add(_)
+            | Self::Passwd { .. }
+            | Self::Set(_)
+            | Self::Expire(_)
+            | Self::Rename { .. }
+            | Self::Invite(_)
+            | Self::Disable(_)
+            | Self::Enable { .. }
+            | Self::Start { .. }
+            | Self::Stop { .. }
+            | Self::Reset { .. }
+            | Self::FactoryReset { .. }
+            | Self::Policy(_)
+            | Self::Hold(_)
+            | Self::Remove { .. }
+            | Self::Export(_)
+            | Self::Restore(_) => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Add(add) => account_add::run(context, &add),
         Command::Import(import) => import::run(context, &import),
         Command::List { removed } => account_show::list(context, removed),
         Command::Show { name } => account_show::show(context, &name),
+        Command::Usage(usage) => account_usage::run(context, &usage),
         Command::Passwd { name, none } => passwd(context, &name, none),
         Command::Set(set) => account_set::set(context, &set),
         Command::Invite(invite) => account_invite::run(context, &invite),

@@ -1,14 +1,15 @@
 //! `hermitage account start|stop|reset|factory-reset`: an account's machine.
 
-use super::admin;
 use super::context::Context;
+use super::{admin, time};
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::Request;
-use hermitage_storage::accounts::{Account, Change};
-use hermitage_storage::disk;
+use hermitage_storage::accounts::Account;
 use hermitage_storage::saved;
 use serde_json::json;
-use std::fs;
+
+/// Seconds that a factory reset may take.
+const CLOSED: i64 = 120;
 
 pub fn start(context: &Context, name: &str) -> anyhow::Result<()> {
     context.accounts()?.named(name)?;
@@ -45,23 +46,15 @@ pub fn factory_reset(context: &Context, name: &str, yes: bool) -> anyhow::Result
     if context.state.current_base()?.is_none() {
         bail!("there is no base to take a new disk from; hermitage base build makes one");
     }
-    // Closed meanwhile, so that nobody starts the machine on the old disk.
-    let closed = accounts.set_disabled(account.id, true)?;
-    admin::account_changed(context, name);
-    let outcome = drop_memory(context, &account).and_then(|()| {
-        let path = context.state.disk(account.id);
-        // Nobody may have it open: this fails if a machine is still on its way out.
-        let locked = match path.exists() {
-            true => Some(disk::open_locked(&path)?),
-            false => None,
-        };
-        if let Some(disk) = locked {
-            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-            drop(disk);
-        }
-        context.provision(&account).map(drop)
-    });
-    if closed == Change::Done {
+    // Closed meanwhile, so that nobody starts the machine on the old disk. If this is killed it opens by itself.
+    let open = account.closed_at(time::now()).is_none();
+    if open {
+        accounts.disable_until(account.id, time::now() + CLOSED)?;
+        admin::account_changed(context, name);
+    }
+    // This fails if a machine is still on its way out.
+    let outcome = drop_memory(context, &account).and_then(|()| context.renew_disk(&account));
+    if open {
         accounts.set_disabled(account.id, false)?;
         admin::account_changed(context, name);
     }

@@ -1,15 +1,15 @@
 //! What `hermitage account` prints of accounts, for people and for programs.
 
-use super::account_quota;
 use super::context::Context;
 use super::output::{count, table};
+use super::{account_quota, account_usage};
 use super::{size, span, status, time};
 use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage::limits::Limits;
 use hermitage::quota::Quota;
 use hermitage_storage::accounts::{
-    Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey,
+    Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey, UsedDay,
 };
 use hermitage_storage::footprint::Footprint;
 use hermitage_storage::{checkpoint, disk};
@@ -41,6 +41,8 @@ struct View {
     /// Bytes that its checkpoints take.
     checkpoint_bytes: u64,
     quota: Quota,
+    /// Of the last days.
+    usage: Vec<UsedDay>,
 }
 
 impl View {
@@ -73,6 +75,7 @@ impl View {
                 .map(|metadata| metadata.len()),
             checkpoint_bytes: checkpoint::usage(&context.state, account.id),
             quota,
+            usage: account_usage::of(accounts, account.id, account_usage::SHOWN)?,
             machine,
             limits: Limits::of(&context.config, &account),
             invited: accounts.invited_until(account.id)?.filter(|until| *until > time::now()),
@@ -211,6 +214,7 @@ impl View {
             "used_bytes": self.used(),
             // Against limits.quota_bytes: checkpoints too, each file once.
             "quota_used_bytes": self.quota.used.total(),
+            "usage": self.usage.iter().map(account_usage::day_json).collect::<Vec<_>>(),
             "machine": self.machine.as_ref().map(|machine| json!({
                 "state": machine.state,
                 "since": time::rfc3339(machine.since),
@@ -271,6 +275,9 @@ impl View {
         }
         if self.checkpoint_bytes > 0 {
             facts.push(("kept", format!("{} in checkpoints", size::show(self.checkpoint_bytes))));
+        }
+        if !self.usage.is_empty() {
+            facts.push(("used", account_usage::summary(&self.usage)));
         }
         let since = match (&self.machine, &self.recorded) {
             (Some(machine), _) => Some(machine.since),

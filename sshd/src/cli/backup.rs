@@ -78,6 +78,16 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List { .. } | Self::Verify { .. } => false,
+            Self::Create { .. } | Self::Restore { .. } | Self::Prune { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Create { dir, account, memory, stop } => {

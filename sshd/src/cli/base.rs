@@ -64,6 +64,16 @@ pub struct Build {
     serial_log: Option<PathBuf>,
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List | Self::Gc { dry_run: true, .. } => false,
+            Self::Build(_) | Self::Use { .. } | Self::Remove { .. } | Self::Gc { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Build(build) => self::build(context, &build),

@@ -45,6 +45,16 @@ pub enum Command {
     Drop { account: String, name: String },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List { .. } => false,
+            Self::Create { .. } | Self::Restore { .. } | Self::Drop { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Create { account, name, stop } => create(context, &account, name.as_deref(), stop),

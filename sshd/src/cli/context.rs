@@ -8,8 +8,8 @@ use hermitage::config::Config;
 use hermitage_storage::StateDir;
 use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::base::Base;
-use hermitage_storage::disk;
 use hermitage_storage::image::{self, ImageId};
+use hermitage_storage::{disk, publish};
 use std::cell::RefCell;
 use std::path::PathBuf;
 
@@ -100,6 +100,18 @@ impl Context {
             .with_context(|| format!("base {id} names the image \"{}\"", manifest.content.image))?;
         let small = self.state.image(&image).join(image::DISK_TEMPLATE);
         Ok(Some(template::of_size(&self.state, &image, small, size)))
+    }
+
+    /// Gives the account a new, empty disk. Nobody may have the one that it has.
+    pub fn renew_disk(&self, account: &Account) -> anyhow::Result<()> {
+        let path = self.state.disk(account.id);
+        if !path.exists() {
+            return self.provision(account).map(drop);
+        }
+        let template = self.disk_template(account.disk_bytes)?;
+        let template = template.context("there is no base to take a new disk from")?;
+        publish::sweep(&self.state.account_dir(account.id))?;
+        Ok(disk::renew(&path, &template, account.disk_bytes)?)
     }
 
     /// Makes the account's disk unless it has one. False: there is no base yet, so none can be made.

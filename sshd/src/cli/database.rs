@@ -49,6 +49,16 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::Check { .. } | Self::List => false,
+            Self::Backup { .. } | Self::Restore { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Check { copy } => check(context, copy.as_deref()),

@@ -43,6 +43,16 @@ pub struct Build {
     suite: Option<String>,
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List => false,
+            Self::Build(_) | Self::Remove { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Build(build) => self::build(context, build),

@@ -59,6 +59,16 @@ Examples:
     },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List { .. } => false,
+            Self::Add { .. } | Self::Remove { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Add { name, files, options, label, expires } => {

@@ -14,6 +14,7 @@ mod account_machine;
 mod account_quota;
 mod account_set;
 mod account_show;
+mod account_usage;
 mod admin;
 mod archive;
 mod audit;
@@ -43,7 +44,7 @@ mod template;
 mod tool;
 mod top;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use context::Context;
 use hermitage::{size, span, time};
 use hermitage_storage::accounts::AccountsError;
@@ -98,7 +99,8 @@ enum Command {
     /// Run the service: the SSH server and the accounts' machines
     Serve,
     /// Look whether this host can run machines, and say what to do if not
-    Doctor,
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::Doctor),
     /// Show the running service, its machines and sessions
     Status,
     /// Show what machines take of processors, memory and disks, as it changes
@@ -163,6 +165,32 @@ Examples:
     },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`audit`]).
+    fn changes(&self) -> bool {
+        match self {
+            Self::Account(command) => command.changes(),
+            Self::Database(command) => command.changes(),
+            Self::Base(command) => command.changes(),
+            Self::Snapshot(command) => command.changes(),
+            Self::Checkpoint(command) => command.changes(),
+            Self::Backup(command) => command.changes(),
+            Self::Image(command) => command.changes(),
+            Self::Doctor(doctor) => doctor.fix,
+            // What these two ask of the service it notes itself.
+            Self::Session(_) | Self::Console { .. } => false,
+            Self::Serve
+            | Self::Status
+            | Self::Top(_)
+            | Self::Log(_)
+            | Self::Hostkey { .. }
+            | Self::Config(_)
+            | Self::Completions { .. }
+            | Self::Man { .. } => false,
+        }
+    }
+}
+
 /// Something that was named and isn't there.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -179,11 +207,10 @@ struct Taken(String);
 struct Said;
 
 pub fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let cli = Cli::parse();
     let json = cli.global.json;
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
-    let note = audit::Note::of(&matches, words);
+    let note = cli.command.changes().then(|| audit::Note::new(words));
     match run(cli, note) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Said>() => ExitCode::FAILURE,
@@ -224,7 +251,7 @@ fn run(cli: Cli, note: Option<audit::Note>) -> anyhow::Result<()> {
 fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve => serve(context),
-        Command::Doctor => doctor::run(context),
+        Command::Doctor(doctor) => doctor::run(context, &doctor),
         Command::Status => status::run(context),
         Command::Top(top) => top::run(context, &top),
         Command::Account(command) => account::run(context, command),
@@ -261,6 +288,7 @@ fn serve(context: &Context) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -271,7 +299,7 @@ mod tests {
     #[test]
     fn the_documented_configuration_is_the_default() {
         use hermitage::config::Config;
-        const SECTIONS: [&str; 5] = ["ssh", "machines", "audit", "metrics", "classes"];
+        const SECTIONS: [&str; 6] = ["ssh", "machines", "audit", "history", "metrics", "classes"];
         const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
         // What has no default is there as an example.
         let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys", "address"];

@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use super::output::{count, table};
-use super::{NotFound, admin, span, time};
+use super::{NotFound, admin, size, span, time};
 use anyhow::bail;
 use clap::Subcommand;
 use hermitage::admin::protocol::{Reply, Request, SessionStatus};
@@ -128,6 +128,8 @@ fn object(session: &SessionStatus) -> Value {
         "since": time::rfc3339(session.since),
         "idle_seconds": session.idle,
         "machine": session.machine,
+        "received_bytes": session.received,
+        "sent_bytes": session.sent,
     })
 }
 
@@ -135,7 +137,9 @@ fn text(sessions: &[SessionStatus]) -> String {
     if sessions.is_empty() {
         return "nobody is here".into();
     }
-    let mut table = table(["SESSION", "ACCOUNT", "KIND", "FROM", "SINCE", "IDLE", "MACHINE", "BY"]);
+    let columns =
+        ["SESSION", "ACCOUNT", "KIND", "FROM", "SINCE", "IDLE", "IN", "OUT", "MACHINE", "BY"];
+    let mut table = table(columns);
     for session in sessions {
         let kind = match (session.kind.as_str(), session.terminal) {
             ("exec", true) => "exec, terminal".to_owned(),
@@ -149,6 +153,8 @@ fn text(sessions: &[SessionStatus]) -> String {
             session.source.clone(),
             time::short(session.since),
             span::show(session.idle.try_into().unwrap_or(u32::MAX)),
+            size::show(session.received),
+            size::show(session.sent),
             session.machine.clone().unwrap_or_else(|| "waits for it".into()),
             session.login.clone(),
         ]);

@@ -27,6 +27,16 @@ pub enum Command {
     Drop { account: String },
 }
 
+impl Command {
+    /// Whether it is noted in the audit log ([`super::audit`]).
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::List | Self::Show { .. } | Self::Verify { .. } => false,
+            Self::Drop { .. } => true,
+        }
+    }
+}
+
 pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::List => list(context),

@@ -7,7 +7,7 @@ mod sample;
 mod screen;
 
 use super::context::Context;
-use super::{size, status};
+use super::{session, size, status};
 use anyhow::bail;
 use clap::ValueEnum;
 use hermitage::admin::protocol::Status;
@@ -62,6 +62,8 @@ pub struct Row {
     memory: Option<u64>,
     /// `None`: it has no disk yet.
     disk: Option<u64>,
+    /// Bytes a second, from its sessions' clients and to them.
+    traffic: Option<(u64, u64)>,
 }
 
 /// Between the two looks of `--once`.
@@ -120,7 +122,9 @@ fn look(context: &Context, meter: &mut Meter) -> anyhow::Result<(Status, Vec<Row
     let Some(status) = status::query(context)? else {
         bail!("the service is not running (hermitage serve starts it)");
     };
-    let rows = meter.rows(&status);
+    // One that does not say has no columns of it.
+    let sessions = session::query(context, None).ok().flatten();
+    let rows = meter.rows(&status, sessions.as_deref());
     Ok((status, rows))
 }
 
@@ -160,6 +164,8 @@ fn object(row: &Row) -> Value {
         "cpu_percent": row.cpu.map(|cpu| (cpu * 10.0).round() / 10.0),
         "memory_bytes": row.memory,
         "disk_bytes": row.disk,
+        "received_per_second": row.traffic.map(|(received, _)| received),
+        "sent_per_second": row.traffic.map(|(_, sent)| sent),
     })
 }
 
@@ -173,6 +179,7 @@ impl Row {
             cpu: sample.cpu,
             memory: sample.memory,
             disk: sample.disk,
+            traffic: sample.traffic,
         }
     }
 }
@@ -183,7 +190,8 @@ mod tests {
 
     fn row(account: &str, cpu: Option<f64>, memory: Option<u64>) -> Row {
         let (state, why) = ("running".into(), String::new());
-        Row { account: account.into(), state, why, sessions: 0, cpu, memory, disk: None }
+        let (account, sessions) = (account.into(), 0);
+        Row { account, state, why, sessions, cpu, memory, disk: None, traffic: None }
     }
 
     #[test]

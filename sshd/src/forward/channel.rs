@@ -24,13 +24,18 @@ pub(super) async fn relay(
     closed: &CancellationToken,
 ) {
     let (from, to) = stream.into_split();
+    let live = link.live();
+    if let Some(live) = &live {
+        input.on_input(live.clone());
+    }
     let mut inward = pin!(async {
         if let Some(to) = feed(input, to).await {
             let _ = shut_down(to).await;
         }
     });
     let mut outward = pin!(async {
-        pump(from, channel.make_writer()).await;
+        let sent = |bytes| live.iter().for_each(|live| live.traffic.sent(bytes));
+        pump(from, channel.make_writer(), sent).await;
         let _ = channel.eof().await;
     });
     let (mut all_in, mut all_out) = (false, false);

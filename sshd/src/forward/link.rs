@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -26,7 +26,7 @@ use super::{Inner, Listener};
 use crate::{
     lifecycle::Lease,
     machine::{Forwarder, OpenError, Reader, printable},
-    watch::{NewSession, Presence},
+    watch::{Live, NewSession, Presence},
 };
 
 /// How long the machine may take to connect, or to listen.
@@ -51,6 +51,8 @@ pub struct Link {
     table: Mutex<Table>,
     users: watch::Sender<usize>,
     ended: CancellationToken,
+    /// The session that it is, once it is one.
+    live: OnceLock<Arc<Live>>,
 }
 
 #[derive(Default)]
@@ -98,6 +100,7 @@ impl Link {
             table: Mutex::default(),
             users: watch::channel(0).0,
             ended: CancellationToken::new(),
+            live: OnceLock::new(),
         });
         tokio::spawn(attend(inner.clone(), link.clone(), forwarder, queue));
         Ok(link)
@@ -226,6 +229,11 @@ impl Use {
         self.0.tell(ForwardRequest::Close { id });
     }
 
+    /// Whose bytes its streams' are.
+    pub(super) fn live(&self) -> Option<Arc<Live>> {
+        self.0.live.get().cloned()
+    }
+
     /// Waits for the end of the machine, or of its forwarder.
     pub(super) async fn ended(&self) {
         self.0.ended.cancelled().await;
@@ -279,6 +287,7 @@ async fn attend(
     let presence = Presence::new(&client.watch, who);
     let live = presence.live();
     live.found_machine(link.lease.how);
+    let _ = link.live.set(live.clone());
     let (id, source, login) = (client.account.id, client.source.clone(), client.login.clone());
     let started = client.store.session_started(id, source, "forward", login).await;
     let Forwarder { events, to, program, .. } = forwarder;

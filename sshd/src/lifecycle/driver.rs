@@ -33,7 +33,7 @@ use crate::{
     promises::{Promise, Promises},
     server::Settings,
     store::Store,
-    watch::Watch,
+    watch::{Meter, Watch},
 };
 use vigil::Vigil;
 
@@ -241,8 +241,10 @@ impl Driver {
             Ok(Ok(started)) => {
                 self.take_wishes(&started.account);
                 self.former = Some(start::Former::default());
+                let pid = started.machine.pid;
+                let meter = Meter::new(self.context.watch.clone(), self.account, pid);
                 self.machine = Some(Attached {
-                    machine: Arc::new(MachineCell(started.machine)),
+                    machine: Arc::new(MachineCell(started.machine, meter)),
                     _promise: started.promise,
                     dying: false,
                     arrival: Arrival::new(started.arrival),
@@ -307,6 +309,12 @@ impl Driver {
     }
 
     async fn carry_out(&mut self, effect: Effect) {
+        if matches!(effect, Effect::Release | Effect::PowerOff | Effect::Kill)
+            && let Some(attached) = &self.machine
+        {
+            // Of what is gone the kernel counts nothing any more.
+            attached.machine.1.settle();
+        }
         match effect {
             Effect::Record(intent) => self.record(intent).await,
             Effect::Start => {

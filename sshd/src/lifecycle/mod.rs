@@ -27,7 +27,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine};
+use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine, watch::Meter};
 pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;
@@ -178,7 +178,7 @@ pub(crate) struct Status {
 }
 
 /// Keeps `Debug` off the machine.
-pub(crate) struct MachineCell(pub Arc<Machine>);
+pub(crate) struct MachineCell(pub Arc<Machine>, pub Meter);
 
 impl std::fmt::Debug for MachineCell {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -295,6 +295,16 @@ impl Registry {
         let handle = self.accounts().get(&account).cloned()?;
         let cell = handle.status.borrow().machine.as_ref()?.upgrade()?;
         Some(cell.0.clone())
+    }
+
+    /// Puts what all machines have used up to now into the ledger. Reads a small file for each.
+    pub fn settle(&self) {
+        let cells: Vec<_> = self
+            .accounts()
+            .values()
+            .filter_map(|handle| handle.status.borrow().machine.as_ref()?.upgrade())
+            .collect();
+        cells.iter().for_each(|cell| cell.1.settle());
     }
 
     /// Accounts with a machine, or that failed to get one, by id.

@@ -2,7 +2,11 @@
 //!
 //! A callback holds up its whole connection, so none of them waits for a machine or a program.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use hermitage_guest_proto::{Window, forward::Place};
 use hermitage_storage::accounts::{Account, KeyOptions};
@@ -208,7 +212,11 @@ impl ClientHandler {
                 signals: signals_received,
                 closed: closed.clone(),
             },
-            output: Arc::new(Output { channel: setup.write, connection: connection.handle() }),
+            output: Arc::new(Output {
+                channel: setup.write,
+                connection: connection.handle(),
+                live: OnceLock::new(),
+            }),
         };
         let controls = Controls { input: setup.input, window, signals, closed };
         self.channels.insert(channel, ChannelState::Running(controls));

@@ -46,6 +46,7 @@ use crate::{
     closing,
     config::Config,
     copies,
+    history::Recorder,
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
     machine::ForkServers,
@@ -123,6 +124,7 @@ pub struct Service {
     exporter: Exporter,
     scarce: Sender<bool>,
     copies: copies::Keeper,
+    recorder: Recorder,
     _lock: File,
 }
 
@@ -187,6 +189,13 @@ impl Service {
             ssh.password_checks,
             Duration::from_millis(ssh.failure_delay_ms),
         );
+        let recorder = Recorder::open(
+            &state_dir.database(),
+            state_dir.clone(),
+            config.clone(),
+            registry.clone(),
+            watch.clone(),
+        )?;
         let desk = Desk::new(
             registry.clone(),
             store.clone(),
@@ -213,7 +222,7 @@ impl Service {
         let exporter = Exporter::bind(&server.config.run_dir, metrics).await?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, exporter, scarce, copies, _lock: lock })
+        Ok(Self { server, listeners, admin, exporter, scarce, copies, recorder, _lock: lock })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -223,7 +232,7 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, exporter, scarce, copies, _lock } = self;
+        let Self { server, listeners, admin, exporter, scarce, copies, recorder, _lock } = self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
@@ -243,6 +252,7 @@ impl Service {
         tasks.spawn(closing::keep_hours(server.clone()));
         tasks.spawn(exporter.serve(server.clone()));
         tasks.spawn(copies.keep());
+        tasks.spawn(recorder.clone().keep());
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {
@@ -254,6 +264,7 @@ impl Service {
         }
         tasks.abort_all();
         server.shut_down().await;
+        recorder.write().await;
         Ok(())
     }
 }

@@ -112,12 +112,15 @@ impl InputQueue {
 
     /// From now on what comes is a sign of life of that session's client.
     pub fn on_input(&self, live: Arc<Live>) {
+        // What came before was for it as well.
+        live.traffic.received(self.state().chunks.iter().map(Vec::len).sum());
         let _ = self.live.set(live);
     }
 
     pub fn push(&self, data: &[u8]) {
         if let Some(live) = self.live.get() {
             live.heard();
+            live.traffic.received(data.len());
         }
         let mut state = self.state();
         if state.ended || state.discarding || data.is_empty() {

@@ -167,6 +167,7 @@ pub async fn run(desk: Arc<Desk>, watch: Watch, mut session: Session) {
     let mut presence = Presence::new(&watch, who);
     let live = presence.live();
     session.client.input.on_input(live.clone());
+    let _ = session.output.live.set(live.clone());
     tracing::info!(account = name, source, kind, pty = session.pty.is_some(), "session");
     // Beside the session: nobody waits for the log's fsync. What was before is read before.
     let (tell, last) = oneshot::channel();

@@ -1,5 +1,7 @@
 //! A channel's output: bytes as the client's window takes them, then the exit status, in this order.
 
+use std::sync::{Arc, OnceLock};
+
 use hermitage_guest_proto::ExitStatus;
 use russh::{
     ChannelId, ChannelWriteHalf, Sig,
@@ -8,6 +10,7 @@ use russh::{
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{EXIT_LOST, Farewell, signal_name};
+use crate::watch::Live;
 
 /// SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2).
 const STDERR: u32 = 1;
@@ -24,6 +27,8 @@ const CHUNK: usize = 32 * 1024;
 pub struct Output {
     pub channel: ChannelWriteHalf<Msg>,
     pub connection: Handle,
+    /// Whose bytes these are, once that is known.
+    pub live: OnceLock<Arc<Live>>,
 }
 
 impl Output {
@@ -33,12 +38,18 @@ impl Output {
 
     /// Copies `from` to the client's standard output until its end, or until the client is gone.
     pub async fn stdout(&self, from: impl AsyncRead + Unpin) {
-        pump(from, self.channel.make_writer()).await;
+        pump(from, self.channel.make_writer(), |bytes| self.sent(bytes)).await;
+    }
+
+    fn sent(&self, bytes: usize) {
+        if let Some(live) = self.live.get() {
+            live.traffic.sent(bytes);
+        }
     }
 
     /// The same for standard error.
     pub async fn stderr(&self, from: impl AsyncRead + Unpin) {
-        pump(from, self.channel.make_writer_ext(Some(STDERR))).await;
+        pump(from, self.channel.make_writer_ext(Some(STDERR)), |bytes| self.sent(bytes)).await;
     }
 
     /// Says what is left to say and closes the channel. The status goes before the end of output: ssh's shared
@@ -103,8 +114,12 @@ impl Output {
     }
 }
 
-/// Copies until the end of `from`, or until `to` takes no more.
-pub async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+/// Copies until the end of `from`, or until `to` takes no more. `took` hears of each part that it took.
+pub async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    took: impl Fn(usize),
+) {
     let mut chunk = vec![0; CHUNK];
     loop {
         // An error is a reset: the machine's end of the socket is gone, which is an end.
@@ -114,5 +129,6 @@ pub async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Un
         if to.write_all(bytes).await.is_err() {
             return;
         }
+        took(bytes.len());
     }
 }

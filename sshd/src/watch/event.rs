@@ -78,6 +78,9 @@ pub enum Event {
         /// How it found its machine, if it got one.
         machine: Option<&'static str>,
         seconds: u64,
+        /// Bytes from its client, and to it.
+        received: u64,
+        sent: u64,
         outcome: String,
     },
     MachineStarted {

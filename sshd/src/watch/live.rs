@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::{Event, Watch};
+use super::{Event, Traffic, Watch};
 use crate::lifecycle::How;
 
 /// Messages that a terminal which takes no bytes keeps waiting.
@@ -46,6 +46,8 @@ pub struct Live {
     /// When its client last said something, in milliseconds since it began.
     heard: AtomicU64,
     machine: OnceLock<How>,
+    /// Bytes from its client and to it.
+    pub traffic: Traffic,
     end: watch::Sender<Option<String>>,
     words: mpsc::Sender<String>,
 }
@@ -124,6 +126,7 @@ impl Presence {
             begun: Instant::now(),
             heard: AtomicU64::new(0),
             machine: OnceLock::new(),
+            traffic: Traffic::default(),
             end: watch::channel(None).0,
             words: sender,
         });
@@ -159,6 +162,8 @@ impl Presence {
         }
         self.watch.sessions().table().remove(&self.live.number);
         let who = &self.live.who;
+        self.live.traffic.settle(who.id, self.watch.ledger());
+        let (received, sent) = self.live.traffic.totals();
         self.watch.tell(Event::SessionEnded {
             session: self.live.number,
             account: who.account.clone(),
@@ -168,6 +173,8 @@ impl Presence {
             login: who.login.clone(),
             machine: self.machine(),
             seconds: self.live.begun.elapsed().as_secs(),
+            received,
+            sent,
             outcome: outcome.to_owned(),
         });
     }

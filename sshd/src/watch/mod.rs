@@ -8,6 +8,7 @@ pub mod errors;
 mod event;
 pub mod exporter;
 mod gather;
+mod ledger;
 mod live;
 mod metrics;
 mod writer;
@@ -15,6 +16,7 @@ mod writer;
 use std::sync::Arc;
 
 pub use event::{Event, Method, Who};
+pub use ledger::{Ledger, Meter, Traffic};
 pub use live::{Live, LiveSessions, NewSession, Presence};
 pub use metrics::Metrics;
 
@@ -30,6 +32,7 @@ pub struct Watch {
 struct Inner {
     metrics: Metrics,
     sessions: LiveSessions,
+    ledger: Ledger,
     writer: Option<Writer>,
 }
 
@@ -37,8 +40,12 @@ impl Watch {
     /// `None`: no audit log is kept.
     pub fn new(log: Option<AuditLog>) -> Self {
         let writer = log.map(Writer::start);
-        let inner =
-            Inner { metrics: Metrics::default(), sessions: LiveSessions::default(), writer };
+        let inner = Inner {
+            metrics: Metrics::default(),
+            sessions: LiveSessions::default(),
+            ledger: Ledger::default(),
+            writer,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -55,6 +62,11 @@ impl Watch {
 
     pub fn sessions(&self) -> &LiveSessions {
         &self.inner.sessions
+    }
+
+    /// What accounts have used and nobody has written down.
+    pub fn ledger(&self) -> &Ledger {
+        &self.inner.ledger
     }
 
     /// Events that the audit log did not get.

@@ -92,6 +92,20 @@ impl Host {
         }
     }
 
+    /// The same of one that may fail for another reason.
+    pub fn run_when_free(&self, arguments: &[&str]) -> Done {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            let done = self.run(arguments);
+            let held = ["in use", "machine runs", "somebody else works"];
+            let held = held.iter().any(|words| done.err.contains(words));
+            if !held || std::time::Instant::now() > deadline {
+                return done;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+
     pub fn run(&self, arguments: &[&str]) -> Done {
         self.run_with(arguments, "")
     }

@@ -52,6 +52,8 @@ fn programs_find_the_fields_they_know() {
     log_in(&host);
     see("account hold", &["account", "hold", "alice", "2h"], "");
     see("account show", &["account", "show", "alice"], "");
+    see("account usage", &["account", "usage", "alice"], "");
+    see("account usage", &["account", "usage", "bob"], "");
     see("account hold", &["account", "hold", "alice", "--off"], "");
     see("account disable", &["account", "disable", "bob", "--until", "2099-01-01"], "");
     see("account list", &["account", "list"], "");
@@ -108,13 +110,16 @@ fn programs_find_the_fields_they_know() {
 
 /// As the service records it.
 fn log_in(host: &Host) {
-    use hermitage_storage::accounts::{Intent, MachineState, NewSession};
+    use hermitage_storage::accounts::{Intent, MachineState, NewSession, Used, day_of};
     let accounts = host.accounts();
     let account = accounts.named("alice").unwrap().id;
     let new = NewSession { account, source: "192.0.2.1:1", kind: "shell", login: "password" };
     let first = accounts.session_started(&new).unwrap();
     accounts.session_ended(first, "exit status 0", None).unwrap();
     accounts.session_started(&new).unwrap();
+    let mut accounts = accounts;
+    let used = Used { disk_bytes: Some(4096), awake_s: 60, ..Used::default() };
+    accounts.add_usage(day_of(hermitage::time::now()), &[(account, used)]).unwrap();
     let saved = Intent {
         account,
         state: MachineState::Saved,

@@ -17,6 +17,8 @@ fn here() -> SessionStatus {
         since: 60,
         idle: 3700,
         machine: Some("resumed".into()),
+        received: 2048,
+        sent: 3 << 20,
     }
 }
 
@@ -34,7 +36,8 @@ fn sessions_are_listed_ended_and_spoken_to() {
         _ => Reply::Done,
     });
     let text = host.run(&["session", "list"]).success().out;
-    for word in ["alice", "192.0.2.1:4711", "1h1m40s", "resumed", "key SHA256:x"] {
+    for word in ["alice", "192.0.2.1:4711", "1h1m40s", "resumed", "key SHA256:x", "2 KiB", "3 MiB"]
+    {
         assert!(text.contains(word), "{word}: {text}");
     }
     let object = &host.json(&["session", "list"])["sessions"][0];

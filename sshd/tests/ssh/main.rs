@@ -15,6 +15,7 @@ mod fake_machine;
 mod fake_security_key;
 mod forwarding;
 mod harness;
+mod history;
 mod invitations;
 mod keeping;
 mod key_options;

@@ -59,6 +59,22 @@ fn failed(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> BackupE
     move |source| BackupError::Io { path: path.to_owned(), doing, source }
 }
 
+const PARTS: [&str; 3] = ["chunks", "objects", "runs"];
+
+/// Whether there is nothing in a directory but what one that was killed while it made a backup of it leaves.
+fn is_begun(dir: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let part = PARTS.iter().any(|part| *name == **part) && entry.file_type()?.is_dir();
+        let empty = part && fs::read_dir(entry.path())?.next().is_none();
+        if !empty && !crate::publish::is_beside(&name) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// A backup's directory, for as long as somebody works with it.
 #[derive(Debug)]
 pub struct Backup {
@@ -84,12 +100,17 @@ impl Backup {
         let failing = || failed(dir, "making a backup's directory");
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failing())?;
         if !dir.join(MARK).exists() {
-            if fs::read_dir(dir).map_err(failing())?.next().is_some() {
+            if !is_begun(dir).map_err(failing())? {
                 return Err(BackupError::NotABackup(dir.to_owned()));
             }
-            for part in ["chunks", "objects", "runs"] {
-                DirBuilder::new().mode(0o700).create(dir.join(part)).map_err(failing())?;
+            for part in PARTS {
+                DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(dir.join(part))
+                    .map_err(failing())?;
             }
+            crate::publish::sweep(dir).map_err(failing())?;
             crate::publish::write_file(&dir.join(MARK), MARK_TEXT.as_bytes(), 0o600)
                 .map_err(failing())?;
         }

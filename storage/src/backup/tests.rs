@@ -221,6 +221,12 @@ fn only_backups_are_written_to_and_by_one_at_a_time() {
     fs::create_dir(&other).unwrap();
     fs::write(other.join("letter"), "dear").unwrap();
     assert!(matches!(Backup::open_or_make(&other), Err(BackupError::NotABackup(_))));
+    // What one leaves that was killed while it made one is taken up.
+    let begun = other.with_file_name("begun");
+    fs::create_dir_all(begun.join("chunks")).unwrap();
+    fs::write(begun.join(".new-mark"), "").unwrap();
+    Backup::open_or_make(&begun).unwrap();
+    assert!(!begun.join(".new-mark").exists());
     assert!(matches!(Backup::open(&other), Err(BackupError::NotABackup(_))));
     let held = Backup::open_or_make(&shelf.path()).unwrap();
     assert!(matches!(Backup::open(&shelf.path()), Err(BackupError::Busy(_))));

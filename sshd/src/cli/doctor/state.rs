@@ -1,15 +1,19 @@
 //! The state directory: room, database, image, base, disks; and the service.
 
-use super::Finding;
+use super::{Finding, repairs};
 use crate::cli::context::Context;
 use crate::cli::output::count;
 use crate::cli::{account_quota, size, status};
+use hermitage::admin::protocol::Status;
 use hermitage_storage::accounts::{Account, Accounts, AccountsError};
 use hermitage_storage::base::{Base, BaseId, HostKind};
 use hermitage_storage::image::{self, Image, ImageId};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 use std::time::Instant;
+
+/// A thousand accounts' with their checkpoints.
+const FEW_INODES: u64 = 20_000;
 
 pub fn check(context: &Context) -> Vec<Finding> {
     let root = context.state.root();
@@ -28,10 +32,16 @@ pub fn check(context: &Context) -> Vec<Finding> {
         )];
     }
     let mut findings = vec![Finding::ok("state directory", root.display().to_string())];
+    findings.extend(repairs::folders(context));
     findings.push(space(context));
+    findings.extend(inodes(context));
     findings.extend(base(context));
     findings.extend(database(context));
-    findings.push(service(context));
+    findings.extend(repairs::leftovers(context));
+    findings.extend(repairs::copies(context));
+    let running = status::query(context);
+    findings.extend(repairs::lock(context, &running));
+    findings.push(service(running));
     findings
 }
 
@@ -68,6 +78,22 @@ fn space(context: &Context) -> Finding {
     } else {
         Finding::ok(CHECK, found)
     }
+}
+
+/// Each account has a few files; a file system that was made with few inodes runs out of them before its space.
+fn inodes(context: &Context) -> Option<Finding> {
+    const CHECK: &str = "inodes";
+    let stat = statvfs(context.state.root()).ok()?;
+    let (all, free) = (stat.files(), stat.files_available());
+    // Btrfs makes them as they are needed, and says 0.
+    let found = (all > 0).then(|| format!("{free} of {all} free"))?;
+    Some(if free < FEW_INODES {
+        let advice =
+            "soon no file can be made there: find what has many (du --inodes), or move state_dir";
+        Finding::warning(CHECK, found, advice)
+    } else {
+        Finding::ok(CHECK, found)
+    })
 }
 
 fn base(context: &Context) -> Vec<Finding> {
@@ -229,9 +255,9 @@ fn quotas(context: &Context, accounts: &[Account]) -> Option<Finding> {
     ))
 }
 
-fn service(context: &Context) -> Finding {
+fn service(running: anyhow::Result<Option<Status>>) -> Finding {
     const CHECK: &str = "service";
-    match status::query(context) {
+    match running {
         Ok(Some(status)) => Finding::ok(
             CHECK,
             format!("runs as process {}, listens on {}", status.pid, status.listen.join(" ")),

@@ -67,6 +67,13 @@ pub struct Import {
     update: bool,
 }
 
+impl Import {
+    /// Whether it is noted in the audit log.
+    pub fn changes(&self) -> bool {
+        !self.dry_run
+    }
+}
+
 pub fn run(context: &Context, import: &Import) -> anyhow::Result<()> {
     let text = read(&import.file)?;
     let (rows, mut problems) = rows::parse(&text);

@@ -2,7 +2,8 @@
 
 use super::Row;
 use crate::cli::context::Context;
-use hermitage::admin::protocol::Status;
+use hermitage::admin::protocol::{SessionStatus, Status};
+use hermitage::process::cpu_ms;
 use hermitage_storage::StateDir;
 use hermitage_storage::accounts::Accounts;
 use hermitage_storage::disk;
@@ -17,34 +18,38 @@ pub struct Sample {
     pub cpu: Option<f64>,
     pub memory: Option<u64>,
     pub disk: Option<u64>,
+    /// Bytes a second, from its sessions' clients and to them.
+    pub traffic: Option<(u64, u64)>,
 }
 
 pub struct Meter {
     accounts: Accounts,
     state: StateDir,
-    /// Ticks of the machines' processes at the last look.
-    ticks: HashMap<i32, u64>,
+    /// Milliseconds that the machines' processes had by the last look.
+    ran: HashMap<i32, u64>,
+    /// Bytes of sessions by then, by their numbers.
+    passed: HashMap<u64, (u64, u64)>,
     looked: Instant,
-    per_second: f64,
 }
 
 impl Meter {
     pub fn new(context: &Context) -> anyhow::Result<Self> {
-        let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
         Ok(Self {
             accounts: context.accounts()?,
             state: context.state.clone(),
-            ticks: HashMap::new(),
+            ran: HashMap::new(),
+            passed: HashMap::new(),
             looked: Instant::now(),
-            per_second: per_second as f64,
         })
     }
 
-    pub fn rows(&mut self, status: &Status) -> Vec<Row> {
+    /// `sessions`: if the service says.
+    pub fn rows(&mut self, status: &Status, sessions: Option<&[SessionStatus]>) -> Vec<Row> {
         let since = self.looked.elapsed();
         self.looked = Instant::now();
         // Only of those that are there now: process ids come again.
-        let before = std::mem::take(&mut self.ticks);
+        let before = std::mem::take(&mut self.ran);
+        let traffic = self.traffic(sessions.unwrap_or_default());
         status
             .accounts
             .iter()
@@ -52,20 +57,35 @@ impl Meter {
                 let mut sample = Sample { disk: self.disk(&account.account), ..Sample::default() };
                 if let Some(pid) = account.machine_pid {
                     sample.memory = memory(pid);
-                    if let Some(now) = ticks(pid) {
+                    if let Some(now) = cpu_ms(pid) {
                         let ran = before.get(&pid).map(|before| now.saturating_sub(*before));
-                        sample.cpu = ran.and_then(|ran| self.percent(ran, since));
-                        self.ticks.insert(pid, now);
+                        sample.cpu = ran.and_then(|ran| percent(ran, since));
+                        self.ran.insert(pid, now);
                     }
+                }
+                if sessions.is_some() {
+                    let (received, sent) =
+                        traffic.get(account.account.as_str()).copied().unwrap_or_default();
+                    sample.traffic = Some((rate(received, since), rate(sent, since)));
                 }
                 Row::new(account, &sample)
             })
             .collect()
     }
 
-    fn percent(&self, ticks: u64, time: Duration) -> Option<f64> {
-        let seconds = time.as_secs_f64();
-        (seconds > 0.0).then(|| ticks as f64 / self.per_second / seconds * 100.0)
+    /// Bytes since the last look, by account. Of a session that began since then, all.
+    fn traffic<'a>(&mut self, sessions: &'a [SessionStatus]) -> HashMap<&'a str, (u64, u64)> {
+        let before = std::mem::take(&mut self.passed);
+        let mut sums: HashMap<&str, (u64, u64)> = HashMap::new();
+        for session in sessions {
+            let now = (session.received, session.sent);
+            let (received, sent) = before.get(&session.number).copied().unwrap_or_default();
+            let sum = sums.entry(&session.account).or_default();
+            sum.0 = sum.0.saturating_add(now.0.saturating_sub(received));
+            sum.1 = sum.1.saturating_add(now.1.saturating_sub(sent));
+            self.passed.insert(session.number, now);
+        }
+        sums
     }
 
     /// A disk that can't be looked at is shown as none.
@@ -76,14 +96,14 @@ impl Meter {
     }
 }
 
-/// Time that a process had on processors, of user and system (proc_pid_stat(5), fields 14 and 15).
-fn ticks(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Its name, in parentheses, may have blanks and parentheses.
-    let fields = stat.get(stat.rfind(')')? + 2..)?;
-    let mut fields = fields.split_ascii_whitespace().skip(11);
-    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-    Some(user + system)
+fn percent(ran_ms: u64, time: Duration) -> Option<f64> {
+    let ms = time.as_secs_f64() * 1000.0;
+    (ms > 0.0).then(|| ran_ms as f64 / ms * 100.0)
+}
+
+/// Of a second.
+fn rate(bytes: u64, time: Duration) -> u64 {
+    (bytes as f64 / time.as_secs_f64().max(0.001)) as u64
 }
 
 /// Private pages and page tables, in bytes (proc_pid_status(5)).
@@ -101,15 +121,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_busy_process_has_ticks_and_memory() {
+    fn a_process_has_memory_and_time_has_its_share() {
         let me = std::process::id() as i32;
-        let begun = Instant::now();
-        let mut sum = 0u64;
-        while begun.elapsed() < Duration::from_millis(200) {
-            sum = std::hint::black_box(sum.wrapping_add(1));
-        }
-        assert!(ticks(me).unwrap() > 0);
         assert!(memory(me).unwrap() > 1 << 16);
-        assert_eq!((ticks(i32::MAX), memory(i32::MAX)), (None, None));
+        assert_eq!(memory(i32::MAX), None);
+        assert_eq!(percent(50, Duration::from_millis(200)), Some(25.0));
+        assert_eq!(
+            (percent(1, Duration::ZERO), rate(500, Duration::from_millis(500))),
+            (None, 1000)
+        );
     }
 }

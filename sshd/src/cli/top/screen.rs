@@ -104,6 +104,8 @@ pub fn header(order: Order) -> String {
         &mark(Order::Cpu, "CPU"),
         &mark(Order::Memory, "MEMORY"),
         &mark(Order::Disk, "DISK"),
+        "IN/s",
+        "OUT/s",
         "WHY",
     )
 }
@@ -117,10 +119,13 @@ pub fn line(row: &Row) -> String {
         &row.cpu.map_or("-".into(), |cpu| format!("{cpu:.1}")),
         &bytes(row.memory),
         &bytes(row.disk),
+        &bytes(row.traffic.map(|(received, _)| received)),
+        &bytes(row.traffic.map(|(_, sent)| sent)),
         &row.why,
     )
 }
 
+#[expect(clippy::too_many_arguments, reason = "a line, from left to right")]
 fn columns(
     account: &str,
     state: &str,
@@ -128,11 +133,14 @@ fn columns(
     cpu: &str,
     memory: &str,
     disk: &str,
+    received: &str,
+    sent: &str,
     why: &str,
 ) -> String {
-    format!("{account:<20} {state:<10} {sessions:>5} {cpu:>7} {memory:>10} {disk:>10}  {why}")
-        .trim_end()
-        .to_owned()
+    let line = format!(
+        "{account:<20} {state:<10} {sessions:>5} {cpu:>7} {memory:>10} {disk:>10} {received:>9} {sent:>9}  {why}"
+    );
+    line.trim_end().to_owned()
 }
 
 /// At most so many characters, none of which moves the cursor.
@@ -155,10 +163,16 @@ mod tests {
             cpu: Some(97.25),
             memory: Some(5 << 20),
             disk: None,
+            traffic: Some((2 << 10, 3 << 20)),
         };
         let line = line(&row);
         assert!(line.starts_with("alice                lingering      2    97."), "{line}");
-        assert!(line.contains("5 MiB") && line.ends_with("97 % CPU"), "{line}");
+        assert!(
+            line.contains("5 MiB")
+                && line.contains("    2 KiB     3 MiB  awake")
+                && line.ends_with("97 % CPU"),
+            "{line}"
+        );
         let at = |text: &str, word: &str| text.find(word).unwrap();
         assert_eq!(at(&header(Order::Cpu), "WHY"), at(&line, "awake"));
         assert!(header(Order::Memory).contains("MEMORY*"));
