@@ -132,3 +132,12 @@ CREATE TABLE usage (
     PRIMARY KEY (account, day)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX usage_by_day ON usage (day);
+
+-- section 8
+-- What the host lets the account's machine take: its weight against others', hundredths of one processor,
+-- bytes and operations a second of the disk in each direction (0: without end); NULL: as its class or the
+-- configuration says.
+ALTER TABLE accounts ADD COLUMN cpu_weight INTEGER CHECK (cpu_weight BETWEEN 1 AND 10000);
+ALTER TABLE accounts ADD COLUMN cpu_percent INTEGER CHECK (cpu_percent >= 0);
+ALTER TABLE accounts ADD COLUMN io_rate INTEGER CHECK (io_rate >= 0);
+ALTER TABLE accounts ADD COLUMN io_operations INTEGER CHECK (io_operations >= 0);

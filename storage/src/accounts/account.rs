@@ -11,6 +11,9 @@ use uuid::Uuid;
 pub const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 /// Sessions of an account at once where neither it nor its class says.
 pub const DEFAULT_MAX_SESSIONS: u32 = 32;
+
+/// The kernel's own bound (cgroup-v2.rst, "Weights").
+pub const MAX_CPU_WEIGHT: u32 = 10_000;
 /// User id in the guest. It is the only person there, so all have the same.
 pub const GUEST_UID: u32 = 1000;
 
@@ -86,6 +89,14 @@ pub struct Account {
     pub max_linger_s: Option<u32>,
     /// Bytes that its disk, saved memory and checkpoints may take on the host together; 0: without end.
     pub quota_bytes: Option<u64>,
+    // What the host lets its machine take.
+    pub cpu_weight: Option<u32>,
+    /// Hundredths of one processor; 0: without end, here and below.
+    pub cpu_percent: Option<u32>,
+    /// Bytes a second, in each direction.
+    pub io_rate: Option<u64>,
+    /// Operations a second, in each direction.
+    pub io_operations: Option<u32>,
     /// Until when its machine is kept awake; over if that is past.
     pub hold_until: Option<i64>,
 }
@@ -145,6 +156,10 @@ pub struct NewAccount {
     pub max_linger_s: Option<u32>,
     /// 0: without end.
     pub quota_bytes: Option<u64>,
+    pub cpu_weight: Option<u32>,
+    pub cpu_percent: Option<u32>,
+    pub io_rate: Option<u64>,
+    pub io_operations: Option<u32>,
     pub expires: Option<i64>,
     /// Made closed: nobody logs in until it is opened.
     pub disabled: bool,
@@ -167,6 +182,10 @@ impl NewAccount {
             policy: None,
             max_linger_s: None,
             quota_bytes: None,
+            cpu_weight: None,
+            cpu_percent: None,
+            io_rate: None,
+            io_operations: None,
             expires: None,
             disabled: false,
             disabled_until: None,
@@ -200,7 +219,8 @@ pub enum Change {
 
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
                        disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until, class, \
-                       max_streams, expires, disabled_until, guest_name, quota_bytes";
+                       max_streams, expires, disabled_until, guest_name, quota_bytes, cpu_weight, \
+                       cpu_percent, io_rate, io_operations";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -338,6 +358,7 @@ pub(super) fn insert(
     if new.max_sessions == Some(0) {
         return Err(limit("sessions", 0));
     }
+    let io_rate = io_rate(new.cpu_weight, new.io_rate)?;
     if alive(tx, new.name.as_str())?.is_some() {
         return Err(AccountsError::NameTaken(new.name.to_string()));
     }
@@ -345,8 +366,9 @@ pub(super) fn insert(
     tx.prepare_cached(
         "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
          max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled, disabled_until, \
-         guest_name, quota_bytes) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)",
+         guest_name, quota_bytes, cpu_weight, cpu_percent, io_rate, io_operations) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, \
+         ?21, ?22, ?23)",
     )?
     .execute(params![
         id.to_string(),
@@ -368,6 +390,10 @@ pub(super) fn insert(
         new.disabled_until,
         guest_name,
         quota,
+        new.cpu_weight,
+        new.cpu_percent,
+        io_rate,
+        new.io_operations,
     ])?;
     for key in &new.keys {
         insert_key(tx, *id, key)?;
@@ -381,6 +407,18 @@ pub(super) fn quota(bytes: Option<u64>) -> Result<Option<i64>, AccountsError> {
         i64::try_from(bytes).map_err(|_| AccountsError::Limit { what: "quota", value: bytes })
     };
     bytes.map(fits).transpose()
+}
+
+/// The rate as the database has it, if it and the weight are what it takes.
+pub(super) fn io_rate(
+    weight: Option<u32>,
+    rate: Option<u64>,
+) -> Result<Option<i64>, AccountsError> {
+    if let Some(weight) = weight.filter(|weight| !(1..=MAX_CPU_WEIGHT).contains(weight)) {
+        return Err(AccountsError::Limit { what: "CPU weight", value: weight.into() });
+    }
+    let limit = |_| AccountsError::Limit { what: "i/o rate", value: rate.unwrap_or_default() };
+    rate.map(i64::try_from).transpose().map_err(limit)
 }
 
 fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {
@@ -426,6 +464,10 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         disabled_until: row.get(18)?,
         guest_name: row.get(19)?,
         quota_bytes: row.get::<_, Option<i64>>(20)?.map(i64::unsigned_abs),
+        cpu_weight: row.get(21)?,
+        cpu_percent: row.get(22)?,
+        io_rate: row.get::<_, Option<i64>>(23)?.map(i64::unsigned_abs),
+        io_operations: row.get(24)?,
     })
 }
 

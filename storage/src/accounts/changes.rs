@@ -22,6 +22,10 @@ pub struct Changes {
     pub policy: Option<Option<Policy>>,
     /// 0: without end.
     pub quota_bytes: Option<Option<u64>>,
+    pub cpu_weight: Option<Option<u32>>,
+    pub cpu_percent: Option<Option<u32>>,
+    pub io_rate: Option<Option<u64>>,
+    pub io_operations: Option<Option<u32>>,
     pub expires: Option<Option<i64>>,
     pub disabled: Option<bool>,
     /// argon2id, PHC string.
@@ -126,6 +130,8 @@ fn apply(
         None => None,
     };
     let quota = changes.quota_bytes.map(account::quota).transpose()?;
+    let rate = account::io_rate(changes.cpu_weight.flatten(), changes.io_rate.flatten())?;
+    let io_rate = changes.io_rate.map(|_| rate);
     let mut changed = Vec::new();
     let mut set = |column: &'static str, value: Option<&dyn ToSql>| -> Result<(), AccountsError> {
         let Some(value) = value else { return Ok(()) };
@@ -146,6 +152,10 @@ fn apply(
     set("max_linger_s", sql(&changes.max_linger_s))?;
     set("policy", sql(&changes.policy))?;
     set("quota_bytes", sql(&quota))?;
+    set("cpu_weight", sql(&changes.cpu_weight))?;
+    set("cpu_percent", sql(&changes.cpu_percent))?;
+    set("io_rate", sql(&io_rate))?;
+    set("io_operations", sql(&changes.io_operations))?;
     set("expires", sql(&changes.expires))?;
     set("password", sql(&changes.password))?;
     set("disabled", sql(&changes.disabled))?;

@@ -5,13 +5,14 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 6] = [
+const SCHEMAS: [&str; 7] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
     include_str!("../../testdata/accounts-schema-4.sql"),
     include_str!("../../testdata/accounts-schema-5.sql"),
     include_str!("../../testdata/accounts-schema-6.sql"),
+    include_str!("../../testdata/accounts-schema-7.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -140,4 +141,29 @@ fn invitations_of_schema_6_stay() {
     assert_eq!(accounts.change(ALICE, &changes).unwrap(), ["quota_bytes"]);
     assert_eq!(accounts.change(ALICE, &changes).unwrap(), [] as [&str; 0]);
     assert_eq!(accounts.named("alice").unwrap().quota_bytes, Some(5 << 30));
+}
+
+#[test]
+fn quotas_and_use_of_schema_7_stay_and_nobody_is_limited_anew() {
+    let (_dir, mut accounts) = brought_forward(SCHEMAS[6]);
+    let alice = accounts.named("alice").unwrap();
+    let bob = accounts.named("bob").unwrap();
+    let used = accounts.usage(bob.id, 0).unwrap();
+    assert_eq!((bob.quota_bytes, used.len()), (Some(5 << 30), 1));
+    assert_eq!((alice.cpu_weight, alice.cpu_percent), (None, None));
+    assert_eq!((alice.io_rate, alice.io_operations), (None, None));
+    let changes = Changes {
+        cpu_weight: Some(Some(10_000)),
+        cpu_percent: Some(Some(0)),
+        io_rate: Some(Some(20 << 20)),
+        ..Changes::default()
+    };
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), ["cpu_weight", "cpu_percent", "io_rate"]);
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), [] as [&str; 0]);
+    let alice = accounts.named("alice").unwrap();
+    assert_eq!((alice.cpu_percent, alice.io_rate), (Some(0), Some(20 << 20)));
+    for wrong in [Some(Some(0)), Some(Some(10_001))] {
+        let changes = Changes { cpu_weight: wrong, ..Changes::default() };
+        assert!(accounts.change(ALICE, &changes).is_err(), "{wrong:?}");
+    }
 }

@@ -27,7 +27,7 @@ mod usage;
 
 pub use account::{
     Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, Identity,
-    NewAccount, Policy,
+    MAX_CPU_WEIGHT, NewAccount, Policy,
 };
 pub use changes::{BatchError, Changes, Step};
 pub use copies::{Copies, CopyError, DAILY_KEPT, DatabaseCopy, Examined, examine};

@@ -56,6 +56,15 @@ pub struct Settings {
     /// Left out where there is none: programs from before there were quotas refuse only what they would drop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota_bytes: Option<u64>,
+    // Since there are such limits; archives of before, and of accounts without, have no word of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_percent: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_rate: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_operations: Option<u32>,
     pub disk_bytes: u64,
 }
 
@@ -97,6 +106,10 @@ impl Settings {
             linger_s: account.linger_s,
             max_linger_s: account.max_linger_s,
             quota_bytes: account.quota_bytes,
+            cpu_weight: account.cpu_weight,
+            cpu_percent: account.cpu_percent,
+            io_rate: account.io_rate,
+            io_operations: account.io_operations,
             disk_bytes: account.disk_bytes,
         }
     }
@@ -216,6 +229,10 @@ impl Manifest {
         new.linger_s = settings.linger_s;
         new.max_linger_s = settings.max_linger_s;
         new.quota_bytes = settings.quota_bytes;
+        new.cpu_weight = settings.cpu_weight;
+        new.cpu_percent = settings.cpu_percent;
+        new.io_rate = settings.io_rate;
+        new.io_operations = settings.io_operations;
         let digits = &settings.machine_id;
         let machine_id = u128::from_str_radix(digits, 16)
             .ok()

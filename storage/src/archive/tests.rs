@@ -252,6 +252,10 @@ fn manifest() -> Manifest {
         quota_bytes: None,
         linger_s: None,
         max_linger_s: None,
+        cpu_weight: None,
+        cpu_percent: None,
+        io_rate: None,
+        io_operations: None,
         disk_bytes: DISK,
     };
     let disk = Disk { bytes: DISK, data_bytes: 8192 };
