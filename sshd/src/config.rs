@@ -150,6 +150,18 @@ pub struct Machines {
     pub busy_cpu_percent: u64,
     /// Longest hold an operator may ask for, in seconds.
     pub max_hold: u64,
+    /// What the host lets each machine take, where its account and class say nothing: its weight against
+    /// other machines', hundredths of one processor, bytes and operations a second of the disk in each
+    /// direction. 0: without end.
+    pub cpu_weight: u32,
+    pub cpu_percent: u32,
+    #[serde(with = "limits::sized")]
+    pub io_rate: u64,
+    pub io_operations: u32,
+    /// The control group below which machines' are. None: the one that the service is started in.
+    pub cgroup: Option<PathBuf>,
+    /// No machine is started whose limits can't be enforced.
+    pub require_limits: bool,
     /// The host's user that machines run as. The default need not exist: then they run as nobody.
     pub user: String,
 }
@@ -174,6 +186,12 @@ impl Default for Machines {
             max_linger: 4 * 3600,
             busy_cpu_percent: 10,
             max_hold: 7 * 86_400,
+            cpu_weight: limits::Share::WEIGHT,
+            cpu_percent: 0,
+            io_rate: 0,
+            io_operations: 0,
+            cgroup: None,
+            require_limits: false,
             user: MACHINE_USER.into(),
         }
     }
@@ -304,6 +322,30 @@ impl Config {
                     value,
                     expected: "it has to be 1 or more",
                 });
+            }
+        }
+        let machines = &self.machines;
+        let shares = [
+            (
+                "machines.cpu_weight",
+                u64::from(machines.cpu_weight),
+                limits::weight_fault(machines.cpu_weight),
+            ),
+            (
+                "machines.cpu_percent",
+                machines.cpu_percent.into(),
+                limits::percent_fault(machines.cpu_percent),
+            ),
+            ("machines.io_rate", machines.io_rate, limits::rate_fault(machines.io_rate)),
+            (
+                "machines.io_operations",
+                machines.io_operations.into(),
+                limits::operations_fault(machines.io_operations),
+            ),
+        ];
+        for (field, value, fault) in shares {
+            if let Some(expected) = fault {
+                return Err(ConfigError::Range { field, value, expected });
             }
         }
         if let Some((field, expected)) = limits::fault(&self.classes) {

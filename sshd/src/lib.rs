@@ -7,6 +7,7 @@
 
 pub mod admin;
 mod auth;
+pub mod cgroup;
 pub mod closing;
 pub mod config;
 mod copies;

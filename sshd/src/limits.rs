@@ -5,7 +5,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use hermitage_storage::accounts::{Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, Policy};
+use hermitage_storage::accounts::{
+    Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, MAX_CPU_WEIGHT, Policy,
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{config::Config, size};
@@ -33,6 +35,11 @@ pub struct Class {
     pub max_linger: Option<u32>,
     #[serde(deserialize_with = "policy", serialize_with = "as_policy")]
     pub policy: Option<Policy>,
+    pub cpu_weight: Option<u32>,
+    pub cpu_percent: Option<u32>,
+    #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
+    pub io_rate: Option<u64>,
+    pub io_operations: Option<u32>,
 }
 
 /// What counts for an account.
@@ -45,6 +52,31 @@ pub struct Limits {
     pub max_linger: Duration,
     /// Bytes that it may take on the host; `None`: as many as its disk, memory and checkpoints can have.
     pub quota: Option<u64>,
+    pub share: Share,
+}
+
+/// What the host lets a machine take of its processors and its disk. `None`: as much as there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Against other machines', where all want more than there is.
+    pub cpu_weight: u32,
+    /// Hundredths of one processor.
+    pub cpu_percent: Option<u32>,
+    /// Bytes a second that are read, and as many that are written.
+    pub io_rate: Option<u64>,
+    /// The same of operations.
+    pub io_operations: Option<u32>,
+}
+
+impl Share {
+    /// What the kernel gives a group of which nothing is said.
+    pub const WEIGHT: u32 = 100;
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { cpu_weight: Self::WEIGHT, cpu_percent: None, io_rate: None, io_operations: None }
+    }
 }
 
 impl Limits {
@@ -69,8 +101,23 @@ impl Limits {
             max_linger: seconds(account.max_linger_s, class.max_linger, machines.max_linger()),
             quota: Some(account.quota_bytes.or(class.quota).unwrap_or_else(|| machines.quota()))
                 .filter(|bytes| *bytes > 0),
+            share: Share {
+                cpu_weight: account.cpu_weight.or(class.cpu_weight).unwrap_or(machines.cpu_weight),
+                cpu_percent: cap(account.cpu_percent, class.cpu_percent, machines.cpu_percent),
+                io_rate: cap(account.io_rate, class.io_rate, machines.io_rate),
+                io_operations: cap(
+                    account.io_operations,
+                    class.io_operations,
+                    machines.io_operations,
+                ),
+            },
         }
     }
+}
+
+/// The first that has something to say; 0 is no cap, also against what the others say.
+fn cap<T: Default + PartialEq>(own: Option<T>, of_class: Option<T>, configured: T) -> Option<T> {
+    Some(own.or(of_class).unwrap_or(configured)).filter(|cap| *cap != T::default())
 }
 
 /// The size of a new disk in that class.
@@ -93,8 +140,39 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
         if class.disk.is_some_and(|bytes| bytes == 0 || bytes % 4096 != 0) {
             return fault(".disk", "it has to be a multiple of 4 KiB");
         }
+        let share = [
+            (".cpu_weight", class.cpu_weight.and_then(weight_fault)),
+            (".cpu_percent", class.cpu_percent.and_then(percent_fault)),
+            (".io_rate", class.io_rate.and_then(rate_fault)),
+            (".io_operations", class.io_operations.and_then(operations_fault)),
+        ];
+        if let Some((field, expected)) = share.into_iter().find_map(|(f, e)| Some((f, e?))) {
+            return fault(field, expected);
+        }
         None
     })
+}
+
+// Below these a machine stands still rather than being slow. What is wrong with a value, if anything.
+
+pub fn weight_fault(weight: u32) -> Option<&'static str> {
+    let fine = (1..=MAX_CPU_WEIGHT).contains(&weight);
+    (!fine).then_some("it has to be 1 to 10000; 100 is what everybody has")
+}
+
+pub fn percent_fault(percent: u32) -> Option<&'static str> {
+    let fine = percent == 0 || (5..=51_200).contains(&percent);
+    (!fine).then_some("it has to be 5 to 51200 (100 is one processor), or 0 for no cap")
+}
+
+pub fn rate_fault(bytes: u64) -> Option<&'static str> {
+    let fine = bytes == 0 || (1 << 16..=1 << 50).contains(&bytes);
+    (!fine).then_some("it has to be 64 KiB or more (a second), or 0 for no cap")
+}
+
+pub fn operations_fault(operations: u32) -> Option<&'static str> {
+    let fine = operations == 0 || operations >= 10;
+    (!fine).then_some("it has to be 10 or more (a second), or 0 for no cap")
 }
 
 fn is_name(name: &str) -> bool {
@@ -105,6 +183,19 @@ fn is_name(name: &str) -> bool {
 /// A number alone is bytes.
 fn as_bytes<S: Serializer>(disk: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
     disk.map(|bytes| bytes.to_string()).serialize(serializer)
+}
+
+/// A size that is always said.
+pub mod sized {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(bytes: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        bytes.to_string().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        size::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
 }
 
 fn as_policy<S: Serializer>(policy: &Option<Policy>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -151,6 +242,7 @@ mod tests {
             linger: seconds(7),
             max_linger: seconds(4 * 3600),
             quota: Some(8 << 30),
+            share: Share::default(),
         };
         assert_eq!(Limits::of(&config, &plain), everybodys);
         let student = Account { class: Some("student".into()), ..plain.clone() };
@@ -174,6 +266,29 @@ mod tests {
         assert_eq!(new_disk(&config, Some("staff")), DEFAULT_DISK_BYTES);
     }
 
+    #[test]
+    fn a_share_is_the_accounts_its_class_or_everybodys_and_none_takes_a_cap_away() {
+        let text = "[machines]\ncpu_percent = 200\nio_rate = \"20MiB\"\n\
+                    [class.small]\ncpu_percent = 25\ncpu_weight = 50\nio_operations = 300\n";
+        let config = load(text).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+        let plain =
+            accounts.create(&NewAccount::new(AccountName::parse("alice").unwrap())).unwrap();
+        let share = |account: &Account| Limits::of(&config, account).share;
+        let everybodys =
+            Share { cpu_percent: Some(200), io_rate: Some(20 << 20), ..Share::default() };
+        assert_eq!(share(&plain), everybodys);
+        let small = Account { class: Some("small".into()), ..plain };
+        let of_class =
+            Share { cpu_weight: 50, cpu_percent: Some(25), io_operations: Some(300), ..everybodys };
+        assert_eq!(share(&small), of_class);
+        let own = Account { cpu_percent: Some(0), io_rate: Some(0), cpu_weight: Some(7), ..small };
+        let wanted =
+            Share { cpu_weight: 7, cpu_percent: None, io_rate: None, io_operations: Some(300) };
+        assert_eq!(share(&own), wanted);
+    }
+
     /// Reading the configuration again compares and merges it as JSON, where what is not said is null.
     #[test]
     fn a_class_of_few_words_survives_being_read_again() {
@@ -192,6 +307,11 @@ mod tests {
             ("[class.a]\nsessions = 0\n", "class.a.sessions"),
             ("[class.a]\ndisk = \"5000\"\n", "class.a.disk"),
             ("[class.a]\ndisk = \"much\"\n", "much"),
+            ("[class.a]\ncpu_weight = 0\n", "class.a.cpu_weight"),
+            ("[class.a]\ncpu_percent = 2\n", "class.a.cpu_percent"),
+            ("[class.a]\nio_rate = \"1KiB\"\n", "class.a.io_rate"),
+            ("[class.a]\nio_operations = 1\n", "class.a.io_operations"),
+            ("[machines]\ncpu_percent = 1\n", "machines.cpu_percent = 1"),
             ("[class.a]\npolicy = \"sleep\"\n", "save, keep or discard"),
             ("[class.a]\nmemory = 5\n", "memory"),
         ] {

@@ -3,6 +3,7 @@
 //!
 //! It has one thread, so that fork(2) is safe: the child goes on with everything the parent had.
 
+mod admission;
 mod resumed;
 
 use std::{
@@ -31,6 +32,8 @@ use nix::{
     },
     unistd::{ForkResult, Pid},
 };
+
+use admission::Passed;
 
 use crate::{
     base_state::BaseState,
@@ -141,21 +144,14 @@ impl Server<'_> {
             Err(e) => return Err(e).context("receive a request"),
         };
         match packet {
-            Packet { message: ForkRequest::Fork { machine, label }, descriptors } => {
-                let answer = match <[OwnedFd; 3]>::try_from(descriptors) {
-                    Ok(descriptors) => self.fork(machine, &label, descriptors, None, received),
-                    Err(got) => Err(format!("a fork needs 3 descriptors, {} came", got.len())),
-                };
+            Packet { message: ForkRequest::Fork { machine, label, cgroup }, descriptors } => {
+                let answer = Passed::fork(descriptors, cgroup)
+                    .and_then(|passed| self.fork(machine, &label, passed, received));
                 self.answer(machine, answer)?;
             }
-            Packet { message: ForkRequest::Resume { machine, label }, descriptors } => {
-                let answer = match <[OwnedFd; 4]>::try_from(descriptors) {
-                    Ok([control, agent, disk, snapshot]) => {
-                        let descriptors = [control, agent, disk];
-                        self.fork(machine, &label, descriptors, Some(snapshot), received)
-                    }
-                    Err(got) => Err(format!("a resume needs 4 descriptors, {} came", got.len())),
-                };
+            Packet { message: ForkRequest::Resume { machine, label, cgroup }, descriptors } => {
+                let answer = Passed::resume(descriptors, cgroup)
+                    .and_then(|passed| self.fork(machine, &label, passed, received));
                 self.answer(machine, answer)?;
             }
             Packet { message: ForkRequest::Kill { machine }, .. } => {
@@ -179,8 +175,7 @@ impl Server<'_> {
         &mut self,
         machine: MachineId,
         label: &str,
-        descriptors: [OwnedFd; 3],
-        snapshot: Option<OwnedFd>,
+        passed: Passed,
         received: Instant,
     ) -> Result<Pid, String> {
         // SAFETY: this process has a single thread, so the child's memory is whole: no lock is held by
@@ -191,7 +186,7 @@ impl Server<'_> {
                 Ok(child)
             }
             Ok(ForkResult::Child) => {
-                let code = self.become_machine(label, descriptors, snapshot, received);
+                let code = self.become_machine(label, passed, received);
                 // Nothing of the server is unwound in the child, nor its exit handlers run.
                 // SAFETY: _exit has no preconditions.
                 unsafe { libc::_exit(code) }
@@ -204,18 +199,27 @@ impl Server<'_> {
     fn become_machine(
         &mut self,
         label: &str,
-        [control, agent, disk]: [OwnedFd; 3],
-        snapshot: Option<OwnedFd>,
+        Passed { control, agent, disk, snapshot, cgroup }: Passed,
         received: Instant,
     ) -> i32 {
         let mut stages = Stages::since(received);
         stages.done("fork process");
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
         let template = self.template;
-        if let Some(Err(e)) = template.jail.as_ref().map(MachineJail::enter) {
-            let end = hermitage_vmm_proto::End::HostError(format!("fork: {e}"));
+        let failed = |reason: String| {
+            let end = End::HostError(format!("fork: {reason}"));
             let _ = send(&control, &MachineEvent::Ended(end), &[]);
-            return 1;
+            1
+        };
+        // First of all: what is taken from here on is counted and limited.
+        if let Some(cgroup) = cgroup {
+            if let Err(reason) = admission::enter(cgroup) {
+                return failed(reason);
+            }
+            stages.done("enter the control group");
+        }
+        if let Some(Err(e)) = template.jail.as_ref().map(MachineJail::enter) {
+            return failed(e.to_string());
         }
         self.release_server_descriptors();
         stages.done("narrow the jail");

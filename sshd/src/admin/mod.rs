@@ -27,7 +27,7 @@ use crate::{
     server::Server,
     watch::{Event, Who},
 };
-use protocol::{AccountStatus, MAX_REQUEST, Reply, Request, SOCKET_NAME, Status};
+use protocol::{AccountStatus, Enforcement, MAX_REQUEST, Reply, Request, SOCKET_NAME, Status};
 
 /// How long a client may take for its request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -267,6 +267,10 @@ async fn status(server: &Server) -> Reply {
         base: (server.current_base)(),
         connections: server.connections.count().try_into().unwrap_or(u32::MAX),
         accounts,
+        limits: match server.cgroups.describe() {
+            Ok(path) => Enforcement { path: Some(path), reason: None },
+            Err(reason) => Enforcement { path: None, reason: Some(reason) },
+        },
     })
 }
 

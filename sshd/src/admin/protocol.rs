@@ -87,6 +87,17 @@ pub struct Status {
     pub connections: u32,
     /// Accounts with a machine or a session; the others are stopped.
     pub accounts: Vec<AccountStatus>,
+    /// Whether machines' limits are enforced.
+    #[serde(default)]
+    pub limits: Enforcement,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enforcement {
+    /// The folder of machines' control groups.
+    pub path: Option<String>,
+    /// Why there is none.
+    pub reason: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +119,9 @@ pub struct AccountStatus {
     /// 97 % CPU`, `held until 2026-11-21 14:05 UTC`, `its policy is keep`.
     #[serde(default)]
     pub awake: Option<String>,
+    /// The folder of the machine's control group, whose files say what it has used.
+    #[serde(default)]
+    pub cgroup: Option<String>,
 }
 
 /// A session that is going on.
@@ -171,6 +185,7 @@ mod tests {
                 base: None,
                 connections: 0,
                 accounts: vec![],
+                limits: Enforcement::default(),
             }),
         ];
         for reply in replies {

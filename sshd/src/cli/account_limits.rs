@@ -48,6 +48,18 @@ pub struct Wanted {
     /// What happens to its machine when nobody is logged in: save, keep, discard or "default"
     #[arg(long, value_name = "POLICY", value_parser = policy)]
     pub policy: Option<Own<Policy>>,
+    /// Its machine's weight against others' where processors are scarce, 1 to 10000 (100 is usual), or "default"
+    #[arg(long, value_name = "N", value_parser = cpu_weight)]
+    pub cpu_weight: Option<Own<u32>>,
+    /// Most processor time of its machine, in hundredths of one processor, "none" or "default"
+    #[arg(long, value_name = "N", value_parser = cpu_percent)]
+    pub cpu_percent: Option<Own<u32>>,
+    /// Bytes that its machine reads from the host's disk a second, and as many that it writes, "none" or "default"
+    #[arg(long, value_name = "SIZE", value_parser = io_rate)]
+    pub io_rate: Option<Own<u64>>,
+    /// The same of operations a second
+    #[arg(long, value_name = "N", value_parser = io_operations)]
+    pub io_operations: Option<Own<u32>>,
     /// From when on nobody logs in: 2027-06-30, 2027-06-30T18:00 (UTC), 90d or "never"
     #[arg(long, value_name = "TIME", value_parser = expiry)]
     pub expires: Option<Own<i64>>,
@@ -94,6 +106,10 @@ impl Wanted {
         new.linger_s = self.linger.as_ref().and_then(Own::value);
         new.max_linger_s = self.max_linger.as_ref().and_then(Own::value);
         new.policy = self.policy.as_ref().and_then(Own::value);
+        new.cpu_weight = self.cpu_weight.as_ref().and_then(Own::value);
+        new.cpu_percent = self.cpu_percent.as_ref().and_then(Own::value);
+        new.io_rate = self.io_rate.as_ref().and_then(Own::value);
+        new.io_operations = self.io_operations.as_ref().and_then(Own::value);
         new.expires = self.expires.as_ref().and_then(Own::value);
     }
 
@@ -107,6 +123,10 @@ impl Wanted {
             linger_s: self.linger.as_ref().map(Own::value),
             max_linger_s: self.max_linger.as_ref().map(Own::value),
             policy: self.policy.as_ref().map(Own::value),
+            cpu_weight: self.cpu_weight.as_ref().map(Own::value),
+            cpu_percent: self.cpu_percent.as_ref().map(Own::value),
+            io_rate: self.io_rate.as_ref().map(Own::value),
+            io_operations: self.io_operations.as_ref().map(Own::value),
             expires: self.expires.as_ref().map(Own::value),
             ..Changes::default()
         }
@@ -177,6 +197,35 @@ impl Wanted {
             "default",
         );
         look("policy", "policy", account.policy.map(named), wanted(&self.policy, named), "default");
+        look(
+            "CPU weight",
+            "cpu-weight",
+            account.cpu_weight.map(number),
+            wanted(&self.cpu_weight, number),
+            "default",
+        );
+        look(
+            "CPU cap",
+            "cpu-percent",
+            account.cpu_percent.map(capped),
+            wanted(&self.cpu_percent, capped),
+            "default",
+        );
+        let rate = |bytes: u64| if bytes == 0 { "none".into() } else { exact_size(bytes) };
+        look(
+            "i/o rate",
+            "io-rate",
+            account.io_rate.map(rate),
+            wanted(&self.io_rate, rate),
+            "default",
+        );
+        look(
+            "number of i/o operations",
+            "io-operations",
+            account.io_operations.map(capped),
+            wanted(&self.io_operations, capped),
+            "default",
+        );
         let end = |seconds: i64| time::rfc3339(seconds);
         look("end", "expires", account.expires.map(end), wanted(&self.expires, end), "never");
         if let Some(bytes) = self.disk.filter(|bytes| *bytes != account.disk_bytes) {
@@ -250,6 +299,55 @@ pub fn streams(text: &str) -> Result<Own<u32>, String> {
 
 pub fn time_span(text: &str) -> Result<Own<u32>, String> {
     own(text, "default", span::parse)
+}
+
+pub fn cpu_weight(text: &str) -> Result<Own<u32>, String> {
+    own(text, "default", |text| {
+        fitting(text, text.parse().map_err(drop), limits::weight_fault, "or \"default\"")
+    })
+}
+
+pub fn cpu_percent(text: &str) -> Result<Own<u32>, String> {
+    capping(text, |text| text.parse().map_err(drop), limits::percent_fault)
+}
+
+pub fn io_rate(text: &str) -> Result<Own<u64>, String> {
+    // The word "second" is in the option's meaning.
+    let bytes = |text: &str| size::parse(text.strip_suffix("/s").unwrap_or(text)).map_err(drop);
+    capping(text, bytes, limits::rate_fault)
+}
+
+pub fn io_operations(text: &str) -> Result<Own<u32>, String> {
+    capping(text, |text| text.parse().map_err(drop), limits::operations_fault)
+}
+
+/// A cap, "none", which is 0, or "default".
+fn capping<T: Copy + Default>(
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, ()>,
+    fault: impl Fn(T) -> Option<&'static str>,
+) -> Result<Own<T>, String> {
+    own(text, "default", |text| match text {
+        "none" => Ok(T::default()),
+        text => fitting(text, parse(text), &fault, "\"none\" or \"default\""),
+    })
+}
+
+fn fitting<T: Copy>(
+    text: &str,
+    parsed: Result<T, ()>,
+    fault: impl Fn(T) -> Option<&'static str>,
+    words: &str,
+) -> Result<T, String> {
+    match parsed.map(|value| (value, fault(value))) {
+        Ok((value, None)) => Ok(value),
+        Ok((_, Some(expected))) => Err(format!("\"{text}\": {expected}, {words}")),
+        Err(()) => Err(format!("\"{text}\" is none: a number, {words}")),
+    }
+}
+
+fn capped(cap: u32) -> String {
+    if cap == 0 { "none".into() } else { cap.to_string() }
 }
 
 pub fn policy(text: &str) -> Result<Own<Policy>, String> {

@@ -10,13 +10,16 @@ use serde_json::json;
 
 pub const SET_HELP: &str = "\
 What is not given stays as it is. Sessions and streams count from the next session or connection on, linger and
-policy at once. A disk can be enlarged, while its machine does not run; nothing on it is lost. It can't be made
-smaller. A quota counts at once; it can't be made less than what the account takes.
+policy at once, and so do the shares of processors and i/o, in a machine that runs, which loses nothing. A disk can
+be enlarged, while its machine does not run; nothing on it is lost. It can't be made smaller. A quota counts at once;
+it can't be made less than what the account takes. Memory and the number of processors are those of the base that the
+machine was made from (hermitage base build --help).
 
 Examples:
   hermitage account set alice --class student
   hermitage account set alice --quota 30GiB
   hermitage account set alice --disk 20GiB --sessions 8
+  hermitage account set alice --cpu-percent 50 --io-rate 20MiB
   hermitage account set alice --sessions default --expires never";
 
 pub const EXPIRE_HELP: &str = "\

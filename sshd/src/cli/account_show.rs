@@ -6,6 +6,7 @@ use super::{account_quota, account_usage};
 use super::{size, span, status, time};
 use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
+use hermitage::cgroup::Usage;
 use hermitage::limits::Limits;
 use hermitage::quota::Quota;
 use hermitage_storage::accounts::{
@@ -14,6 +15,7 @@ use hermitage_storage::accounts::{
 use hermitage_storage::footprint::Footprint;
 use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -29,6 +31,8 @@ struct View {
     disk_allocated: Option<u64>,
     /// `None`: stopped, or the service is.
     machine: Option<AccountStatus>,
+    /// What its machine has used, where the host counts it.
+    counted: Option<Usage>,
     /// What was recorded of its machine.
     recorded: Option<Intent>,
     /// Bytes that are saved of its memory.
@@ -76,6 +80,9 @@ impl View {
             checkpoint_bytes: checkpoint::usage(&context.state, account.id),
             quota,
             usage: account_usage::of(accounts, account.id, account_usage::SHOWN)?,
+            counted: machine
+                .as_ref()
+                .and_then(|machine| Usage::of(Path::new(machine.cgroup.as_ref()?))),
             machine,
             limits: Limits::of(&context.config, &account),
             invited: accounts.invited_until(account.id)?.filter(|until| *until > time::now()),
@@ -161,6 +168,41 @@ impl View {
         }
     }
 
+    /// The share of processors, and what was used.
+    fn cpu(&self) -> String {
+        let (share, account) = (&self.limits.share, &self.account);
+        let cap = share.cpu_percent.map_or("no cap".into(), |cap| format!("at most {cap} %"));
+        let own = account.cpu_percent.is_some() || account.cpu_weight.is_some();
+        let mut text = format!("{cap}, weight {}{}", share.cpu_weight, self.by(own));
+        let usage = self.counted.as_ref();
+        if let Some(used) = usage.and_then(|usage| usage.cpu_microseconds) {
+            text.push_str(&format!("; {} s used", seconds(used)));
+        }
+        let throttled = usage.and_then(|usage| usage.throttled_microseconds);
+        if let Some(throttled) = throttled.filter(|throttled| *throttled > 0) {
+            text.push_str(&format!(", held back for {} s", seconds(throttled)));
+        }
+        text
+    }
+
+    /// The same of the disk.
+    fn io(&self) -> String {
+        let (share, account) = (&self.limits.share, &self.account);
+        let rate = share.io_rate.map(|rate| format!("at most {}/s each way", size::show(rate)));
+        let operations = share.io_operations.map(|n| format!("at most {n} operations/s each way"));
+        let caps: Vec<_> = rate.into_iter().chain(operations).collect();
+        let caps = if caps.is_empty() { "no cap".into() } else { caps.join(", ") };
+        let own = account.io_rate.is_some() || account.io_operations.is_some();
+        let mut text = format!("{caps}{}", self.by(own));
+        if let Some(usage) = &self.counted
+            && let (Some(read), Some(written)) = (usage.io_read_bytes, usage.io_written_bytes)
+        {
+            let (read, written) = (size::show(read), size::show(written));
+            text.push_str(&format!("; {read} read, {written} written"));
+        }
+        text
+    }
+
     /// Where a limit comes from.
     fn by(&self, own: bool) -> String {
         match (&self.account.class, own) {
@@ -194,6 +236,10 @@ impl View {
                 "max_streams": self.limits.max_streams,
                 "linger_seconds": account.linger_s,
                 "max_linger_seconds": account.max_linger_s,
+                "cpu_weight": self.limits.share.cpu_weight,
+                "cpu_percent": self.limits.share.cpu_percent,
+                "io_bytes_per_second": self.limits.share.io_rate,
+                "io_operations_per_second": self.limits.share.io_operations,
             },
             // What it has of its own, where neither its class nor the configuration counts.
             "own": {
@@ -203,6 +249,11 @@ impl View {
                 "linger_seconds": account.linger_s,
                 "max_linger_seconds": account.max_linger_s,
                 "policy": account.policy.map(Policy::as_str),
+                // 0: none, whatever its class says.
+                "cpu_weight": account.cpu_weight,
+                "cpu_percent": account.cpu_percent,
+                "io_bytes_per_second": account.io_rate,
+                "io_operations_per_second": account.io_operations,
             },
             "policy": self.limits.policy.as_str(),
             "held_until": self.hold().map(time::rfc3339),
@@ -223,6 +274,8 @@ impl View {
                 "base": machine.base,
                 "sessions": machine.sessions,
                 "awake": machine.awake,
+                // What the host counts of it and limits; null where it does neither.
+                "use": self.counted,
             })),
             "sessions": self.sessions.iter().map(session_json).collect::<Vec<_>>(),
         })
@@ -257,6 +310,8 @@ impl View {
             ),
             ("linger", linger),
             ("policy", format!("{}{}", limits.policy.as_str(), self.by(account.policy.is_some()))),
+            ("cpu", self.cpu()),
+            ("i/o", self.io()),
         ];
         if let Some(until) = self.invited {
             facts.push((
@@ -278,6 +333,9 @@ impl View {
         }
         if !self.usage.is_empty() {
             facts.push(("used", account_usage::summary(&self.usage)));
+        }
+        if let Some(memory) = self.counted.as_ref().and_then(memory) {
+            facts.push(("memory", memory));
         }
         let since = match (&self.machine, &self.recorded) {
             (Some(machine), _) => Some(machine.since),
@@ -399,6 +457,19 @@ pub fn changed(
             view.state_with_times(),
         )
     })
+}
+
+fn memory(usage: &Usage) -> Option<String> {
+    let used = size::show(usage.memory_bytes?);
+    let threads = usage.threads.map_or(String::new(), |n| format!(", {n} threads"));
+    Some(match usage.memory_max_bytes {
+        Some(max) => format!("{used} of {} on the host{threads}", size::show(max)),
+        None => format!("{used} on the host{threads}"),
+    })
+}
+
+fn seconds(microseconds: u64) -> String {
+    format!("{:.1}", microseconds as f64 / 1e6)
 }
 
 pub fn key_json(key: &StoredKey) -> Value {

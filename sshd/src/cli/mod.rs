@@ -302,7 +302,8 @@ mod tests {
         const SECTIONS: [&str; 6] = ["ssh", "machines", "audit", "history", "metrics", "classes"];
         const DOCUMENTED: &str = include_str!("../../../config/hermitage.toml");
         // What has no default is there as an example.
-        let examples = ["libexec_dir", "banner", "user_ca_keys", "revoked_keys", "address"];
+        let examples =
+            ["libexec_dir", "banner", "user_ca_keys", "revoked_keys", "address", "cgroup"];
         let setting = |line: &str| {
             let name = line.strip_prefix('#').and_then(|line| line.split_once(" = "));
             name.is_some_and(|(name, _)| !name.contains(' ') && !examples.contains(&name))

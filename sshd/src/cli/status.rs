@@ -43,6 +43,13 @@ fn text(status: &Status) -> String {
         status.base.as_deref().unwrap_or("none"),
         count(status.connections as usize, "connection"),
     );
+    text.push_str(&match (&status.limits.path, &status.limits.reason) {
+        (Some(path), _) => format!("limits of machines are enforced in {path}\n"),
+        (None, reason) => {
+            let reason = reason.as_deref().unwrap_or("the service does not say why");
+            format!("limits of machines are NOT enforced: {reason}\n")
+        }
+    });
     if !status.accounts.is_empty() {
         let mut table = table(["ACCOUNT", "STATE", "SINCE", "SESSIONS", "PROCESS", "WHY"]);
         for account in &status.accounts {

@@ -29,6 +29,7 @@ use super::{
     words,
 };
 use crate::{
+    cgroup::Cgroups,
     machine::{ForkServers, Machine},
     promises::{Promise, Promises},
     server::Settings,
@@ -54,6 +55,7 @@ pub struct Context {
     pub forks: ForkServers,
     pub watch: Watch,
     pub promises: Promises,
+    pub cgroups: Cgroups,
     /// Whether room for disks is scarce.
     pub scarce: watch::Receiver<bool>,
 }
@@ -288,8 +290,15 @@ impl Driver {
     }
 
     async fn step(&mut self, event: Event) {
-        if matches!(event, Event::TimerOver | Event::Looked(_) | Event::Stop(_) | Event::Reconsider)
-        {
+        // After a start: what was changed meanwhile counts as well.
+        if matches!(
+            event,
+            Event::TimerOver
+                | Event::Looked(_)
+                | Event::Stop(_)
+                | Event::Reconsider
+                | Event::Forked
+        ) {
             let changed = self.look_up_wishes().await;
             if event == Event::Reconsider && !changed {
                 return;

@@ -159,6 +159,11 @@ impl Handle {
             base: status.base,
             sessions: status.sessions,
             awake: status.awake,
+            cgroup: status
+                .machine
+                .as_ref()
+                .and_then(|machine| machine.upgrade()?.0.group_path())
+                .map(|path| path.display().to_string()),
         })
     }
 }

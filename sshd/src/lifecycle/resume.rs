@@ -17,7 +17,10 @@ use hermitage_storage::{
 
 use tokio::sync::watch;
 
-use super::{driver::Context, start::StartError};
+use super::{
+    driver::Context,
+    start::{StartError, admission},
+};
 use crate::machine::{ForkError, LaunchError, Machine, ResumeError, Sleeper, resume as wake};
 
 pub(super) enum Attempt {
@@ -69,10 +72,11 @@ pub(super) async fn resume(
         left,
         timeout: context.config.machines.start_timeout(),
         scarce: scarce(),
+        admission: admission(context, account),
     };
     let (shared, id) = (context.clone(), account.id);
     let consume = blocking(move || saved::consume(&shared.state_dir, id));
-    match wake(&context.forks, sleeper, consume).await {
+    match wake(&context.forks, &context.cgroups, sleeper, consume).await {
         Ok(machine) => {
             let (shared, id) = (context.clone(), account.id);
             // Nobody waits for it: without its tag it is worth nothing.
@@ -89,7 +93,10 @@ pub(super) async fn resume(
         }
         // The host's trouble, not the snapshot's.
         Err(ResumeError::Launch(
-            error @ (LaunchError::Fork(_) | LaunchError::Sockets(_) | LaunchError::Attach(_)),
+            error @ (LaunchError::Fork(_)
+            | LaunchError::Sockets(_)
+            | LaunchError::Attach(_)
+            | LaunchError::Cgroup(_)),
         )) => Err(error.into()),
         Err(ResumeError::Launch(error)) => {
             set_aside(context, account, format!("the saved machine did not come back: {error}"))

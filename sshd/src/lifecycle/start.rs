@@ -25,6 +25,7 @@ use super::{
     words,
 };
 use crate::{
+    cgroup::Admission,
     closing,
     limits::Limits,
     machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
@@ -204,8 +205,18 @@ async fn cold_start(
         disk: disk.into(),
         timeout: context.config.machines.start_timeout(),
         scarce,
+        admission: admission(context, account),
     };
-    Ok(launch(&context.forks, spec).await?)
+    Ok(launch(&context.forks, &context.cgroups, spec).await?)
+}
+
+/// What the host lets its machine take.
+pub(super) fn admission(context: &Context, account: &Account) -> Admission {
+    Admission {
+        account: account.id,
+        share: Limits::of(&context.config, account).share,
+        required: context.config.machines.require_limits,
+    }
 }
 
 /// Opens and locks an account's disk. A machine that a former service left behind still has it until

@@ -17,6 +17,7 @@ use std::{
 };
 
 use command_fds::{CommandFdExt, FdMapping};
+use hermitage_storage::base::{self, Base};
 use hermitage_vmm_proto::{
     ForkEvent, ForkRequest, MachineId, ProcessExit, SocketError, message_pair,
 };
@@ -24,6 +25,7 @@ use tokio::{process::Command, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::socket::MessageSocket;
+use crate::cgroup::Group;
 
 /// How long a base may take to be checked and mapped: it is hashed, which takes seconds under
 /// emulation.
@@ -133,16 +135,17 @@ impl ForkServers {
         Ok(server)
     }
 
-    /// Forks a machine, handing over `descriptors` (see [`ForkRequest::Fork`]).
+    /// Forks a machine, handing over `descriptors` (see [`ForkRequest::Fork`]), into that group.
     pub async fn fork(
         &self,
         server: Arc<ForkServer>,
         label: String,
         descriptors: [OwnedFd; 3],
+        group: Option<&Group>,
     ) -> Result<Forked, ForkError> {
         let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
-        let request = ForkRequest::Fork { machine, label };
-        server.make(machine, request, descriptors.into()).await
+        let request = ForkRequest::Fork { machine, label, cgroup: group.is_some() };
+        server.make(machine, request, descriptors.into(), group).await
     }
 
     /// Makes a machine of a snapshot (see [`ForkRequest::Resume`]).
@@ -151,15 +154,18 @@ impl ForkServers {
         server: Arc<ForkServer>,
         label: String,
         descriptors: [OwnedFd; 4],
+        group: Option<&Group>,
     ) -> Result<Forked, ForkError> {
         let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
-        let request = ForkRequest::Resume { machine, label };
-        server.make(machine, request, descriptors.into()).await
+        let request = ForkRequest::Resume { machine, label, cgroup: group.is_some() };
+        server.make(machine, request, descriptors.into(), group).await
     }
 }
 
 pub struct ForkServer {
     pub base: String,
+    /// Of its machines, if the base says.
+    pub shape: Option<base::Machine>,
     socket: MessageSocket,
     table: Mutex<Table>,
     gone: CancellationToken,
@@ -216,8 +222,23 @@ impl ForkServer {
             Ok(ForkEvent::Refused { reason }) => return Err(ForkError::Refused { base, reason }),
             Ok(_) | Err(_) => return Err(ForkError::Gone { base }),
         }
+        let of_base = dir.to_owned();
+        let manifest = tokio::task::spawn_blocking(move || Base::manifest(&of_base)).await;
+        let shape = match manifest {
+            Ok(Ok(manifest)) => Some(manifest.content.machine),
+            other => {
+                let error = other.map(|manifest| manifest.err());
+                tracing::warn!(
+                    base,
+                    ?error,
+                    "can't tell how much memory machines of this base have"
+                );
+                None
+            }
+        };
         let server = Arc::new(Self {
             base,
+            shape,
             socket,
             table: Mutex::default(),
             gone: CancellationToken::new(),
@@ -255,6 +276,7 @@ impl ForkServer {
         machine: MachineId,
         request: ForkRequest,
         descriptors: Vec<OwnedFd>,
+        group: Option<&Group>,
     ) -> Result<Forked, ForkError> {
         let base = self.base.clone();
         let (forked, was_forked) = oneshot::channel();
@@ -264,7 +286,8 @@ impl ForkServer {
             table.forking.insert(machine, forked);
             table.running.insert(machine, exit);
         }
-        let borrowed: Vec<_> = descriptors.iter().map(|descriptor| descriptor.as_fd()).collect();
+        let borrowed = descriptors.iter().map(|descriptor| descriptor.as_fd());
+        let borrowed: Vec<_> = borrowed.chain(group.map(Group::procs)).collect();
         let sent = self.socket.send(&request, &borrowed).await.map_err(drop);
         drop(borrowed);
         // From here on the machine alone holds the disk and its lock.

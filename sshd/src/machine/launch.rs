@@ -1,6 +1,11 @@
 //! From an account's disk to its running machine: docs/architecture.md "One login", steps 2 and 3.
 
-use std::{io::Write, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    io::Write,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use hermitage_guest_proto::{Attach, HostMessage, encode};
 use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
@@ -16,6 +21,7 @@ use super::{
     fork_server::{ForkError, ForkServers, Forked},
     socket::MessageSocket,
 };
+use crate::cgroup::{Admission, CgroupError, Cgroups, Group};
 
 /// How long a process may take to be reaped once it has said that it ends.
 const REAP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,6 +43,8 @@ pub enum LaunchError {
     Ended(String),
     #[error("the machine was not ready within {0:?}")]
     Timeout(Duration),
+    #[error("no control group for the machine: {0}")]
+    Cgroup(#[from] CgroupError),
 }
 
 pub struct Spec {
@@ -46,10 +54,15 @@ pub struct Spec {
     pub timeout: Duration,
     /// Whether room for disks is scarce; the guest is kept told.
     pub scarce: watch::Receiver<bool>,
+    pub admission: Admission,
 }
 
 /// Forks a machine and waits until it has its account.
-pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, LaunchError> {
+pub async fn launch(
+    forks: &ForkServers,
+    cgroups: &Cgroups,
+    spec: Spec,
+) -> Result<Arc<Machine>, LaunchError> {
     let label = spec.attach.account.clone();
     let (control, control_far) = message_pair(false)?;
     let (agent, agent_far) = stream_pair(true)?;
@@ -60,8 +73,11 @@ pub async fn launch(forks: &ForkServers, spec: Spec) -> Result<Arc<Machine>, Lau
     let agent = UnixStream::from_std(agent)?;
 
     let server = forks.server().await?;
-    let forked = forks.fork(server, label.clone(), [control_far, agent_far, spec.disk]).await?;
-    let machine = supervise(label, forked, MessageSocket::new(control)?, agent, spec.scarce);
+    let group = cgroups.admit(&spec.admission, server.shape).await?;
+    let descriptors = [control_far, agent_far, spec.disk];
+    let forked = forks.fork(server, label.clone(), descriptors, group.as_ref()).await?;
+    let born = Born { label, forked, group };
+    let machine = supervise(born, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
     let outcome = tokio::select! {
@@ -90,6 +106,7 @@ pub struct Sleeper {
     pub left: Vec<u8>,
     pub timeout: Duration,
     pub scarce: watch::Receiver<bool>,
+    pub admission: Admission,
 }
 
 /// Why a saved machine did not come back. In any case nothing of it is left running.
@@ -118,6 +135,7 @@ impl From<std::io::Error> for ResumeError {
 /// snapshot as used up, durably.
 pub async fn resume(
     forks: &ForkServers,
+    cgroups: &Cgroups,
     sleeper: Sleeper,
     consume: impl Future<Output = std::io::Result<()>>,
 ) -> Result<Arc<Machine>, ResumeError> {
@@ -126,11 +144,13 @@ pub async fn resume(
     let agent = std::os::unix::net::UnixStream::from(agent);
     agent.set_nonblocking(true)?;
     let agent = UnixStream::from_std(agent)?;
-    let Sleeper { label, base, disk, snapshot, left, timeout: limit, scarce } = sleeper;
+    let Sleeper { label, base, disk, snapshot, left, timeout: limit, scarce, admission } = sleeper;
     let server = forks.server_of(&base).await?;
+    let group = cgroups.admit(&admission, server.shape).await.map_err(LaunchError::from)?;
     let descriptors = [control_far, agent_far, disk, snapshot];
-    let forked = forks.resume(server, label.clone(), descriptors).await?;
-    let machine = supervise_with(label, forked, MessageSocket::new(control)?, agent, |machine| {
+    let forked = forks.resume(server, label.clone(), descriptors, group.as_ref()).await?;
+    let born = Born { label, forked, group };
+    let machine = supervise_with(born, MessageSocket::new(control)?, agent, |machine| {
         machine.expect_sessions(left);
         machine.when_restored()
     });
@@ -161,23 +181,28 @@ pub async fn resume(
     Ok(machine)
 }
 
-/// Starts the tasks that go with a machine.
-fn supervise(
+/// A process that is to be a machine.
+struct Born {
     label: String,
     forked: Forked,
+    group: Option<Group>,
+}
+
+/// Starts the tasks that go with a machine.
+fn supervise(
+    born: Born,
     control: MessageSocket,
     agent: UnixStream,
     scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
-    let machine = supervise_with(label, forked, control, agent, |_| ()).0;
+    let machine = supervise_with(born, control, agent, |_| ()).0;
     keep_told(&machine, scarce, Some(false));
     machine
 }
 
 /// The same, with something to be done before the first event is looked at.
 fn supervise_with<T>(
-    label: String,
-    forked: Forked,
+    Born { label, forked, group }: Born,
     control: MessageSocket,
     agent: UnixStream,
     before: impl FnOnce(&Machine) -> T,
@@ -196,6 +221,7 @@ fn supervise_with<T>(
         attached: watch::channel(None).0,
         ended: watch::channel(None).0,
         gone: watch::channel(None).0,
+        group: Mutex::new(group.map(Arc::new)),
     });
     let first = before(&machine);
     let (reader, writer) = agent.into_split();
@@ -319,6 +345,8 @@ async fn run(machine: &Machine, mut agent: Reader, mut exited: oneshot::Receiver
         machine.kill().await;
         let _ = timeout(REAP_TIMEOUT, &mut exited).await;
     }
+    // Nothing is in it any more; whoever waits for the end finds nothing left.
+    machine.leave_group();
     machine.gone.send_replace(Some(reason));
 }
 

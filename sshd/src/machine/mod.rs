@@ -13,6 +13,7 @@ mod agent;
 mod fork_server;
 mod forwarder;
 mod launch;
+mod limited;
 mod open;
 mod sleep;
 mod socket;
@@ -35,6 +36,7 @@ use tokio::{
     time::timeout,
 };
 
+use crate::cgroup::Group;
 pub use agent::Reader;
 pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use forwarder::Forwarder;
@@ -64,6 +66,8 @@ pub struct Machine {
     attached: watch::Sender<Option<Result<(), String>>>,
     ended: watch::Sender<Option<String>>,
     gone: watch::Sender<Option<String>>,
+    /// Its control group, until it is gone.
+    group: Mutex<Option<Arc<Group>>>,
 }
 
 /// Who waits for what.

@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminSocket},
     auth::{Authenticator, Trust},
+    cgroup::Cgroups,
     closing,
     config::Config,
     copies,
@@ -80,6 +81,7 @@ pub struct Server {
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) since: SystemTime,
     pub(crate) watch: Watch,
+    pub(crate) cgroups: Cgroups,
     russh: Arc<russh::server::Config>,
 }
 
@@ -171,6 +173,9 @@ impl Service {
             state_dir.bases_dir(),
             current_base,
         );
+        let cgroups = Cgroups::open(&config.machines, &config.state_dir)
+            .context("machines.require_limits is set, and limits can't be enforced here")?;
+        cgroups.sweep();
         let (scarce, watched) = channel(false);
         let watch = Watch::new(watch::audit_log(&config.audit, &config.state_dir));
         let registry = Registry::new(lifecycle::Context {
@@ -180,6 +185,7 @@ impl Service {
             forks,
             watch: watch.clone(),
             promises: Promises::default(),
+            cgroups: cgroups.clone(),
             scarce: watched,
         });
         let ssh = &config.ssh;
@@ -212,6 +218,7 @@ impl Service {
             listen: addresses.collect(),
             since: SystemTime::now(),
             watch,
+            cgroups,
             russh: Arc::new(crypto::server_config(ssh, key)),
             registry,
             store,

@@ -17,7 +17,7 @@ use super::Server;
 use crate::{config::Config, watch::Event};
 
 /// Settings of which something was made when the service started.
-const FIXED: [&str; 14] = [
+const FIXED: [&str; 15] = [
     "state_dir",
     "run_dir",
     "libexec_dir",
@@ -28,6 +28,7 @@ const FIXED: [&str; 14] = [
     "ssh.user_ca_keys",
     "ssh.revoked_keys",
     "machines.guest_floor_mib",
+    "machines.cgroup",
     "machines.user",
     "audit.files",
     "audit.max_file_mib",

@@ -1,13 +1,13 @@
 //! What is looked up when somebody asks for the metrics: counts of what is there now, and what machines'
 //! processes take.
 
-use std::{collections::HashMap, sync::atomic::Ordering, time::SystemTime};
+use std::{collections::HashMap, path::Path, sync::atomic::Ordering, time::SystemTime};
 
 use super::{
     Watch, errors,
     metrics::{KINDS, kind_label},
 };
-use crate::{room, server::Server};
+use crate::{cgroup::charged_to, room, server::Server};
 
 /// States in which there is nothing to count are 0, not absent.
 const STATES: [&str; 8] =
@@ -37,9 +37,10 @@ pub(super) fn text(server: &Server, watch: &Watch) -> String {
     }
 
     let mut states: HashMap<String, i64> = HashMap::new();
-    let (mut sum, mut largest) = (Memory::default(), 0);
+    let (mut sum, mut largest, mut charged) = (Memory::default(), 0, 0);
     for (_, status) in server.registry.status() {
         *states.entry(status.state).or_default() += 1;
+        charged += status.cgroup.and_then(|group| charged_to(Path::new(&group))).unwrap_or(0);
         // One that has just ended is no error.
         if let Some(memory) = status.machine_pid.and_then(memory) {
             sum.private += memory.private;
@@ -53,6 +54,7 @@ pub(super) fn text(server: &Server, watch: &Watch) -> String {
     }
     now.memory.get_or_create(&vec![("kind", "private")]).set(gauge(sum.private));
     now.memory.get_or_create(&vec![("kind", "page_tables")]).set(gauge(sum.page_tables));
+    now.memory.get_or_create(&vec![("kind", "charged")]).set(gauge(charged));
     now.largest_memory.set(gauge(largest));
     if let Ok(free) = room::free(&server.config.state_dir) {
         now.free_bytes.set(gauge(free));

@@ -44,8 +44,9 @@ const BYTES: [f64; 9] = [
 
 /// What the stages of a fork, a resume and a save are called; a machine's process, which a guest may have
 /// taken over, gives no other names to series.
-const STAGES: [&str; 20] = [
+const STAGES: [&str; 21] = [
     "fork process",
+    "enter the control group",
     "narrow the jail",
     "create VM",
     "map memory",

@@ -1,7 +1,7 @@
 //! Commands beside a running service, whose side of the admin socket is played here.
 
 use crate::host::Host;
-use hermitage::admin::protocol::{AccountStatus, Reply, Request, Status};
+use hermitage::admin::protocol::{AccountStatus, Enforcement, Reply, Request, Status};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
@@ -91,7 +91,18 @@ fn status_and_accounts_show_what_runs() {
     host.run(&["account", "add", "alice"]).success();
     let stopped = host.run(&["status", "--json"]);
     assert_eq!((stopped.code, stopped.out.trim()), (1, r#"{"running":false}"#));
-    let _service = Service::start(&host, |_| {
+    let folder = tempfile::tempdir().unwrap();
+    let group = folder.path().display().to_string();
+    for (file, text) in [
+        ("cpu.stat", "usage_usec 12340000\nthrottled_usec 560000\n"),
+        ("memory.current", "10485760\n"),
+        ("memory.max", "20971520\n"),
+        ("io.stat", "8:0 rbytes=1048576 wbytes=2097152\n"),
+        ("pids.current", "4\n"),
+    ] {
+        std::fs::write(folder.path().join(file), text).unwrap();
+    }
+    let _service = Service::start(&host, move |_| {
         Reply::Status(Status {
             version: "0.1.0".into(),
             pid: 4711,
@@ -108,7 +119,9 @@ fn status_and_accounts_show_what_runs() {
                 base: Some("b".into()),
                 sessions: 1,
                 awake: None,
+                cgroup: Some(group.clone()),
             }],
+            limits: Enforcement { path: Some("/sys/fs/cgroup/x/machines".into()), reason: None },
         })
     });
     let status = host.json(&["status"]);
@@ -116,8 +129,19 @@ fn status_and_accounts_show_what_runs() {
     let shown = host.json(&["account", "show", "alice"]);
     assert_eq!(shown["machine"]["state"], "running");
     assert_eq!(shown["machine"]["since"], "1970-01-01T00:01:00Z");
+    assert_eq!(shown["machine"]["use"]["memory_bytes"], 10_485_760);
     let text = host.run(&["account", "show", "alice"]).success().out;
-    assert!(text.contains("running since") && text.contains("1 session"), "{text}");
+    for words in [
+        "running since",
+        "1 session",
+        "no cap, weight 100; 12.3 s used, held back for 0.6 s",
+        "no cap; 1 MiB read, 2 MiB written",
+        "10 MiB of 20 MiB on the host, 4 threads",
+    ] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let text = host.run(&["status"]).success().out;
+    assert!(text.contains("limits of machines are enforced in /sys/fs/cgroup/x"), "{text}");
     assert!(host.run(&["status"]).success().out.contains("4712"));
 }
 
@@ -142,11 +166,15 @@ fn status_and_accounts_show_what_keeps_a_machine_awake() {
                 base: None,
                 sessions: 0,
                 awake: Some("make (pid 812), 97 % CPU".into()),
+                cgroup: None,
             }],
+            limits: Enforcement { path: None, reason: Some("no groups here".into()) },
         })
     });
     let awake = "make (pid 812), 97 % CPU";
     assert_eq!(host.json(&["status"])["accounts"][0]["awake"], awake);
+    let text = host.run(&["status"]).success().out;
+    assert!(text.contains("NOT enforced: no groups here"), "{text}");
     assert_eq!(host.json(&["account", "show", "alice"])["machine"]["awake"], awake);
     for command in [&["status"][..], &["account", "list"], &["account", "show", "alice"]] {
         let text = host.run(command).success().out;

@@ -30,6 +30,7 @@ fn account(name: &str, pid: Option<i32>) -> AccountStatus {
         base: None,
         sessions: u32::from(pid.is_some()),
         awake: None,
+        cgroup: None,
     }
 }
 
@@ -43,6 +44,7 @@ fn serving(host: &Host, accounts: Vec<AccountStatus>) -> Service {
             base: None,
             connections: 3,
             accounts: accounts.clone(),
+            limits: Default::default(),
         })
     })
 }

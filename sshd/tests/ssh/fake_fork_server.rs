@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io::Write,
     os::{
         fd::{FromRawFd, OwnedFd},
         unix::process::ExitStatusExt,
@@ -34,11 +35,13 @@ pub fn run() -> ! {
             Err(error) => panic!("{error}"),
         };
         match packet.message {
-            ForkRequest::Fork { machine, ref label }
-            | ForkRequest::Resume { machine, ref label } => {
+            ForkRequest::Fork { machine, ref label, cgroup }
+            | ForkRequest::Resume { machine, ref label, cgroup } => {
                 let resumed = matches!(packet.message, ForkRequest::Resume { .. });
-                let mappings = packet
-                    .descriptors
+                let mut descriptors = packet.descriptors;
+                // Who moves itself into a real group is written there by the kernel.
+                let procs = if cgroup { descriptors.pop() } else { None };
+                let mappings = descriptors
                     .into_iter()
                     .zip(3..)
                     .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
@@ -52,6 +55,9 @@ pub fn run() -> ! {
                 let mut child = command.spawn().unwrap();
                 drop(command);
                 let pid = child.id() as i32;
+                if let Some(procs) = procs {
+                    writeln!(std::fs::File::from(procs), "{pid}").unwrap();
+                }
                 eprintln!("fake machine {machine} of {label}: {pid}");
                 pids.lock().unwrap().insert(machine, Pid::from_raw(pid));
                 send(&socket, &ForkEvent::Forked { machine, pid }, &[]).unwrap();

@@ -6,6 +6,7 @@
 mod abuse;
 mod algorithms;
 mod certificates;
+mod cgroups;
 mod ends;
 mod endurance;
 mod fake_agent;

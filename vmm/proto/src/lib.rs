@@ -20,13 +20,13 @@ pub use socket::{Packet, SocketError, message_pair, receive, send, stream_pair};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; `serve` and `hermitage-vmm` must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 
 /// Most descriptors a message carries.
-pub const MAX_DESCRIPTORS: usize = 4;
+pub const MAX_DESCRIPTORS: usize = 5;
 
 /// How long a resumed machine waits for [`MachineRequest::Go`].
 pub const GO_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
@@ -39,16 +39,17 @@ pub type MachineId = u64;
 pub enum ForkRequest {
     /// Descriptors, in this order: the machine's control socket, the agent stream (the host's end of
     /// the agent's control connection; what was written to it before the fork is delivered), the
-    /// account disk, open for reading and writing and locked.
-    Fork { machine: MachineId, label: String },
+    /// account disk, open for reading and writing and locked; with `cgroup`, last, the `cgroup.procs` of
+    /// the control group that the machine's process is to be in, open for writing.
+    Fork { machine: MachineId, label: String, cgroup: bool },
     /// End a machine without ceremony (SIGKILL).
     Kill { machine: MachineId },
     /// Make a machine of this base and a snapshot of it. Descriptors, in this order: as with `Fork`,
-    /// then the snapshot, open for reading. Answered as `Fork` is. The machine checks the whole
+    /// then the snapshot, open for reading, then, with `cgroup`, that of `Fork`. Answered as `Fork` is. The machine checks the whole
     /// snapshot, says [`MachineEvent::Restored`] and waits for [`MachineRequest::Go`] before its first
     /// instruction and before anything is written to the disk. A snapshot that can't be used ends it
     /// with [`End::SnapshotRefused`].
-    Resume { machine: MachineId, label: String },
+    Resume { machine: MachineId, label: String, cgroup: bool },
 }
 
 /// Fork server to `serve`.

@@ -132,7 +132,7 @@ mod tests {
     fn a_message_brings_its_descriptors() {
         let (a, b) = message_pair(false).unwrap();
         let (c, _d) = stream_pair(true).unwrap();
-        let sent = ForkRequest::Fork { machine: 4, label: "alice".into() };
+        let sent = ForkRequest::Fork { machine: 4, label: "alice".into(), cgroup: false };
         send(&a, &sent, &[c.as_fd(), c.as_fd()]).unwrap();
         let got = receive::<ForkRequest>(&b).unwrap();
         assert_eq!(got.message, sent);
@@ -152,7 +152,7 @@ mod tests {
     fn an_oversized_message_is_refused_at_the_sender() {
         let (a, _b) = message_pair(true).unwrap();
         let label = "x".repeat(MAX_MESSAGE + 1);
-        let result = send(&a, &ForkRequest::Fork { machine: 1, label }, &[]);
+        let result = send(&a, &ForkRequest::Fork { machine: 1, label, cgroup: false }, &[]);
         assert!(matches!(result, Err(SocketError::TooLong(_))));
     }
 }

@@ -6,8 +6,10 @@
 use super::Finding;
 use crate::cli::context::Context;
 use crate::cli::tool;
+use hermitage::cgroup::CONTROLLERS;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,7 +32,53 @@ pub fn check(context: &Context) -> Vec<Finding> {
     findings.push(kernel(release.trim()));
     let read = |path| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
     findings.extend(huge_pages(read(NX_HUGE_PAGES).as_deref(), read(MULTIHIT).as_deref()));
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let controllers = mount_of_groups(&mounts).map(|(point, options)| {
+        let there = fs::read_to_string(Path::new(point).join("cgroup.controllers"));
+        (there.unwrap_or_default(), options.to_owned())
+    });
+    findings.push(control_groups(controllers));
     findings
+}
+
+/// Where control groups of version 2 are mounted, and how (proc_mounts(5)).
+fn mount_of_groups(mounts: &str) -> Option<(&str, &str)> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (point, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2").then_some((point, options))
+    })
+}
+
+/// What limits of machines are enforced by, as far as the host is concerned; `status` says whether the
+/// service has a place in it.
+fn control_groups(found: Option<(String, String)>) -> Finding {
+    const CHECK: &str = "control groups";
+    let Some((controllers, options)) = found else {
+        return Finding::warning(
+            CHECK,
+            "version 2 is not mounted: limits of machines are not enforced",
+            "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 (docs/limits.md)",
+        );
+    };
+    let there: Vec<_> = controllers.split_ascii_whitespace().collect();
+    let missing: Vec<_> = CONTROLLERS.into_iter().filter(|name| !there.contains(name)).collect();
+    if !missing.is_empty() {
+        return Finding::warning(
+            CHECK,
+            format!("version 2 has no {}: such limits are not enforced", missing.join(", ")),
+            "controllers that version 1 has are missing in version 2: boot with \
+             systemd.unified_cgroup_hierarchy=1 (docs/limits.md)",
+        );
+    }
+    if options.split(',').any(|option| option == "favordynmods") {
+        return Finding::ok(CHECK, "version 2, with favordynmods: machines enter theirs at once");
+    }
+    Finding::warning(
+        CHECK,
+        "version 2, without favordynmods: every machine's start waits some 10 ms to enter its group",
+        "at boot: mount -o remount,favordynmods /sys/fs/cgroup (Linux 6.0; docs/limits.md)",
+    )
 }
 
 fn processor(cpuinfo: &str) -> Finding {
@@ -199,6 +247,21 @@ mod tests {
         ] {
             assert_eq!(kernel(release).level, level, "{release}");
         }
+    }
+
+    #[test]
+    fn groups_are_judged_by_their_controllers_and_their_mount() {
+        let mounts = "sysfs /sys sysfs rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n";
+        assert_eq!(mount_of_groups(mounts), Some(("/sys/fs/cgroup", "rw,nsdelegate")));
+        assert_eq!(mount_of_groups("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"), None);
+        let all = "cpuset cpu io memory hugetlb pids";
+        let judged =
+            |there: &str, options: &str| control_groups(Some((there.into(), options.into())));
+        assert_eq!(judged(all, "rw,favordynmods").level, Level::Ok);
+        assert!(judged(all, "rw").advice.contains("remount,favordynmods"));
+        let partial = judged("cpuset cpu", "rw,favordynmods");
+        assert!(partial.found.contains("io, memory, pids"), "{}", partial.found);
+        assert_eq!(control_groups(None).level, Level::Warning);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{Finding, repairs};
 use crate::cli::context::Context;
 use crate::cli::output::count;
 use crate::cli::{account_quota, size, status};
-use hermitage::admin::protocol::Status;
+use hermitage::admin::protocol::{Enforcement, Status};
 use hermitage_storage::accounts::{Account, Accounts, AccountsError};
 use hermitage_storage::base::{Base, BaseId, HostKind};
 use hermitage_storage::image::{self, Image, ImageId};
@@ -41,7 +41,7 @@ pub fn check(context: &Context) -> Vec<Finding> {
     findings.extend(repairs::copies(context));
     let running = status::query(context);
     findings.extend(repairs::lock(context, &running));
-    findings.push(service(running));
+    findings.extend(service(running));
     findings
 }
 
@@ -255,18 +255,33 @@ fn quotas(context: &Context, accounts: &[Account]) -> Option<Finding> {
     ))
 }
 
-fn service(running: anyhow::Result<Option<Status>>) -> Finding {
+fn service(running: anyhow::Result<Option<Status>>) -> Vec<Finding> {
     const CHECK: &str = "service";
     match running {
-        Ok(Some(status)) => Finding::ok(
-            CHECK,
-            format!("runs as process {}, listens on {}", status.pid, status.listen.join(" ")),
-        ),
-        Ok(None) => Finding::warning(CHECK, "is not running", "hermitage serve starts it"),
-        Err(error) => Finding::failure(
+        Ok(Some(status)) => {
+            let listens = status.listen.join(" ");
+            let found = format!("runs as process {}, listens on {listens}", status.pid);
+            vec![Finding::ok(CHECK, found), limits(&status.limits)]
+        }
+        Ok(None) => vec![Finding::warning(CHECK, "is not running", "hermitage serve starts it")],
+        Err(error) => vec![Finding::failure(
             CHECK,
             format!("{error:#}"),
             "run this as the service's user; if it hangs, restart it (machines are stopped in order)",
-        ),
+        )],
+    }
+}
+
+/// Whether the service found a place for machines' control groups when it started.
+fn limits(enforcement: &Enforcement) -> Finding {
+    const CHECK: &str = "limits of machines";
+    match (&enforcement.path, &enforcement.reason) {
+        (Some(path), _) => Finding::ok(CHECK, format!("are enforced, in {path}")),
+        (None, reason) => {
+            let reason = reason.as_deref().unwrap_or("the service does not say why");
+            let advice = "guests are bounded by their own memory and processors alone; docs/limits.md says \
+                          where limits can be enforced";
+            Finding::warning(CHECK, format!("are not enforced: {reason}"), advice)
+        }
     }
 }

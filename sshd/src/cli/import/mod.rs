@@ -135,7 +135,7 @@ fn read(file: &Path) -> anyhow::Result<Vec<u8>> {
 fn steps(rows: &[Row], planned: Vec<Planned>) -> anyhow::Result<(Vec<&Row>, Vec<Step>)> {
     let (mut touched, mut steps) = (Vec::new(), Vec::new());
     for (row, planned) in rows.iter().zip(planned) {
-        if let Planned::Step(step) = planned {
+        if let Planned(Some(step)) = planned {
             touched.push(row);
             steps.push(step);
         }

@@ -7,19 +7,17 @@ use crate::cli::account_quota;
 use crate::cli::context::Context;
 use hermitage_storage::accounts::{Account, Accounts, Changes, NewAccount, Step, verify_password};
 
-pub enum Planned {
-    Step(Step),
-    AlreadySo,
-}
+/// `None`: all is so already.
+pub struct Planned(pub Option<Step>);
 
 impl Planned {
     pub fn outcome(&self, dry_run: bool) -> &'static str {
-        match (self, dry_run) {
-            (Planned::AlreadySo, _) => "already so",
-            (Planned::Step(Step::Create(_)), false) => "added",
-            (Planned::Step(Step::Create(_)), true) => "to be added",
-            (Planned::Step(Step::Change(..)), false) => "changed",
-            (Planned::Step(Step::Change(..)), true) => "to be changed",
+        match (&self.0, dry_run) {
+            (None, _) => "already so",
+            (Some(Step::Create(_)), false) => "added",
+            (Some(Step::Create(_)), true) => "to be added",
+            (Some(Step::Change(..)), false) => "changed",
+            (Some(Step::Change(..)), true) => "to be changed",
         }
     }
 }
@@ -49,10 +47,10 @@ pub fn plan(
             wrong(format!("{error:#}"));
         }
         planned.push(match there {
-            None => Planned::Step(Step::Create(create(context, row))),
+            None => Planned(Some(Step::Create(create(context, row)))),
             Some(there) => {
                 let planned = change(accounts, row, there, password_fits, update, &mut wrong)?;
-                if let Planned::Step(Step::Change(_, changes)) = &planned
+                if let Planned(Some(Step::Change(_, changes))) = &planned
                     && update
                     && let Err(words) = account_quota::check(context, there, changes)
                 {
@@ -106,7 +104,7 @@ fn change(
         words.push("its password is another".into());
     }
     if words.is_empty() {
-        return Ok(Planned::AlreadySo);
+        return Ok(Planned(None));
     }
     if !update {
         wrong(format!("{name} is there and differs: {}; --update changes it", words.join("; ")));
@@ -123,5 +121,5 @@ fn change(
         password: (!password_fits).then(String::new),
         ..row.wanted.changes()
     };
-    Ok(Planned::Step(Step::Change(there.id, changes)))
+    Ok(Planned(Some(Step::Change(there.id, changes))))
 }

@@ -39,6 +39,10 @@ enum Column {
     Linger,
     MaxLinger,
     Policy,
+    CpuWeight,
+    CpuPercent,
+    IoRate,
+    IoOperations,
     Expires,
     Disabled,
 }
@@ -55,6 +59,10 @@ const COLUMNS: &[(&str, Column)] = &[
     ("linger", Column::Linger),
     ("max_linger", Column::MaxLinger),
     ("policy", Column::Policy),
+    ("cpu_weight", Column::CpuWeight),
+    ("cpu_percent", Column::CpuPercent),
+    ("io_rate", Column::IoRate),
+    ("io_operations", Column::IoOperations),
     ("expires", Column::Expires),
     ("disabled", Column::Disabled),
 ];
@@ -225,6 +233,18 @@ fn row(line: u64, columns: &[Column], record: &csv::ByteRecord) -> Result<Row, V
                 take(&mut wanted.max_linger, account_limits::time_span(text).map_err(told))
             }
             Column::Policy => take(&mut wanted.policy, account_limits::policy(text).map_err(told)),
+            Column::CpuWeight => {
+                take(&mut wanted.cpu_weight, account_limits::cpu_weight(text).map_err(told))
+            }
+            Column::CpuPercent => {
+                take(&mut wanted.cpu_percent, account_limits::cpu_percent(text).map_err(told))
+            }
+            Column::IoRate => {
+                take(&mut wanted.io_rate, account_limits::io_rate(text).map_err(told))
+            }
+            Column::IoOperations => {
+                take(&mut wanted.io_operations, account_limits::io_operations(text).map_err(told))
+            }
             Column::Expires => {
                 take(&mut wanted.expires, account_limits::expiry(text).map_err(told))
             }

@@ -90,6 +90,9 @@ impl Driver {
         self.lifecycle.held = account.hold_at(time::now());
         self.vigil.linger = limits.linger;
         self.vigil.max_linger = limits.max_linger;
+        if let Some(machine) = self.machine() {
+            machine.limit(limits.share);
+        }
         if self.lifecycle.held.is_some() || limits.policy == Policy::Keep {
             // Work may go on for as long when they end.
             self.vigil.begin();

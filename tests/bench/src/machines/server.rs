@@ -79,7 +79,11 @@ impl ForkServer {
             .ok()
             .filter(|&written| written == parts.for_agent.len())
             .context("a socket pair took only a part of the agent's first frame")?;
-        let request = ForkRequest::Fork { machine: self.last, label: format!("b{}", self.last) };
+        let request = ForkRequest::Fork {
+            machine: self.last,
+            label: format!("b{}", self.last),
+            cgroup: false,
+        };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), parts.disk.as_fd()];
         let asked_at = clock::now();
         send(self.socket()?, &request, &descriptors).context("ask for a fork")?;
@@ -91,7 +95,11 @@ impl ForkServer {
         self.last += 1;
         let (control, their_control) = message_pair(false).context("make a socket pair")?;
         let (agent, their_agent) = stream_pair(true).context("make a socket pair")?;
-        let request = ForkRequest::Resume { machine: self.last, label: format!("b{}", self.last) };
+        let request = ForkRequest::Resume {
+            machine: self.last,
+            label: format!("b{}", self.last),
+            cgroup: false,
+        };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), disk, snapshot];
         let asked_at = clock::now();
         send(self.socket()?, &request, &descriptors).context("ask for a resume")?;
