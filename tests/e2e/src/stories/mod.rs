@@ -14,6 +14,7 @@ mod identity;
 mod jail;
 mod keeping;
 mod keys;
+mod limits;
 mod login;
 mod machine;
 mod malformed;
@@ -57,5 +58,6 @@ pub fn all() -> Vec<Test> {
     all.extend(editor::TESTS);
     all.extend(keys::TESTS);
     all.extend(keeping::TESTS);
+    all.extend(limits::TESTS);
     all
 }
