@@ -16,7 +16,12 @@ use hermitage_storage::{StateDir, accounts::Account, footprint::Footprint};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::{config::Config, limits::Limits, size};
+use crate::{
+    config::Config,
+    limits::Limits,
+    size,
+    watch::{Event, Watch},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -156,6 +161,7 @@ pub fn keep_watch(
     account: Uuid,
     mut host: watch::Receiver<bool>,
     mut limit: watch::Receiver<Option<u64>>,
+    tell: Watch,
 ) -> watch::Receiver<bool> {
     let (scarce, watched) = watch::channel(*host.borrow());
     tokio::spawn(async move {
@@ -165,18 +171,27 @@ pub fn keep_watch(
             let bound = *limit.borrow_and_update();
             let mut next = None;
             let before = full;
-            full = match bound {
-                None => false,
-                Some(limit) => {
-                    let state = state.clone();
-                    let look = move || Footprint::of(&state, account).total();
-                    let used = tokio::task::spawn_blocking(look).await.unwrap_or(0);
-                    next = Some(pause(used, limit));
-                    is_full(used, limit, full)
+            let mut used = 0;
+            // One without a quota is looked at when it has lost it, for what is told then.
+            if bound.is_some() || full {
+                let state = state.clone();
+                let look = move || Footprint::of(&state, account).total();
+                used = tokio::task::spawn_blocking(look).await.unwrap_or(0);
+            }
+            if let Some(limit) = bound {
+                next = Some(pause(used, limit));
+            }
+            full = bound.is_some_and(|limit| is_full(used, limit, full));
+            match (before, full, bound) {
+                (false, true, Some(quota)) => {
+                    tracing::info!(%account, used, quota, "at its quota: its guest gets no new space");
+                    tell.tell(Event::QuotaReached { id: account, used, quota });
                 }
-            };
-            if full != before {
-                tracing::info!(%account, full, "the account's quota: no new space for its guest while it is full");
+                (true, false, quota) => {
+                    tracing::info!(%account, used, quota, "below its quota again");
+                    tell.tell(Event::QuotaFree { id: account, used, quota });
+                }
+                _ => {}
             }
             scarce
                 .send_if_modified(|is| std::mem::replace(is, on_host || full) != (on_host || full));
@@ -271,7 +286,7 @@ mod tests {
         write(900);
         let (host, hosts) = watch::channel(false);
         let (limit, limits) = watch::channel(None);
-        let mut scarce = keep_watch(state.clone(), account, hosts, limits);
+        let mut scarce = keep_watch(state.clone(), account, hosts, limits, Watch::new(None));
         let mut wait = async |is: bool| {
             let waited = scarce.wait_for(|now| *now == is);
             drop(tokio::time::timeout(Duration::from_secs(10), waited).await.unwrap().unwrap());

@@ -132,8 +132,12 @@ pub(super) async fn start(
     let machines = &context.config.machines;
     let promise = promise(&context).await?;
     quota.send_replace(Limits::of(&context.config, &account).quota);
-    let (dir, host) = (context.state_dir.clone(), context.scarce.clone());
-    let scarce = || quota::keep_watch(dir.clone(), account.id, host.clone(), quota.subscribe());
+    let shared = context.clone();
+    let scarce = || {
+        let Context { state_dir, scarce, watch, .. } = &*shared;
+        let (dir, host, tell) = (state_dir.clone(), scarce.clone(), watch.clone());
+        quota::keep_watch(dir, account.id, host, quota.subscribe(), tell)
+    };
 
     let path = context.state_dir.disk(account.id);
     let disk = open_disk(&path, machines.stale_timeout()).await?;

@@ -121,6 +121,20 @@ pub enum Event {
         id: Uuid,
         reason: String,
     },
+    /// An account's machine gets no more space, or gets some again.
+    QuotaReached {
+        id: Uuid,
+        /// Bytes.
+        used: u64,
+        quota: u64,
+    },
+    QuotaFree {
+        id: Uuid,
+        used: u64,
+        /// None: it has none any more.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        quota: Option<u64>,
+    },
     /// Something was asked over the admin socket that changes something or looks into a machine.
     AdminRequest {
         #[serde(flatten)]

@@ -84,6 +84,8 @@ pub struct Metrics {
     penalties: Counter,
     sessions: Family<Labels, Counter>,
     session_seconds: Histograms,
+    session_bytes: Family<Labels, Counter>,
+    quotas_reached: Counter,
     start_seconds: Histograms,
     start_failures: Counter,
     stage_seconds: Histograms,
@@ -122,6 +124,8 @@ impl Default for Metrics {
             penalties: Counter::default(),
             sessions: Family::default(),
             session_seconds: Family::new_with_constructor(session_seconds),
+            session_bytes: Family::default(),
+            quotas_reached: Counter::default(),
             start_seconds: Family::new_with_constructor(seconds),
             start_failures: Counter::default(),
             stage_seconds: Family::new_with_constructor(stage_seconds),
@@ -157,6 +161,16 @@ impl Metrics {
             "penalties",
             "Times that a source began to be refused for a while",
             self.penalties.clone(),
+        );
+        all.register(
+            "session_bytes",
+            "Bytes of sessions that have ended, from clients and to them",
+            self.session_bytes.clone(),
+        );
+        all.register(
+            "quotas_reached",
+            "Times that a machine got no more space because its account was at its quota",
+            self.quotas_reached.clone(),
         );
         all.register("sessions", "Sessions that were begun, by kind", self.sessions.clone());
         all.register(
@@ -247,6 +261,9 @@ impl Metrics {
         for reason in Refusal::NAMES {
             drop(self.refused_connections.get_or_create(&vec![("reason", reason)]));
         }
+        for direction in ["received", "sent"] {
+            drop(self.session_bytes.get_or_create(&vec![("direction", direction)]));
+        }
         for kind in KINDS {
             drop(self.sessions.get_or_create(&vec![("kind", kind)]));
         }
@@ -278,7 +295,11 @@ impl Metrics {
             Event::SessionStarted { kind, .. } => {
                 self.sessions.get_or_create(&vec![("kind", kind_label(kind))]).inc();
             }
-            Event::SessionEnded { kind, seconds, .. } => {
+            Event::SessionEnded { kind, seconds, received, sent, .. } => {
+                for (direction, bytes) in [("received", received), ("sent", sent)] {
+                    let labels = vec![("direction", direction)];
+                    self.session_bytes.get_or_create(&labels).inc_by(*bytes);
+                }
                 let labels = vec![("kind", kind_label(kind))];
                 self.session_seconds.get_or_create(&labels).observe(*seconds as f64);
             }
@@ -301,6 +322,9 @@ impl Metrics {
             Event::MachineEnded { .. } => {
                 self.ends.inc();
             }
+            Event::QuotaReached { .. } => {
+                self.quotas_reached.inc();
+            }
             Event::AdminRequest { .. } => {
                 self.admin_requests.inc();
             }
@@ -313,6 +337,7 @@ impl Metrics {
             Event::ServiceStarted { .. }
             | Event::ServiceStopping
             | Event::ServiceStopped { .. }
+            | Event::QuotaFree { .. }
             | Event::Command { .. } => {}
         }
     }

@@ -54,6 +54,7 @@ fn programs_find_the_fields_they_know() {
     see("account show", &["account", "show", "alice"], "");
     see("account usage", &["account", "usage", "alice"], "");
     see("account usage", &["account", "usage", "bob"], "");
+    see("account usage of all", &["account", "usage"], "");
     see("account hold", &["account", "hold", "alice", "--off"], "");
     see("account disable", &["account", "disable", "bob", "--until", "2099-01-01"], "");
     see("account list", &["account", "list"], "");

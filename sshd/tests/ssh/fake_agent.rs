@@ -57,7 +57,9 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
     let mut chunk = [0; 4096];
     loop {
         while let Some(message) = decoder.message::<HostMessage>().unwrap() {
-            eprintln!("guest told: {message:?}");
+            // In one piece: the service writes to the same file.
+            let line = format!("guest told: {message:?}\n");
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
             match message {
                 HostMessage::Attach(attach) => {
                     account = attach.account;

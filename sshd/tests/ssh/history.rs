@@ -57,6 +57,8 @@ fn what_a_session_passes_and_a_machine_takes_is_on_record_when_the_service_ends(
 
     let text = done(&service, &["account", "usage", "alice"]);
     assert!(text.contains("together") && text.contains("104.5 KiB"), "{text}");
+    let all = done(&service, &["account", "usage", "--days", "1"]);
+    assert!(all.contains("alice") && all.contains("104.5 KiB"), "{all}");
     let shown = done(&service, &["account", "show", "alice"]);
     assert!(shown.contains("in 7 days 3 sessions, awake "), "{shown}");
 }

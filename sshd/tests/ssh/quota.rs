@@ -63,6 +63,13 @@ fn a_guest_at_its_quota_gets_no_new_space_until_there_is_less() {
     done(&service, &["account", "set", "alice", "--quota", "none"]);
     wait_told(&service, false, 2);
     assert_eq!(told(&service, true), 2, "bob was never told");
+    let told = wait_for("four events", || {
+        let log = std::fs::read_to_string(service.path("state/audit.jsonl")).unwrap();
+        let told = log.lines().filter(|line| line.contains(r#""event":"quota-"#));
+        Some(told.map(str::to_owned).collect::<Vec<_>>()).filter(|told| told.len() == 4)
+    });
+    assert!(told[0].contains(r#""quota-reached""#) && told[0].contains(r#""quota":16777216"#));
+    assert!(told[3].contains(r#""quota-free""#) && !told[3].contains(r#""quota":"#));
 }
 
 /// What a guest believes when it is saved is what it believes when it is resumed.

@@ -214,6 +214,8 @@ fn metrics_tell_what_happened_and_what_is() {
     assert!(value("hermitage_state_free_bytes") > 0.0);
     assert!(value("hermitage_start_time_seconds") > 1.7e9);
     assert_eq!(value("hermitage_audit_lost_total"), 0.0);
+    assert_eq!(value("hermitage_quotas_reached_total"), 0.0);
+    assert_eq!(value(r#"hermitage_session_bytes_total{direction="received"}"#), 0.0);
 
     // And whoever asks for something else is told so.
     assert!(get(&service, "GET / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.0 404 "));

@@ -4,6 +4,7 @@
 //! Both tables would grow for ever: [`Accounts::prune`] takes away what is older than asked for, a bounded number of
 //! rows at a time, so that no login waits long for the database.
 
+use super::account::id_column;
 use super::database::{Accounts, AccountsError, now};
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 use uuid::Uuid;
@@ -104,6 +105,17 @@ impl Accounts {
              WHERE account = ?1 AND day >= ?2 ORDER BY day DESC",
         )?;
         let rows = statement.query_map(params![account.to_string(), since], used_day)?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// What each account used from that day on; what it took is of its last day.
+    pub fn usage_of_all(&self, since: i64) -> Result<Vec<(Uuid, UsedDay)>, AccountsError> {
+        // A column that is no sum is of the row with the max() (https://sqlite.org/lang_select.html §2.5).
+        let mut statement = self.db.prepare_cached(
+            "SELECT max(day), sum(sessions), sum(awake_s), sum(cpu_ms), sum(received), sum(sent), \
+             disk_bytes, account FROM usage WHERE day >= ?1 GROUP BY account",
+        )?;
+        let rows = statement.query_map([since], |row| Ok((id_column(row, 7)?, used_day(row)?)))?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 

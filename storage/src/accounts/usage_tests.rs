@@ -26,6 +26,14 @@ fn what_was_used_adds_up_by_the_day() {
     assert_eq!((days[1].used, days[1].sessions), (wanted, 0));
     assert_eq!(accounts.usage(alice, 101).unwrap().len(), 1);
     assert_eq!(accounts.usage(bob, 0).unwrap()[0].used, used(1, None));
+    let mut all = accounts.usage_of_all(100).unwrap();
+    all.sort_by_key(|(account, _)| *account != alice);
+    assert_eq!(
+        all[0].1.used,
+        Used { awake_s: 18, cpu_ms: 180, received: 3, sent: 6, disk_bytes: Some(600) }
+    );
+    assert_eq!((all[1].0, all[1].1.used, all.len()), (bob, used(1, None), 2));
+    assert_eq!(accounts.usage_of_all(101).unwrap().len(), 1);
     accounts.add_usage(101, &[(alice, Used { sent: u64::MAX, ..Used::default() })]).unwrap();
     assert_eq!(accounts.usage(alice, 101).unwrap()[0].used.sent, (1 << 60) + 2);
 }
