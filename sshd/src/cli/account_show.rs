@@ -1,9 +1,11 @@
 //! What `hermitage account` prints of accounts, for people and for programs.
 
+mod text;
+
 use super::context::Context;
 use super::output::{count, table};
 use super::{account_quota, account_usage};
-use super::{size, span, status, time};
+use super::{size, status, time};
 use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage::cgroup::Usage;
@@ -16,8 +18,9 @@ use hermitage_storage::footprint::Footprint;
 use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Duration;
 use uuid::Uuid;
+
+pub use text::key_table;
 
 /// Sessions that `account show` tells of.
 const SESSIONS_SHOWN: u32 = 10;
@@ -149,69 +152,6 @@ impl View {
         self.disk_allocated.unwrap_or(0).saturating_add(self.saved_bytes.unwrap_or(0))
     }
 
-    fn disk(&self) -> String {
-        let limit = size::show(self.account.disk_bytes);
-        match self.disk_allocated {
-            Some(written) => format!("{} of {limit}", size::show(written)),
-            None => format!("none yet, {limit}"),
-        }
-    }
-
-    fn quota_words(&self) -> String {
-        let takes = format!("takes {} ({})", self.quota.shown(), self.quota.parts());
-        match self.quota.percent() {
-            Some(percent) => {
-                let own = self.account.quota_bytes.is_some();
-                format!("{takes}, {percent} %{}", self.by(own))
-            }
-            None => format!("none; {takes}"),
-        }
-    }
-
-    /// The share of processors, and what was used.
-    fn cpu(&self) -> String {
-        let (share, account) = (&self.limits.share, &self.account);
-        let cap = share.cpu_percent.map_or("no cap".into(), |cap| format!("at most {cap} %"));
-        let own = account.cpu_percent.is_some() || account.cpu_weight.is_some();
-        let mut text = format!("{cap}, weight {}{}", share.cpu_weight, self.by(own));
-        let usage = self.counted.as_ref();
-        if let Some(used) = usage.and_then(|usage| usage.cpu_microseconds) {
-            text.push_str(&format!("; {} s used", seconds(used)));
-        }
-        let throttled = usage.and_then(|usage| usage.throttled_microseconds);
-        if let Some(throttled) = throttled.filter(|throttled| *throttled > 0) {
-            text.push_str(&format!(", held back for {} s", seconds(throttled)));
-        }
-        text
-    }
-
-    /// The same of the disk.
-    fn io(&self) -> String {
-        let (share, account) = (&self.limits.share, &self.account);
-        let rate = share.io_rate.map(|rate| format!("at most {}/s each way", size::show(rate)));
-        let operations = share.io_operations.map(|n| format!("at most {n} operations/s each way"));
-        let caps: Vec<_> = rate.into_iter().chain(operations).collect();
-        let caps = if caps.is_empty() { "no cap".into() } else { caps.join(", ") };
-        let own = account.io_rate.is_some() || account.io_operations.is_some();
-        let mut text = format!("{caps}{}", self.by(own));
-        if let Some(usage) = &self.counted
-            && let (Some(read), Some(written)) = (usage.io_read_bytes, usage.io_written_bytes)
-        {
-            let (read, written) = (size::show(read), size::show(written));
-            text.push_str(&format!("; {read} read, {written} written"));
-        }
-        text
-    }
-
-    /// Where a limit comes from.
-    fn by(&self, own: bool) -> String {
-        match (&self.account.class, own) {
-            (_, true) => " (its own)".into(),
-            (Some(class), false) => format!(" (class {class} or the configuration)"),
-            (None, false) => String::new(),
-        }
-    }
-
     fn json(&self) -> Value {
         let account = &self.account;
         json!({
@@ -279,91 +219,6 @@ impl View {
             })),
             "sessions": self.sessions.iter().map(session_json).collect::<Vec<_>>(),
         })
-    }
-
-    fn text(&self) -> String {
-        let account = &self.account;
-        let span = |span: Duration| span::show(span.as_secs().try_into().unwrap_or(u32::MAX));
-        let limits = &self.limits;
-        let linger =
-            format!("{}, with work at most {}", span(limits.linger), span(limits.max_linger));
-        let mut facts = vec![
-            ("name", account.name.clone()),
-            ("id", account.id.to_string()),
-            ("state", self.state_with_times()),
-            ("class", self.class.clone()),
-            ("created", time::short(account.created)),
-            ("password", if account.password.is_some() { "set" } else { "none" }.to_owned()),
-            ("disk", self.disk()),
-            ("quota", self.quota_words()),
-            (
-                "sessions",
-                format!(
-                    "at most {}{}",
-                    limits.max_sessions,
-                    self.by(account.max_sessions.is_some())
-                ),
-            ),
-            (
-                "streams",
-                format!("at most {}{}", limits.max_streams, self.by(account.max_streams.is_some())),
-            ),
-            ("linger", linger),
-            ("policy", format!("{}{}", limits.policy.as_str(), self.by(account.policy.is_some()))),
-            ("cpu", self.cpu()),
-            ("i/o", self.io()),
-        ];
-        if let Some(until) = self.invited {
-            facts.push((
-                "invited",
-                format!("by a code that is good until {} UTC", time::short(until)),
-            ));
-        }
-        if let Some(until) = self.hold() {
-            facts.push(("hold", format!("until {} UTC", time::short(until))));
-        }
-        if let Some(bytes) = self.saved_bytes {
-            facts.push(("saved", format!("{}, which counts for the quota", size::show(bytes))));
-        }
-        if account.guest_name() != account.name {
-            facts.push(("inside", format!("the user is {}", account.guest_name())));
-        }
-        if self.checkpoint_bytes > 0 {
-            facts.push(("kept", format!("{} in checkpoints", size::show(self.checkpoint_bytes))));
-        }
-        if !self.usage.is_empty() {
-            facts.push(("used", account_usage::summary(&self.usage)));
-        }
-        if let Some(memory) = self.counted.as_ref().and_then(memory) {
-            facts.push(("memory", memory));
-        }
-        let since = match (&self.machine, &self.recorded) {
-            (Some(machine), _) => Some(machine.since),
-            (None, Some(record)) => Some(record.since),
-            (None, None) => None,
-        };
-        let since = since.map_or(String::new(), |since| format!(" since {}", time::short(since)));
-        facts.push(("machine", format!("{}{since}", self.machine_state())));
-        facts.extend(self.because().map(|why| ("because", why.to_owned())));
-        let mut text = String::new();
-        for (name, value) in facts {
-            text.push_str(&format!("{name:<10}{value}\n"));
-        }
-        text.push_str(&format!("\n{}\n", key_table(&self.keys)));
-        if !self.sessions.is_empty() {
-            let mut table = table(["SESSION", "FROM", "STARTED", "ENDED", "HOW"]);
-            for session in &self.sessions {
-                table.add_row([
-                    session.kind.clone(),
-                    session.source.clone(),
-                    time::short(session.started),
-                    session.ended.map_or("-".into(), time::short),
-                    session.outcome.clone().unwrap_or_default(),
-                ]);
-            }
-            text.push_str(&format!("\n{}\n", table.trim_fmt()));
-        }
-        text
     }
 }
 
@@ -459,19 +314,6 @@ pub fn changed(
     })
 }
 
-fn memory(usage: &Usage) -> Option<String> {
-    let used = size::show(usage.memory_bytes?);
-    let threads = usage.threads.map_or(String::new(), |n| format!(", {n} threads"));
-    Some(match usage.memory_max_bytes {
-        Some(max) => format!("{used} of {} on the host{threads}", size::show(max)),
-        None => format!("{used} on the host{threads}"),
-    })
-}
-
-fn seconds(microseconds: u64) -> String {
-    format!("{:.1}", microseconds as f64 / 1e6)
-}
-
 pub fn key_json(key: &StoredKey) -> Value {
     json!({
         "type": key.key_type,
@@ -481,19 +323,6 @@ pub fn key_json(key: &StoredKey) -> Value {
         "expires": key.expires().map(time::rfc3339),
         "added": time::rfc3339(key.added),
     })
-}
-
-pub fn key_table(keys: &[StoredKey]) -> String {
-    if keys.is_empty() {
-        return "no keys".to_owned();
-    }
-    let mut table = table(["KEY", "FINGERPRINT", "COMMENT", "ADDED", "OPTIONS"]);
-    for key in keys {
-        let (comment, added) = (key.comment.clone(), time::short(key.added));
-        let (fingerprint, options) = (key.fingerprint.clone(), key.options.clone());
-        table.add_row([key.key_type.clone(), fingerprint, comment, added, options]);
-    }
-    table.trim_fmt()
 }
 
 fn session_json(session: &SessionRecord) -> Value {

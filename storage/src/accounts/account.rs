@@ -2,8 +2,7 @@
 
 use super::database::{Accounts, AccountsError, now};
 use super::stored_keys::insert_key;
-use super::{AccountName, PublicKey};
-use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
+use super::{Identity, NewAccount, Policy};
 use rusqlite::{OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use uuid::Uuid;
 
@@ -16,46 +15,6 @@ pub const DEFAULT_MAX_SESSIONS: u32 = 32;
 pub const MAX_CPU_WEIGHT: u32 = 10_000;
 /// User id in the guest. It is the only person there, so all have the same.
 pub const GUEST_UID: u32 = 1000;
-
-/// What happens to an account's machine when nobody is logged in and its linger is over.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
-    /// Its memory is saved; the next login goes on where she left.
-    #[default]
-    Save,
-    /// It stays running.
-    Keep,
-    /// It is powered off: only the disk is kept.
-    Discard,
-}
-
-const POLICIES: &[(Policy, &str)] =
-    &[(Policy::Save, "save"), (Policy::Keep, "keep"), (Policy::Discard, "discard")];
-
-impl Policy {
-    pub fn parse(name: &str) -> Option<Self> {
-        POLICIES.iter().find(|(_, known)| *known == name).map(|(policy, _)| *policy)
-    }
-
-    pub fn as_str(self) -> &'static str {
-        POLICIES.iter().find(|(policy, _)| *policy == self).map_or("", |(_, name)| name)
-    }
-}
-
-impl ToSql for Policy {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(self.as_str().into())
-    }
-}
-
-impl FromSql for Policy {
-    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
-        let name = value.as_str()?;
-        Self::parse(name).ok_or_else(|| {
-            FromSqlError::Other(format!("policy \"{name}\" is not known here").into())
-        })
-    }
-}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
@@ -140,74 +99,6 @@ pub enum Closed {
     Removed,
     Disabled { until: Option<i64> },
     Expired { since: i64 },
-}
-
-#[derive(Clone, Debug)]
-pub struct NewAccount {
-    pub name: AccountName,
-    pub password_hash: Option<String>,
-    pub keys: Vec<PublicKey>,
-    pub disk_bytes: u64,
-    pub class: Option<String>,
-    pub max_sessions: Option<u32>,
-    pub max_streams: Option<u32>,
-    pub linger_s: Option<u32>,
-    pub policy: Option<Policy>,
-    pub max_linger_s: Option<u32>,
-    /// 0: without end.
-    pub quota_bytes: Option<u64>,
-    pub cpu_weight: Option<u32>,
-    pub cpu_percent: Option<u32>,
-    pub io_rate: Option<u64>,
-    pub io_operations: Option<u32>,
-    pub expires: Option<i64>,
-    /// Made closed: nobody logs in until it is opened.
-    pub disabled: bool,
-    /// Or until then.
-    pub disabled_until: Option<i64>,
-}
-
-impl NewAccount {
-    /// With default limits, no password, no key.
-    pub fn new(name: AccountName) -> Self {
-        Self {
-            name,
-            password_hash: None,
-            keys: Vec::new(),
-            disk_bytes: DEFAULT_DISK_BYTES,
-            class: None,
-            max_sessions: None,
-            max_streams: None,
-            linger_s: None,
-            policy: None,
-            max_linger_s: None,
-            quota_bytes: None,
-            cpu_weight: None,
-            cpu_percent: None,
-            io_rate: None,
-            io_operations: None,
-            expires: None,
-            disabled: false,
-            disabled_until: None,
-        }
-    }
-}
-
-/// What an account is told apart by.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    pub id: Uuid,
-    /// machine-id(5): 128 random bits, formatted as a version 4 UUID by convention.
-    pub machine_id: [u8; 16],
-    /// Its user in the guest, where that is not the account's name.
-    pub guest_name: Option<String>,
-}
-
-impl Identity {
-    pub fn draw() -> Self {
-        let (id, machine_id) = (Uuid::new_v4(), *Uuid::new_v4().as_bytes());
-        Self { id, machine_id, guest_name: None }
-    }
 }
 
 /// Whether a call found something to change: commands can be repeated.

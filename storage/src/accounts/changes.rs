@@ -3,10 +3,10 @@
 use rusqlite::{Transaction, TransactionBehavior, params, types::ToSql};
 use uuid::Uuid;
 
-use super::account::{self, Account, Change, Identity, NewAccount, Policy};
+use super::account::{self, Account, Change};
 use super::database::{Accounts, AccountsError};
 use super::stored_keys::insert_key;
-use super::{AccountName, PublicKey};
+use super::{AccountName, Identity, NewAccount, Policy, PublicKey};
 
 /// What is to change of an account. The outer `None` leaves a value as it is, the inner one takes the
 /// account's own away, so that its class' counts.

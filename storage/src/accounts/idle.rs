@@ -3,7 +3,8 @@
 use rusqlite::{params, types::ToSql};
 use uuid::Uuid;
 
-use super::account::{Change, Policy};
+use super::Policy;
+use super::account::Change;
 use super::database::{Accounts, AccountsError};
 
 impl Accounts {

@@ -19,15 +19,16 @@ mod key_options;
 mod keys;
 mod machines;
 mod name;
+mod new_account;
 mod password;
+mod policy;
 mod sessions;
 mod source_pattern;
 mod stored_keys;
 mod usage;
 
 pub use account::{
-    Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, Identity,
-    MAX_CPU_WEIGHT, NewAccount, Policy,
+    Account, Change, Closed, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, GUEST_UID, MAX_CPU_WEIGHT,
 };
 pub use changes::{BatchError, Changes, Step};
 pub use copies::{Copies, CopyError, DAILY_KEPT, DatabaseCopy, Examined, examine};
@@ -38,9 +39,11 @@ pub use key_options::{KeyOptions, OptionError, utc_of_digits};
 pub use keys::{KeyError, KeyFileError, MAX_KEYS, PublicKey, fingerprint, parse_keys};
 pub use machines::{Intent, MachineState};
 pub use name::{AccountName, MAX_NAME, NameError};
+pub use new_account::{Identity, NewAccount};
 pub use password::{
     MAX_PASSWORD, MIN_PASSWORD, PasswordError, check_hash, hash_password, verify_password,
 };
+pub use policy::Policy;
 pub use sessions::{LogQuery, NewSession, SessionRecord};
 pub use source_pattern::SourcePattern;
 pub use stored_keys::StoredKey;
