@@ -99,7 +99,7 @@ fn expected_only(account: &Account<'_>, links: &[String]) -> Result<()> {
     same("virtual machines", count("anon_inode:kvm-vm"), 1)?;
     same("virtual CPUs", count("anon_inode:kvm-vcpu"), 1)?;
     let known = |link: &String| {
-        ["socket:", "anon_inode:kvm-", "anon_inode:[event", "/dev/null", "/dev/kvm"]
+        ["socket:", "anon_inode:kvm-", "anon_inode:[event", "anon_inode:[timerfd]", "/dev/null", "/dev/kvm"]
             .iter()
             .any(|start| link.starts_with(start))
             || *link == disk
