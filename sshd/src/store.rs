@@ -29,8 +29,12 @@ pub enum StoreError {
 
 impl Store {
     pub fn open(path: &Path) -> Result<Self, AccountsError> {
+        let mut writing = Accounts::open(path)?;
+        if let Err(error) = writing.reserve_log() {
+            tracing::warn!(%error, "no room is kept for the accounts database's log");
+        }
         Ok(Self {
-            writing: Arc::new(Mutex::new(Accounts::open(path)?)),
+            writing: Arc::new(Mutex::new(writing)),
             reading: Arc::new(Mutex::new(Accounts::open(path)?)),
         })
     }

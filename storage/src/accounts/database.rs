@@ -57,6 +57,9 @@ pub enum AccountsError {
     Database(#[from] rusqlite::Error),
 }
 
+/// SQLite begins to empty the log at 1000 pages (`wal_autocheckpoint`), and goes on to write while that waits for readers.
+const LOG_BYTES: i64 = 1200 * 4096;
+
 impl Accounts {
     /// Opens the database, makes it if there is none (mode 0600), and brings its schema up to date.
     pub fn open(path: &Path) -> Result<Self, AccountsError> {
@@ -74,6 +77,22 @@ impl Accounts {
         patiently(|| configure(&db)).map_err(open)?;
         migrate(&mut db, path, &sections(SCHEMA))?;
         Ok(Self { db })
+    }
+
+    /// Makes the log (`-wal`) as long as it usually gets, so that what an operator does when the disk is full still has
+    /// room: the log is kept for as long as the database is open, and written again from its start. Pages of a
+    /// transaction that is taken back are the only ones one may have too many of.
+    pub fn reserve_log(&mut self) -> Result<(), AccountsError> {
+        let kept: i64 = self.db.pragma_query_value(None, "cache_size", |row| row.get(0))?;
+        // So few that what is written does not wait in memory for a commit that never comes.
+        self.db.pragma_update(None, "cache_size", 10)?;
+        let step = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let filled = step
+            .execute_batch("CREATE TABLE reserve (bytes BLOB)")
+            .and_then(|()| step.execute("INSERT INTO reserve VALUES (zeroblob(?))", [LOG_BYTES]));
+        step.rollback()?;
+        self.db.pragma_update(None, "cache_size", kept)?;
+        filled.map(drop).map_err(AccountsError::from)
     }
 
     /// What is wrong with the database, at most ten things. Empty: it is sound.
@@ -176,6 +195,29 @@ pub(super) fn now() -> i64 {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn the_log_has_its_length_ahead_and_keeps_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("accounts.db");
+        let mut accounts = Accounts::open(&path).unwrap();
+        let log = || std::fs::metadata(dir.path().join("accounts.db-wal")).unwrap();
+        for _ in 0..2 {
+            accounts.reserve_log().unwrap();
+            assert!(log().len() >= LOG_BYTES as u64, "{} bytes", log().len());
+            // Blocks, not a hole.
+            assert!(std::os::unix::fs::MetadataExt::blocks(&log()) * 512 >= LOG_BYTES as u64);
+            assert!(accounts.damage().unwrap().is_empty());
+        }
+        let reserve = "SELECT count(*) FROM sqlite_schema WHERE name = 'reserve'";
+        let tables: i64 = accounts.db.query_row(reserve, [], |row| row.get(0)).unwrap();
+        assert_eq!(tables, 0);
+        let before = log().len();
+        for name in ["one", "two"] {
+            accounts.db.execute_batch(&format!("CREATE TABLE {name} (x)")).unwrap();
+        }
+        assert_eq!(log().len(), before);
+    }
 
     #[test]
     fn a_new_database_is_private_and_has_the_schema() {

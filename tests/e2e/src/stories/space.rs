@@ -172,7 +172,6 @@ fn waits(story: &Story, command: &mut Running) -> Result<()> {
     Ok(())
 }
 
-/// Her own limit: she is told, and can make room again.
 /// A quota far below the disk's size: the host looks what she takes, and her kernel gives no new blocks.
 fn quota(story: &Story) -> Result<()> {
     const QUOTA_MIB: u64 = 64;
@@ -188,7 +187,7 @@ fn quota(story: &Story) -> Result<()> {
     let files: u64 = shell.run("ls big.* | wc -l")?.trim().parse().context("odd count")?;
     let most = QUOTA_MIB / 4 + 4;
     ensure!((4..=most).contains(&files), "{files} files of 4 MiB fit into {QUOTA_MIB} MiB: {told}");
-    same("what was there", shell.run("cat note")?.as_str(), "kept")?;
+    same("what was there", shell.run("cat note")?.trim(), "kept")?;
     shell.run("rm big.*; sync; sudo fstrim ~")?;
     story.wait_for("room after deleting", 60, || {
         let (_, status) = shell.run_status("head -c 4M /dev/urandom > again && sync", 60)?;
@@ -196,6 +195,7 @@ fn quota(story: &Story) -> Result<()> {
     })
 }
 
+/// Her own limit: she is told, and can make room again.
 fn full_account_disk(story: &Story) -> Result<()> {
     let alice = story.account_with("alice", &["--disk", "512M"])?;
     let bob = story.account("bob")?;
