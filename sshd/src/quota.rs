@@ -106,15 +106,12 @@ impl Quota {
         if percent(self.used.total(), limit) < WARNED {
             return None;
         }
-        let state = match is_full(self.used.total(), limit, false) {
-            true => "your quota is used up",
-            false => "your quota is nearly used up",
+        let (state, effect) = match is_full(self.used.total(), limit, false) {
+            true => ("used up", "programs get no new space until there is less"),
+            false => ("nearly used up", "beyond it programs get no new space"),
         };
-        let mut words = format!("{state}: {} ({})", self.shown(), self.parts());
-        words.push_str(match is_full(self.used.total(), limit, false) {
-            true => "; programs get no new space until there is less. Delete files",
-            false => "; beyond it programs get no new space. Delete files",
-        });
+        let (shown, parts) = (self.shown(), self.parts());
+        let mut words = format!("your quota is {state}: {shown} ({parts}); {effect}. Delete files");
         if self.used.checkpoints > 0 {
             words.push_str(", or have your operator drop a checkpoint");
         }

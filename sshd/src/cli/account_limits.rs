@@ -135,99 +135,36 @@ impl Wanted {
     /// In what the account is not as it is asked for here.
     pub fn differences(&self, account: &Account) -> Vec<Difference> {
         let mut found = Vec::new();
-        let mut look = |what: &str,
-                        option: &str,
-                        is: Option<String>,
-                        wanted: Option<Option<String>>,
-                        none: &str| {
-            let Some(wanted) = wanted else { return };
-            if is != wanted {
-                let say = |value: Option<String>| value.unwrap_or_else(|| none.to_owned());
-                let value = say(wanted.clone());
-                let quoted =
-                    if value.contains(' ') { format!("\"{value}\"") } else { value.clone() };
-                found.push(Difference {
-                    words: format!("its {what} is {}, not {value}", say(is)),
-                    option: format!("--{option} {quoted}"),
-                });
-            }
-        };
-        fn wanted<T: Clone>(
-            own: &Option<Own<T>>,
-            show: impl Fn(T) -> String,
-        ) -> Option<Option<String>> {
-            own.as_ref().map(|own| own.value().map(show))
-        }
         let number = |n: u32| n.to_string();
         let named = |policy: Policy| policy.as_str().to_owned();
-        look("class", "class", account.class.clone(), wanted(&self.class, |class| class), "none");
-        look(
-            "quota",
-            "quota",
-            account.quota_bytes.map(exact_quota),
-            wanted(&self.quota, exact_quota),
-            "default",
-        );
-        look(
-            "number of sessions",
-            "sessions",
-            account.max_sessions.map(number),
-            wanted(&self.sessions, number),
-            "default",
-        );
-        look(
-            "number of streams",
-            "streams",
-            account.max_streams.map(number),
-            wanted(&self.streams, number),
-            "default",
-        );
-        look(
-            "linger",
-            "linger",
-            account.linger_s.map(span::show),
-            wanted(&self.linger, span::show),
-            "default",
-        );
-        look(
-            "max-linger",
-            "max-linger",
-            account.max_linger_s.map(span::show),
-            wanted(&self.max_linger, span::show),
-            "default",
-        );
-        look("policy", "policy", account.policy.map(named), wanted(&self.policy, named), "default");
-        look(
-            "CPU weight",
-            "cpu-weight",
-            account.cpu_weight.map(number),
-            wanted(&self.cpu_weight, number),
-            "default",
-        );
-        look(
-            "CPU cap",
-            "cpu-percent",
-            account.cpu_percent.map(capped),
-            wanted(&self.cpu_percent, capped),
-            "default",
-        );
-        let rate = |bytes: u64| if bytes == 0 { "none".into() } else { exact_size(bytes) };
-        look(
-            "i/o rate",
-            "io-rate",
-            account.io_rate.map(rate),
-            wanted(&self.io_rate, rate),
-            "default",
-        );
-        look(
-            "number of i/o operations",
-            "io-operations",
-            account.io_operations.map(capped),
-            wanted(&self.io_operations, capped),
-            "default",
-        );
+        let own = "default";
+        let a = account;
+        found.extend(differs(("class", "class"), &a.class, &self.class, |class| class, "none"));
+        found.extend(differs(("quota", "quota"), &a.quota_bytes, &self.quota, bytes_or_none, own));
+        let sessions = ("number of sessions", "sessions");
+        found.extend(differs(sessions, &a.max_sessions, &self.sessions, number, own));
+        let streams = ("number of streams", "streams");
+        found.extend(differs(streams, &a.max_streams, &self.streams, number, own));
+        found.extend(differs(("linger", "linger"), &a.linger_s, &self.linger, span::show, own));
+        let longest = ("max-linger", "max-linger");
+        found.extend(differs(longest, &a.max_linger_s, &self.max_linger, span::show, own));
+        found.extend(differs(("policy", "policy"), &a.policy, &self.policy, named, own));
+        let weight = ("CPU weight", "cpu-weight");
+        found.extend(differs(weight, &a.cpu_weight, &self.cpu_weight, number, own));
+        let cap = ("CPU cap", "cpu-percent");
+        found.extend(differs(cap, &a.cpu_percent, &self.cpu_percent, number_or_none, own));
+        let rate = ("i/o rate", "io-rate");
+        found.extend(differs(rate, &a.io_rate, &self.io_rate, bytes_or_none, own));
+        let operations = ("number of i/o operations", "io-operations");
+        found.extend(differs(
+            operations,
+            &a.io_operations,
+            &self.io_operations,
+            number_or_none,
+            own,
+        ));
         let end = |seconds: i64| time::rfc3339(seconds);
-        look("end", "expires", account.expires.map(end), wanted(&self.expires, end), "never");
+        found.extend(differs(("end", "expires"), &a.expires, &self.expires, end, "never"));
         if let Some(bytes) = self.disk.filter(|bytes| *bytes != account.disk_bytes) {
             let wanted = exact_size(bytes);
             found.push(Difference {
@@ -239,7 +176,30 @@ impl Wanted {
     }
 }
 
-fn exact_quota(bytes: u64) -> String {
+/// What of one setting, by its name and its option, is not as it is asked for. `none`: the word for an account that has
+/// none of its own.
+fn differs<T: Clone>(
+    (what, option): (&str, &str),
+    is: &Option<T>,
+    wanted: &Option<Own<T>>,
+    show: impl Fn(T) -> String,
+    none: &str,
+) -> Option<Difference> {
+    let is = is.clone().map(&show);
+    let wanted = wanted.as_ref()?.value().map(&show);
+    if is == wanted {
+        return None;
+    }
+    let say = |value: Option<String>| value.unwrap_or_else(|| none.to_owned());
+    let value = say(wanted);
+    let quoted = if value.contains(' ') { format!("\"{value}\"") } else { value.clone() };
+    Some(Difference {
+        words: format!("its {what} is {}, not {value}", say(is)),
+        option: format!("--{option} {quoted}"),
+    })
+}
+
+fn bytes_or_none(bytes: u64) -> String {
     if bytes == 0 { "none".into() } else { exact_size(bytes) }
 }
 
@@ -346,7 +306,7 @@ fn fitting<T: Copy>(
     }
 }
 
-fn capped(cap: u32) -> String {
+fn number_or_none(cap: u32) -> String {
     if cap == 0 { "none".into() } else { cap.to_string() }
 }
 
