@@ -38,7 +38,13 @@ pub fn end(server: &Server, account: Uuid, closed: Closed) {
     let words = words(closed);
     server.connections.disconnect_account(account, &words);
     let registry = server.registry.clone();
-    tokio::spawn(async move { registry.stop(account, StopCause::Closed(words)).await });
+    let removed = matches!(closed, Closed::Removed);
+    tokio::spawn(async move {
+        registry.stop(account, StopCause::Closed(words)).await;
+        if removed {
+            registry.forget(account);
+        }
+    });
 }
 
 /// Ends, for ever, what accounts have whose time is over. What was over before has nobody here: its logins

@@ -258,6 +258,11 @@ impl Registry {
         }
     }
 
+    /// Keeps nothing more of an account that was removed, unless it has a machine even now.
+    pub fn forget(&self, account: Uuid) {
+        self.accounts().retain(|id, handle| *id != account || has_machine(handle));
+    }
+
     /// Stops every machine at once, and starts no more. What is not saved within `saving` is powered off,
     /// for which there is `stopping`. Returns how many were not gone by then.
     pub async fn shutdown(&self, saving: Duration, stopping: Duration) -> usize {
@@ -288,11 +293,11 @@ impl Registry {
 
     /// Accounts that have a machine.
     fn running(&self) -> Vec<Uuid> {
-        let has = |handle: &Handle| {
-            let state = handle.status.borrow().state;
-            !matches!(state, MachineState::Stopped | MachineState::Saved | MachineState::Failed)
-        };
-        self.accounts().iter().filter(|(_, handle)| has(handle)).map(|(id, _)| *id).collect()
+        self.accounts()
+            .iter()
+            .filter(|(_, handle)| has_machine(handle))
+            .map(|(id, _)| *id)
+            .collect()
     }
 
     /// The account's running machine, if it has one.
@@ -382,6 +387,11 @@ impl Registry {
     fn accounts(&self) -> MutexGuard<'_, HashMap<Uuid, Handle>> {
         self.inner.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn has_machine(handle: &Handle) -> bool {
+    let state = handle.status.borrow().state;
+    !matches!(state, MachineState::Stopped | MachineState::Saved | MachineState::Failed)
 }
 
 /// Waits until nobody holds the account's disk, then notes it as stopped, unless somebody logged in

@@ -164,6 +164,8 @@ fn removal(story: &Story) -> Result<()> {
     ensure!(alice.machine()?.is_none(), "the machine still runs");
     host.run(&format!("hermitage account remove {} --purge", alice.name))?;
     host.run(&format!("test ! -e {kept}")).context("the purged disk")?;
+    let status = host.run("hermitage status --json")?;
+    ensure!(!status.contains(&alice.id.to_string()), "the service still tells of her: {status}");
     story.forget_cleanup();
     Ok(())
 }
