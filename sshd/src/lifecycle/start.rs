@@ -154,12 +154,12 @@ pub(super) async fn start(
         }
         Attempt::Unusable(reason) => {
             tracing::warn!(account = account.name, reason, "the saved machine can't be resumed");
-            let machine = cold_start(&context, &account, disk, scarce()).await?;
+            let machine = cold_start(&context, &account, disk, &scarce).await?;
             (machine, How::Cold, Some(words::cold(&reason)))
         }
         Attempt::Nothing => {
             let how = if lost.is_some() { How::Cold } else { How::Forked };
-            let machine = cold_start(&context, &account, disk, scarce()).await?;
+            let machine = cold_start(&context, &account, disk, &scarce).await?;
             (machine, how, lost.as_deref().map(words::cold))
         }
     };
@@ -184,8 +184,26 @@ pub(super) async fn start(
     Ok(Started { machine, account, promise, arrival, how })
 }
 
-/// A machine of the current base and the disk alone.
+/// A machine of the current base and the disk alone. One whose guest was lost before it had the account is
+/// forked once more: nobody was in it, and its disk is as after a power cut.
 async fn cold_start(
+    context: &Context,
+    account: &Account,
+    disk: File,
+    scarce: &impl Fn() -> watch::Receiver<bool>,
+) -> Result<Arc<Machine>, StartError> {
+    let interrupted = |error: std::io::Error| StartError::Interrupted(error.to_string());
+    let kept = disk.try_clone().map_err(interrupted)?;
+    let error = match fork(context, account, disk, scarce()).await {
+        Err(StartError::Launch(error)) if error.is_of_the_guest() => error,
+        outcome => return outcome,
+    };
+    tracing::warn!(account = account.name, %error, "no machine yet; forking another");
+    context.watch.tell(Event::MachineRetried { id: account.id, reason: error.to_string() });
+    fork(context, account, kept, scarce()).await
+}
+
+async fn fork(
     context: &Context,
     account: &Account,
     disk: File,

@@ -3,7 +3,10 @@
 use std::{
     io::Write,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,7 +24,10 @@ use super::{
     fork_server::{ForkError, ForkServers, Forked},
     socket::MessageSocket,
 };
-use crate::cgroup::{Admission, CgroupError, Cgroups, Group};
+use crate::{
+    cgroup::{Admission, CgroupError, Cgroups, Group},
+    process,
+};
 
 /// How long a process may take to be reaped once it has said that it ends.
 const REAP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,10 +47,39 @@ pub enum LaunchError {
     AttachFailed(String),
     #[error("the machine ended before it was ready: {0}")]
     Ended(String),
-    #[error("the machine was not ready within {0:?}")]
-    Timeout(Duration),
+    #[error("the machine was not ready within {after:?}: {seen}")]
+    Timeout { after: Duration, seen: Seen },
     #[error("no control group for the machine: {0}")]
     Cgroup(#[from] CgroupError),
+}
+
+/// What a machine that never got ready did: one that burnt its processor is another trouble than one that
+/// waited.
+#[derive(Debug)]
+pub struct Seen {
+    agent_spoke: bool,
+    /// Milliseconds; None if its process is gone.
+    cpu: Option<u64>,
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let agent = if self.agent_spoke { "its agent was awake" } else { "its agent said nothing" };
+        match self.cpu {
+            Some(cpu) => {
+                write!(f, "{agent}, and it used {:.1} s of processor time", cpu as f64 / 1e3)
+            }
+            None => write!(f, "{agent}, and its process is gone"),
+        }
+    }
+}
+
+impl LaunchError {
+    /// The guest went away or hung, which another fork need not. What an agent says of its account's disk
+    /// it would say again.
+    pub fn is_of_the_guest(&self) -> bool {
+        matches!(self, LaunchError::Ended(_) | LaunchError::Timeout { .. })
+    }
 }
 
 pub struct Spec {
@@ -87,7 +122,7 @@ pub async fn launch(
             None => LaunchError::AttachFailed("no answer".into()),
         },
         reason = machine.ended() => LaunchError::Ended(reason),
-        () = tokio::time::sleep(spec.timeout) => LaunchError::Timeout(spec.timeout),
+        () = tokio::time::sleep(spec.timeout) => machine.not_ready_within(spec.timeout),
     };
     machine.kill().await;
     // Its disk is free only then, and the next attempt wants it.
@@ -169,8 +204,9 @@ pub async fn resume(
         machine.run_restored().await.map_err(LaunchError::Ended)?;
         machine.wake().await.map_err(|reason| LaunchError::Ended(reason).into())
     };
-    let outcome =
-        timeout(limit, come_back).await.unwrap_or(Err(LaunchError::Timeout(limit).into()));
+    let outcome = timeout(limit, come_back)
+        .await
+        .unwrap_or_else(|_| Err(machine.not_ready_within(limit).into()));
     if let Err(error) = outcome {
         machine.kill().await;
         let _ = timeout(REAP_TIMEOUT, machine.gone()).await;
@@ -218,6 +254,7 @@ fn supervise_with<T>(
         table: Default::default(),
         terminal_left: Default::default(),
         server: forked.server,
+        agent_spoke: AtomicBool::new(false),
         attached: watch::channel(None).0,
         ended: watch::channel(None).0,
         gone: watch::channel(None).0,
@@ -365,6 +402,11 @@ fn last_words(machine: &Machine, end: &End) -> String {
 }
 
 impl Machine {
+    fn not_ready_within(&self, after: Duration) -> LaunchError {
+        let agent_spoke = self.agent_spoke.load(Ordering::Relaxed);
+        LaunchError::Timeout { after, seen: Seen { agent_spoke, cpu: process::cpu_ms(self.pid) } }
+    }
+
     /// Whoever waits for an answer gets none any more.
     fn drop_waiting(&self) {
         let mut table = self.table();

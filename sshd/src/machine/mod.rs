@@ -24,7 +24,10 @@ mod work;
 use std::{
     collections::HashMap,
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -63,6 +66,8 @@ pub struct Machine {
     table: Mutex<Table>,
     terminal_left: Notify,
     server: Arc<ForkServer>,
+    /// A first sign of it, which comes before it has the account.
+    agent_spoke: AtomicBool,
     attached: watch::Sender<Option<Result<(), String>>>,
     ended: watch::Sender<Option<String>>,
     gone: watch::Sender<Option<String>>,
@@ -179,7 +184,7 @@ impl Machine {
 
     fn agent_message(&self, message: AgentMessage) {
         match message {
-            AgentMessage::Awake => tracing::debug!(machine = self.label, "the agent is awake"),
+            AgentMessage::Awake => self.agent_spoke.store(true, Ordering::Relaxed),
             AgentMessage::Attached => {
                 self.attached.send_if_modified(|attached| {
                     attached.is_none() && attached.replace(Ok(())).is_none()

@@ -97,6 +97,11 @@ pub enum Event {
         #[serde(skip)]
         stages: Vec<(String, u64)>,
     },
+    /// A fork that was lost before the account had it; another follows.
+    MachineRetried {
+        id: Uuid,
+        reason: String,
+    },
     MachineFailed {
         id: Uuid,
         reason: String,

@@ -87,6 +87,7 @@ pub struct Metrics {
     session_bytes: Family<Labels, Counter>,
     quotas_reached: Counter,
     start_seconds: Histograms,
+    start_retries: Counter,
     start_failures: Counter,
     stage_seconds: Histograms,
     saves: Family<Labels, Counter>,
@@ -127,6 +128,7 @@ impl Default for Metrics {
             session_bytes: Family::default(),
             quotas_reached: Counter::default(),
             start_seconds: Family::new_with_constructor(seconds),
+            start_retries: Counter::default(),
             start_failures: Counter::default(),
             stage_seconds: Family::new_with_constructor(stage_seconds),
             saves: Family::default(),
@@ -182,6 +184,11 @@ impl Metrics {
             "machine_start_seconds",
             "From the word to start until the account has its machine, by how it came to be",
             self.start_seconds.clone(),
+        );
+        all.register(
+            "machine_start_retries",
+            "Forks that were lost before the account had them, and were made once more",
+            self.start_retries.clone(),
         );
         all.register(
             "machine_start_failures",
@@ -307,6 +314,9 @@ impl Metrics {
                 let took = Duration::from_millis(*milliseconds).as_secs_f64();
                 self.start_seconds.get_or_create(&vec![("how", *how)]).observe(took);
                 self.count_stages(if *how == "resumed" { "resume" } else { "fork" }, stages);
+            }
+            Event::MachineRetried { .. } => {
+                self.start_retries.inc();
             }
             Event::MachineFailed { .. } => {
                 self.start_failures.inc();

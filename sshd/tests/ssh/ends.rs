@@ -266,6 +266,24 @@ fn a_machine_that_does_not_come_up_is_told_in_words() {
 }
 
 #[test]
+fn a_guest_that_is_lost_before_it_is_ready_costs_a_wait_and_no_login() {
+    let service = Service::with(Options { machines: "start_timeout = 2", ..Options::default() });
+    for (name, reason) in [
+        ("stumbling", "the machine was not ready within 2s"),
+        ("tripping", "ended before it was ready"),
+    ] {
+        service.account(name);
+        assert_eq!(stdout(&service.ssh(name, "echo in")), "in\n", "{}", service.log());
+        let log = service.log();
+        let told = log.lines().rfind(|line| line.contains("forking another")).unwrap();
+        assert!(told.contains(name) && told.contains(reason), "{told}");
+    }
+    let audit = std::fs::read_to_string(service.path("state/audit.jsonl")).unwrap();
+    assert_eq!(audit.matches("\"machine-retried\"").count(), 2, "{audit}");
+    assert_eq!(audit.matches("\"machine-failed\"").count(), 0, "{audit}");
+}
+
+#[test]
 fn a_killed_fork_server_is_started_again() {
     let service = Service::with(Options { machines: "linger = 1", ..Options::default() });
     service.account("alice");

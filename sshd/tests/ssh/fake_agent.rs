@@ -105,8 +105,11 @@ fn machine_is(hint: &str) -> bool {
 }
 
 fn attached(guest: &Guest, account: &str) {
-    if account == "unready" {
-        return;
+    match account {
+        "unready" => return,
+        "stumbling" if guest.machine.is_first() => return,
+        "tripping" if guest.machine.is_first() => guest.machine.end(End::Reset),
+        _ => {}
     }
     guest.say(&AgentMessage::Awake);
     match account {

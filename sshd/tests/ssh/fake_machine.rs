@@ -8,7 +8,7 @@ use std::{
     net::Shutdown,
     os::{
         fd::{FromRawFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     sync::{Arc, Condvar, Mutex},
     time::{Duration, SystemTime},
@@ -206,6 +206,14 @@ impl Machine {
     }
 
     /// The sessions there are, by terminal.
+    /// Whether no machine has used this disk before; from now on one has.
+    pub fn is_first(&self) -> bool {
+        let mut byte = [0];
+        self.disk.read_exact_at(&mut byte, 0).unwrap();
+        self.disk.write_all_at(&[1], 0).unwrap();
+        byte == [0]
+    }
+
     pub fn sessions(&self) -> Vec<(u64, u8)> {
         let terminals = self.terminals.lock().unwrap();
         let numbered = terminals.iter().enumerate();
