@@ -26,6 +26,20 @@ use crate::Options;
 use account::Account;
 use host::Host;
 
+/// How evidence tells of a guest that takes one fault after another and does nothing else.
+pub const SPINNING: &str = "its guest takes the same fault for ever";
+
+/// KVM's counters of each machine, twice. One whose guest is sent thousands of page faults in a second, and
+/// neither halts nor reaches a device, is stuck: no program of a guest gets there without its kernel.
+const COUNTERS: &str = r#"
+cd /sys/kernel/debug/kvm 2>/dev/null || exit 0
+counters() { for vm in [0-9]*-*; do echo $vm $(cat $vm/pf_guest $vm/halt_exits $vm/mmio_exits $vm/exits); done; }
+counters > /tmp/counters.1; sleep 2; counters > /tmp/counters.2
+join /tmp/counters.1 /tmp/counters.2 | while read vm faults halts mmio exits faults2 halts2 mmio2 exits2; do
+  echo "$vm ($(cat /proc/${vm%-*}/comm)): in 2 s $((exits2 - exits)) exits, $((faults2 - faults)) faults sent, $((halts2 - halts)) halts, $((mmio2 - mmio)) accesses to devices"
+  [ $((faults2 - faults)) -gt 2000 ] && [ $halts2 = $halts ] && [ $mmio2 = $mmio ] && echo "$vm: SPINNING"
+done; true"#;
+
 /// One run of the suite.
 pub struct World {
     pub options: Options,
@@ -70,6 +84,15 @@ impl World {
         z ^ (z >> 31)
     }
 
+    /// Forks that the service says it has made once more, up to now.
+    pub fn lost_forks(self: &Arc<Self>) -> usize {
+        let story =
+            Story::new(self.clone(), Instant::now() + self.patient(Duration::from_secs(20)));
+        let log = host::quote(&self.options.service_log.to_string_lossy());
+        let counted = story.host().try_run(&format!("grep -c 'forking another' {log}"));
+        counted.ok().and_then(|ended| ended.out().trim().parse().ok()).unwrap_or(0)
+    }
+
     /// What a person would look at after a failure: the traces of the service and of these accounts'
     /// machines.
     pub fn evidence(self: &Arc<Self>, accounts: &[String]) -> String {
@@ -81,12 +104,14 @@ impl World {
             true => format!("tail -n 100 {log}"),
             false => format!("tail -n 2000 {log} | grep {} -e ERROR", names.join(" ")),
         };
+        let counters = COUNTERS.replace("SPINNING", SPINNING);
         let mut text = String::new();
         for (title, script) in [
             ("accounts", "hermitage account list"),
             ("processes", "ps -eo pid,ppid,stat,rss,etime,args | grep -e hermitage -e PPID"),
             ("space and memory", "df -h; free -m"),
             ("kernel", "dmesg | tail -30"),
+            ("what KVM counts", &counters),
             ("the service's log", &log),
         ] {
             let output = match story.host().try_run(script) {
