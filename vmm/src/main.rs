@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::{Parser, Subcommand};
 use hermitage_storage::{
     base::{Base, BaseWriter, Description, HostKind},
@@ -22,7 +22,8 @@ use hermitage_vmm::{
     build_base::{self, Built, Config},
     fork_server::{self, Template},
     kvm,
-    memory::{self, Backing, layout::Layout},
+    machine::{Machine, MachineState},
+    memory::{self, Backing, GuestMemory, layout::Layout},
     probe,
     sandbox::{self, MachineJail},
     working_set::{self, WorkingSet},
@@ -238,13 +239,16 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
     let base = Base::open(&args.base)?;
     let kvm = kvm::open()?;
     let content = &base.manifest.content;
-    let mismatches = content.restorable_on.mismatches(&host_kind(&kvm)?);
+    let here = host_kind(&kvm)?;
+    let refuse = |why: String| {
+        let base = args.base.display();
+        format!(
+            "{base}: this base can't be used on this host: {why}; make a new one with: hermitage base build"
+        )
+    };
+    let mismatches = content.restorable_on.mismatches(&here);
     if !mismatches.is_empty() {
-        bail!(
-            "{}: this base can't be used on this host: {}; make a new one with: hermitage base build",
-            args.base.display(),
-            mismatches.join("; ")
-        );
+        bail!(refuse(mismatches.join("; ")));
     }
     // What the agent in the base does not understand would end its machine.
     let (theirs, ours) = (content.agent_protocol, hermitage_guest_proto::VERSION);
@@ -255,7 +259,13 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
             args.base.display()
         );
     }
-    let mut template = load(&base, kvm).with_context(|| format!("base {}", args.base.display()))?;
+    let in_base = || format!("base {}", args.base.display());
+    let (state, memory) = load(&base).with_context(in_base)?;
+    if content.restorable_on.cpuid_digest != here.cpuid_digest {
+        other_features(&kvm, &state.machine, &memory).map_err(|why| anyhow!(refuse(why)))?;
+    }
+    let mut template =
+        Template::new(base.id().clone(), kvm, memory, state).with_context(in_base)?;
     if !args.no_sandbox {
         make_root(&args.sandbox.sandbox_root)?;
         template.jail = Some(MachineJail::new()?);
@@ -264,7 +274,31 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
     Ok(template)
 }
 
-fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
+/// A base of a host that offered its guests other features, as this one may have done before its kernel was
+/// upgraded: whether all that its guest uses is here.
+fn other_features(
+    kvm: &kvm_ioctls::Kvm,
+    state: &MachineState,
+    memory: &GuestMemory,
+) -> Result<(), String> {
+    let offered = kvm::cpuid::supported(kvm).map_err(|error| error.to_string())?;
+    if let Some(vcpu) = state.vcpus.first() {
+        let lacking = kvm::compatible::lacking(&vcpu.cpuid, &offered);
+        if !lacking.is_empty() {
+            return Err(format!(
+                "its guest uses of the processor what is not here: {}",
+                lacking.join(", ")
+            ));
+        }
+    }
+    Machine::rehearse_restore(kvm, memory, state).map_err(|error| error.to_string())?;
+    tracing::info!(
+        "KVM offers other features than when the base was made; all that it uses are there"
+    );
+    Ok(())
+}
+
+fn load(base: &Base) -> anyhow::Result<(BaseState, GuestMemory)> {
     let content = &base.manifest.content;
     let state = BaseState::decode(&base.state)?;
     let vcpus = state.machine.vcpus.len();
@@ -277,7 +311,7 @@ fn load(base: &Base, kvm: kvm_ioctls::Kvm) -> anyhow::Result<Template> {
     let huge = working_set::hot::share(&memory, &layout, &state.working_set)
         .context("copy the hot parts of memory")?;
     tracing::info!(huge, of = state.working_set.hot.len(), "hot parts of memory in huge pages");
-    Template::new(base.id().clone(), kvm, memory, state)
+    Ok((state, memory))
 }
 
 fn check_sandbox(args: &CheckSandbox) -> anyhow::Result<()> {

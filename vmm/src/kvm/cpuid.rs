@@ -51,16 +51,16 @@ pub fn for_vcpu(supported: &CpuId, apic_id: u32, count: u32) -> CpuId {
     cpuid
 }
 
-/// What a snapshot's CPU state depends on, for the key of a base: the filtered leaves.
+/// What a snapshot's CPU state depends on, for the key of a base: the leaves as a guest sees them, so that
+/// what is told only of the host (how many CPUs it has, which of them asked) does not count.
 pub fn fingerprint(supported: &CpuId) -> String {
     let mut hasher = blake3::Hasher::new();
-    for e in supported.as_slice() {
-        // Leaf 1's EBX[31:24] is the APIC id of the CPU that asked, leaf 0xb/0x1f/0x8000001e likewise.
+    for e in for_vcpu(supported, 0, 1).as_slice() {
+        // Topology, of which there are as many leaves as the host has levels.
         if matches!(e.function, 0xb | 0x1f | 0x8000_001e) {
             continue;
         }
-        let ebx = if e.function == 1 { e.ebx & 0x0000_ffff } else { e.ebx };
-        for word in [e.function, e.index, e.flags, e.eax, ebx, e.ecx, e.edx] {
+        for word in [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] {
             hasher.update(&word.to_le_bytes());
         }
     }
@@ -128,14 +128,23 @@ mod tests {
     }
 
     #[test]
-    fn the_fingerprint_does_not_depend_on_the_cpu_that_asked() {
-        let mut a = leaf(1, 0);
-        a.ebx = 0x0300_0800;
-        let mut b = a;
-        b.ebx = 0x0100_0800;
-        let of = |e| fingerprint(&CpuId::from_entries(&[e]).unwrap());
-        assert_eq!(of(a), of(b));
-        b.ecx = 1;
-        assert_ne!(of(a), of(b));
+    fn the_fingerprint_depends_on_what_the_guest_sees_alone() {
+        let host = |cpus: u32, asked: u32, features: u32| {
+            let mut one = leaf(1, 0);
+            one.ebx = asked << 24 | cpus << 16 | 0x0800;
+            one.ecx = features;
+            one.edx = u32::from(cpus > 1) << 28;
+            let mut cache = leaf(0x8000_001d, 0);
+            cache.eax = (cpus - 1) << 14 | 0x121;
+            let mut size = leaf(0x8000_0008, 0);
+            (size.eax, size.ecx) = (0x3030, cpus - 1);
+            let mut leaves = vec![one, cache, size];
+            leaves.extend((0..cpus.min(2)).map(|level| leaf(0xb, level)));
+            fingerprint(&CpuId::from_entries(&leaves).unwrap())
+        };
+        assert_eq!(host(2, 0, 0), host(2, 1, 0), "which CPU asked");
+        assert_eq!(host(2, 0, 0), host(1, 0, 0), "how many there are");
+        assert_eq!(host(2, 0, 0), host(64, 63, 0));
+        assert_ne!(host(2, 0, 0), host(2, 0, 1), "a feature");
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! References are to the kernel's `Documentation/virt/kvm/api.rst` ("KVM API").
 
+pub mod compatible;
 pub mod cpuid;
 mod msrs;
 mod vcpu;

@@ -192,21 +192,7 @@ impl Machine {
         disk: File,
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<Held, MachineError> {
-        let vm = Arc::new(kvm::create_bare_vm(kvm)?);
-        stage("create VM");
-        kvm::map_memory(&vm, &memory)?;
-        stage("map memory");
-        let mut fds = Vec::new();
-        for id in 0..state.vcpus.len() as u32 {
-            fds.push(create_vcpu(&vm, id)?);
-        }
-        stage("create vCPUs");
-        for (vcpu, state) in fds.iter().zip(&state.vcpus) {
-            kvm::restore_vcpu(vcpu, state)?;
-        }
-        // After the local APICs: what is pending in the I/O APIC is delivered to them at once.
-        kvm::restore_vm(&vm, &state.vm)?;
-        stage("set KVM state");
+        let (vm, fds) = Self::restore_kvm(kvm, &memory, state, stage)?;
         let poller = Arc::new(Poller::new().map_err(MachineError::Poller)?);
         let end = EndCell::new(poller.clone());
         let devices = Arc::new(Devices::restore(RestoreDevices {
@@ -219,6 +205,39 @@ impl Machine {
         })?);
         stage("restore devices");
         Ok(Held { memory, devices, poller, end, fds, vm })
+    }
+
+    /// Whether this host's KVM takes the state: all of it that is not a device's. Nothing runs.
+    pub fn rehearse_restore(
+        kvm: &Kvm,
+        memory: &GuestMemory,
+        state: &MachineState,
+    ) -> Result<(), MachineError> {
+        Self::restore_kvm(kvm, memory, state, &mut |_| ()).map(drop)
+    }
+
+    fn restore_kvm(
+        kvm: &Kvm,
+        memory: &GuestMemory,
+        state: &MachineState,
+        stage: &mut dyn FnMut(&'static str),
+    ) -> Result<(Arc<VmFd>, Vec<VcpuFd>), MachineError> {
+        let vm = Arc::new(kvm::create_bare_vm(kvm)?);
+        stage("create VM");
+        kvm::map_memory(&vm, memory)?;
+        stage("map memory");
+        let mut fds = Vec::new();
+        for id in 0..state.vcpus.len() as u32 {
+            fds.push(create_vcpu(&vm, id)?);
+        }
+        stage("create vCPUs");
+        for (vcpu, state) in fds.iter().zip(&state.vcpus) {
+            kvm::restore_vcpu(vcpu, state)?;
+        }
+        // After the local APICs: what is pending in the I/O APIC is delivered to them at once.
+        kvm::restore_vm(&vm, &state.vm)?;
+        stage("set KVM state");
+        Ok((vm, fds))
     }
 
     fn start(
