@@ -25,7 +25,6 @@ pub fn run(
 ) -> Result<bool> {
     fs::create_dir_all(layout.own())?;
     let mut machine = machine.clone();
-    machine.cpus.get_or_insert(1);
     let _run = Claim::run(layout)?;
     let claim = Claim::take(layout)?;
     step("build the benchmark", || build_package(layout, "bench"))?;

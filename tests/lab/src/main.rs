@@ -100,7 +100,7 @@ enum Verb {
         #[arg(last = true, value_name = "E2E OPTIONS")]
         options: Vec<String>,
     },
-    /// Measure, in a lab of its own with one CPU
+    /// Measure, in a lab of its own
     Bench {
         #[command(flatten)]
         machine: MachineOptions,
