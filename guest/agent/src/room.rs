@@ -37,7 +37,9 @@ impl DiskRoom {
         };
         match result {
             Ok(()) if scarce => {
-                log::warn(format_args!("no space for new files: the host's disk is nearly full, or your quota is used up"));
+                log::warn(format_args!(
+                    "no space for new files: the host's disk is nearly full, or your quota is used up"
+                ));
             }
             Ok(()) => log::warn(format_args!("the host's disk has room again")),
             Err(error) => log::error(format_args!("following the host's room: {error:#}")),

@@ -63,6 +63,9 @@ pub struct Options {
     /// MiB that are sent through an exec both ways
     #[arg(long, default_value_t = 64)]
     transfer_mib: usize,
+    /// Seconds that the test of a long life does nothing; with 3600, give --patience 30
+    #[arg(long, default_value_t = 20)]
+    idle_seconds: u64,
     /// How many times longer than on real hardware to wait
     #[arg(long, default_value_t = 1.0)]
     patience: f64,

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    thread,
     time::Duration,
 };
 
@@ -17,7 +18,7 @@ use crate::{
     runner::{Test, test},
 };
 
-pub const TESTS: [Test; 11] = [
+pub const TESTS: [Test; 12] = [
     test("window_size_follows_the_client", 180, window_size),
     test("bytes_survive_exec_both_ways", 1200, bytes_survive_exec),
     test("bytes_survive_a_raw_terminal", 180, bytes_survive_a_terminal),
@@ -29,7 +30,32 @@ pub const TESTS: [Test; 11] = [
     test("interrupt_reaches_the_program", 180, interrupt),
     test("eight_terminals_and_no_ninth", 300, eight_terminals),
     test("many_commands_at_once", 300, many_commands),
+    test("an_idle_session_lives_and_changes_its_keys", 180, long_life),
 ];
+
+/// Seconds after which the client of [`long_life`] wants new keys.
+const NEW_KEYS: u64 = 5;
+
+/// With the client's keepalives, and keys that it changes by the clock while nothing else is sent.
+fn long_life(story: &Story) -> Result<()> {
+    let idle = story.world.options.idle_seconds;
+    let alice = story.account("alice")?;
+    let log = story.path("client.log");
+    let login = alice.login().option("-v").option(&format!("-E{}", log.display()));
+    let login = login.option("-oServerAliveInterval=2").option("-oServerAliveCountMax=3");
+    let mut shell = login.option(&format!("-oRekeyLimit=default {NEW_KEYS}")).shell()?;
+    shell.run("kept=$RANDOM; echo $kept > kept")?;
+    let machine = alice.running_machine()?;
+    thread::sleep(Duration::from_secs(idle));
+    let (said, status) = shell.run_status("test \"$kept\" = \"$(cat kept)\"", 30)?;
+    ensure!(status == 0, "after {idle} s another shell was there: {said}");
+    same("its machine", alice.running_machine()?, machine)?;
+    let log = fs::read_to_string(&log).context("can't read the client's log")?;
+    let exchanges = log.matches("SSH2_MSG_NEWKEYS received").count() as u64;
+    let wanted = 1 + idle / NEW_KEYS / 2;
+    ensure!(exchanges >= wanted, "{exchanges} exchanges of keys in {idle} s, not {wanted}:\n{log}");
+    Ok(())
+}
 
 fn window_size(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
