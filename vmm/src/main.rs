@@ -47,6 +47,12 @@ enum Command {
     ForkServer(ForkServer),
     /// Tell whether this host's KVM runs guests (exit status 0) or why not (1)
     Probe,
+    /// Tell whether machines of a base can run on this host (exit status 0) or why not (1)
+    CheckBase {
+        /// Base directory
+        #[arg(long)]
+        base: PathBuf,
+    },
     /// Go into the sandbox as a machine does and try what must not work there (exit status 1: it did)
     CheckSandbox(CheckSandbox),
 }
@@ -117,6 +123,7 @@ fn main() -> ExitCode {
         Command::BuildBase(args) => build(&args),
         Command::ForkServer(args) => serve(&args),
         Command::Probe => probe::run().map_err(anyhow::Error::msg),
+        Command::CheckBase { base } => check_base(&base),
         Command::CheckSandbox(args) => check_sandbox(&args),
     };
     match result {
@@ -236,14 +243,33 @@ fn request_socket() -> anyhow::Result<OwnedFd> {
 }
 
 fn template(args: &ForkServer) -> anyhow::Result<Template> {
-    let base = Base::open(&args.base)?;
+    let (base, kvm, state, memory) = usable(&args.base)?;
+    let mut template = Template::new(base.id().clone(), kvm, memory, state)
+        .with_context(|| format!("base {}", args.base.display()))?;
+    if !args.no_sandbox {
+        make_root(&args.sandbox.sandbox_root)?;
+        template.jail = Some(MachineJail::new()?);
+        sandbox::enter(&args.sandbox.sandbox_root, args.sandbox.uid)?;
+    }
+    Ok(template)
+}
+
+fn check_base(dir: &Path) -> anyhow::Result<()> {
+    let (_, kvm, state, memory) = usable(dir)?;
+    Machine::rehearse_restore(&kvm, &memory, &state.machine)
+        .with_context(|| format!("base {}", dir.display()))
+}
+
+/// A base, if it is whole and this host can run machines of it.
+fn usable(dir: &Path) -> anyhow::Result<(Base, kvm_ioctls::Kvm, BaseState, GuestMemory)> {
+    let base = Base::open(dir)?;
     let kvm = kvm::open()?;
     let content = &base.manifest.content;
     let here = host_kind(&kvm)?;
     let refuse = |why: String| {
-        let base = args.base.display();
+        let dir = dir.display();
         format!(
-            "{base}: this base can't be used on this host: {why}; make a new one with: hermitage base build"
+            "{dir}: this base can't be used on this host: {why}; make a new one with: hermitage base build"
         )
     };
     let mismatches = content.restorable_on.mismatches(&here);
@@ -256,22 +282,14 @@ fn template(args: &ForkServer) -> anyhow::Result<Template> {
         bail!(
             "{}: the agent in this base speaks version {theirs} of its protocol, this program {ours}; \
              make a new one with: hermitage image build, then hermitage base build",
-            args.base.display()
+            dir.display()
         );
     }
-    let in_base = || format!("base {}", args.base.display());
-    let (state, memory) = load(&base).with_context(in_base)?;
+    let (state, memory) = load(&base).with_context(|| format!("base {}", dir.display()))?;
     if content.restorable_on.cpuid_digest != here.cpuid_digest {
         other_features(&kvm, &state.machine, &memory).map_err(|why| anyhow!(refuse(why)))?;
     }
-    let mut template =
-        Template::new(base.id().clone(), kvm, memory, state).with_context(in_base)?;
-    if !args.no_sandbox {
-        make_root(&args.sandbox.sandbox_root)?;
-        template.jail = Some(MachineJail::new()?);
-        sandbox::enter(&args.sandbox.sandbox_root, args.sandbox.uid)?;
-    }
-    Ok(template)
+    Ok((base, kvm, state, memory))
 }
 
 /// A base of a host that offered its guests other features, as this one may have done before its kernel was

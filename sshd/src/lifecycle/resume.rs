@@ -88,7 +88,14 @@ pub(super) async fn resume(
             Ok(Attempt::Resumed(machine, age, bytes))
         }
         Err(ResumeError::Refused(reason)) => set_aside(context, account, reason).await,
-        Err(ResumeError::Launch(LaunchError::Fork(ForkError::Refused { reason, .. }))) => {
+        // A machine that starts from its disk has another base. If it is this one it can't start either: the
+        // memory waits until the operator has done something.
+        Err(ResumeError::Launch(LaunchError::Fork(ForkError::Refused { base, reason })))
+            if context
+                .forks
+                .current_base()
+                .is_ok_and(|current| current.as_ref() != Some(&base)) =>
+        {
             set_aside(context, account, format!("the base it needs can't be used: {reason}")).await
         }
         // The host's trouble, not the snapshot's.

@@ -20,10 +20,18 @@ use nix::{
 
 use crate::processes;
 
+/// Names a file: where it is, no base can be used.
+pub const REFUSAL: &str = "HERMITAGE_REFUSAL";
+
 pub fn run() -> ! {
     // SAFETY: descriptor 3 is the socket that the service passed; nothing else here uses it.
     let socket = Arc::new(unsafe { OwnedFd::from_raw_fd(3) });
     fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    if std::env::var(REFUSAL).is_ok_and(|file| std::fs::exists(file).unwrap()) {
+        let reason = "its guest uses what is not here".into();
+        send(&socket, &ForkEvent::Refused { reason }, &[]).unwrap();
+        std::process::exit(1);
+    }
     let version = hermitage_vmm_proto::VERSION;
     let ready = ForkEvent::Ready { version, base: "fake".into() };
     send(&socket, &ready, &[]).unwrap();

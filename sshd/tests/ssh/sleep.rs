@@ -12,6 +12,7 @@ use hermitage_storage::{
 use nix::sys::signal::Signal;
 
 use crate::{
+    fake_fork_server::REFUSAL,
     harness::{Options, Service, stderr, stdout, wait_for},
     terminals::Shell,
 };
@@ -249,6 +250,26 @@ fn a_fresh_login_drops_what_was_saved() {
     assert!(!snapshot(&service, &account).exists());
     let mut refused = Shell::open(&service, "alice+fresh");
     refused.expect("+fresh needs your other session to be closed first");
+}
+
+#[test]
+fn what_is_saved_waits_for_a_base_that_can_not_be_used_for_now() {
+    let mut service = Service::with(QUICK);
+    let account = service.account("alice");
+    leave(&service, "alice");
+    service.signal(Signal::SIGTERM);
+    service.wait();
+    let refusal = service.path("refusal");
+    std::fs::write(&refusal, "").unwrap();
+    service.run_with(&[(REFUSAL, refusal.to_str().unwrap())]);
+    for _ in 0..2 {
+        let output = service.ssh("alice", "true");
+        assert_eq!(output.status.code(), Some(255));
+        assert!(stderr(&output).contains("could not start your machine"), "{}", stderr(&output));
+        assert!(snapshot(&service, &account).exists(), "{}", service.log());
+    }
+    std::fs::remove_file(&refusal).unwrap();
+    come_back(&service, "alice");
 }
 
 #[test]

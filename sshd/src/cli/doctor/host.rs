@@ -17,6 +17,11 @@ use std::time::{Duration, Instant};
 /// The probe guest runs for milliseconds, under emulation for some tenths of a second.
 const PROBE_PATIENCE: Duration = Duration::from_secs(30);
 
+/// A base is hashed first: gigabytes, from a slow disk.
+const BASE_PATIENCE: Duration = Duration::from_secs(300);
+
+const PROBE: &str = "probe guest";
+
 const NX_HUGE_PAGES: &str = "/sys/module/kvm/parameters/nx_huge_pages";
 const MULTIHIT: &str = "/sys/devices/system/cpu/vulnerabilities/itlb_multihit";
 
@@ -130,8 +135,29 @@ fn programs(context: &Context) -> Finding {
     }
 }
 
+/// Whether machines of the current base can run here: what KVM offers, and that it takes the base's state. Only
+/// where the probe guest ran.
+pub fn base(context: &Context, findings: &[Finding]) -> Option<Finding> {
+    const CHECK: &str = "base restores";
+    let ran = |finding: &Finding| finding.check == PROBE && finding.level == super::Level::Ok;
+    let id = context.state.current_base().ok().flatten().filter(|_| findings.iter().any(ran))?;
+    let dir = context.state.base(&id);
+    let mut command = Command::new(tool::path(context, "hermitage-vmm"));
+    command.arg("check-base").arg("--base").arg(dir);
+    Some(match finish(command, BASE_PATIENCE) {
+        Ok(Ok(_)) => Finding::ok(CHECK, "KVM takes the state of its machines"),
+        Ok(Err(reason)) => Finding::failure(
+            CHECK,
+            reason,
+            "make a base on this host: hermitage base build; what is saved of machines of another resumes \
+             where that one can be used",
+        ),
+        Err(error) => Finding::failure(CHECK, format!("could not be tried: {error}"), ""),
+    })
+}
+
 fn probe(context: &Context) -> Finding {
-    const CHECK: &str = "probe guest";
+    const CHECK: &str = PROBE;
     let advice = "this KVM can't run guests (some hosts' nested or paravirtual ones can't): use a host \
                   with real hardware virtualisation, or the emulated lab: cargo lab up";
     match run_probe(context) {
@@ -147,21 +173,28 @@ fn probe(context: &Context) -> Finding {
 
 /// How long the probe took, or why this KVM doesn't do.
 fn run_probe(context: &Context) -> io::Result<Result<Duration, String>> {
+    let mut command = Command::new(tool::path(context, "hermitage-vmm"));
+    command.arg("probe");
+    finish(command, PROBE_PATIENCE)
+}
+
+/// How long the command took, or in its words why it failed.
+fn finish(mut command: Command, patience: Duration) -> io::Result<Result<Duration, String>> {
     let start = Instant::now();
-    let mut child = Command::new(tool::path(context, "hermitage-vmm"))
-        .arg("probe")
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        .env("RUST_LOG", "off")
         .spawn()?;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        if start.elapsed() > PROBE_PATIENCE {
+        if start.elapsed() > patience {
             child.kill()?;
             child.wait()?;
-            return Ok(Err(format!("did not end within {} s", PROBE_PATIENCE.as_secs())));
+            return Ok(Err(format!("did not end within {} s", patience.as_secs())));
         }
         thread::sleep(Duration::from_millis(5));
     };

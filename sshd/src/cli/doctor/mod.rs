@@ -116,6 +116,7 @@ pub fn run(context: &Context, doctor: &Doctor) -> anyhow::Result<()> {
     let mut findings = host::check(context);
     findings.extend(environment::check(context));
     findings.extend(state::check(context));
+    findings.extend(host::base(context, &findings));
     let worst = findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok);
     let object = json!({
         "healthy": worst != Level::Failure,

@@ -135,8 +135,8 @@ fn base(context: &Context) -> Vec<Finding> {
     findings
 }
 
-/// The rest of the fit, what KVM offers guests and the state's version, the vmm checks when it opens
-/// the base.
+/// The rest of the fit, what KVM offers guests and the state's version, the vmm knows
+/// ([`super::host::base`]).
 fn fit(id: &BaseId, base: &HostKind) -> Finding {
     const CHECK: &str = "base fits host";
     let here = match HostKind::here(base.snapshot_version, base.cpuid_digest.clone()) {
