@@ -131,7 +131,7 @@ struct MachineOptions {
     /// Memory of the emulated machine in MiB [default: 4096]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1024..))]
     memory: Option<u32>,
-    /// CPUs of the emulated machine [default: 2]
+    /// CPUs of the emulated machine [default: 1]; with two, guests die by themselves (docs/lab.md)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: Option<u32>,
     /// Use the emulated machine even where KVM is real
