@@ -287,9 +287,20 @@ async fn attend(
                 again = false;
                 let _ = timeout(NOTICE_TIMEOUT, lease.machine.ended()).await;
             }
+            Err(error @ OpenError::Timeout(_)) => {
+                return Outcome::Lost(hung(&error, &session.account.name));
+            }
             Err(error) => return error.into(),
         }
     }
+}
+
+/// A machine that does not answer may be at work, or hang for good, which she alone can tell.
+fn hung(error: &OpenError, account: &str) -> String {
+    format!(
+        "{error}; try again, or start it anew from your files, which drops what is in its memory: ssh \
+         {account}+fresh@…"
+    )
 }
 
 /// What the service answers itself.

@@ -283,6 +283,17 @@ fn a_guest_that_is_lost_before_it_is_ready_costs_a_wait_and_no_login() {
     assert_eq!(audit.matches("\"machine-failed\"").count(), 0, "{audit}");
 }
 
+/// Takes as long as a guest is waited for: half a minute.
+#[test]
+fn who_meets_a_machine_that_hangs_is_told_the_way_out_of_it() {
+    let service = Service::with(Options { machines: "stop_timeout = 1", ..Options::default() });
+    service.account("hanging");
+    let output = service.ssh("hanging", "true");
+    assert_eq!(output.status.code(), Some(255));
+    assert!(stderr(&output).contains("ssh hanging+fresh@"), "{}", stderr(&output));
+    assert_eq!(stdout(&service.ssh("hanging+fresh", "echo in")), "in\n", "{}", service.log());
+}
+
 #[test]
 fn a_killed_fork_server_is_started_again() {
     let service = Service::with(Options { machines: "linger = 1", ..Options::default() });

@@ -12,7 +12,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -38,6 +38,8 @@ struct Guest {
     machine: Arc<Machine>,
     sessions: Mutex<HashMap<u64, Started>>,
     looks: AtomicU32,
+    /// It has the account, and answers nothing any more.
+    hangs: AtomicBool,
 }
 
 struct Started {
@@ -51,6 +53,7 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
         machine: machine.clone(),
         sessions: Mutex::default(),
         looks: AtomicU32::new(0),
+        hangs: AtomicBool::new(false),
     });
     let mut decoder = Decoder::default();
     let mut account = String::new();
@@ -61,6 +64,7 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
             let line = format!("guest told: {message:?}\n");
             std::io::stderr().write_all(line.as_bytes()).unwrap();
             match message {
+                _ if guest.hangs.load(Ordering::Relaxed) => {}
                 HostMessage::Attach(attach) => {
                     account = attach.account;
                     attached(&guest, &account);
@@ -119,6 +123,9 @@ fn attached(guest: &Guest, account: &str) {
         }
         "slow" => std::thread::sleep(Duration::from_secs(2)),
         _ => {}
+    }
+    if account == "hanging" && guest.machine.is_first() {
+        guest.hangs.store(true, Ordering::Relaxed);
     }
     guest.say(&AgentMessage::Attached);
     if account == "hostile" {
