@@ -60,6 +60,9 @@ pub struct Options {
     /// Rounds of the test that has something die at a point of a save or a resume
     #[arg(long, default_value_t = 6)]
     fault_rounds: u32,
+    /// Forks of each of two accounts in the test that kills each a moment later
+    #[arg(long, default_value_t = 8)]
+    fork_rounds: u32,
     /// MiB that are sent through an exec both ways
     #[arg(long, default_value_t = 64)]
     transfer_mib: usize,

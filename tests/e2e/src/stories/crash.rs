@@ -9,9 +9,10 @@ use crate::{
     runner::{Test, test},
 };
 
-pub const TESTS: [Test; 4] = [
+pub const TESTS: [Test; 5] = [
     test("a_killed_machine_harms_nobody_else", 300, killed_machine),
     test("a_killed_machine_leaves_nothing", 300, nothing_remains),
+    test("machines_forked_and_killed_without_a_pause_come_up", 1200, without_a_pause),
     test("a_killed_service_stops_in_order", 400, killed_service),
     test("power_cut_costs_nothing_fsynced", 3600, power_cut),
 ];
@@ -38,6 +39,34 @@ fn killed_machine(story: &Story) -> Result<()> {
     same("her file, one login later", alice.output("cat kept")?.as_str(), "kept")?;
     ensure!(alice.running_machine()? != machine, "a dead machine was found again");
     his.run("true").map(drop)
+}
+
+/// Two accounts' machines side by side, each forked, killed a moment later and forked again: each time it gets as
+/// far as having its account, on a disk that lost its machine at an odd moment.
+fn without_a_pause(story: &Story) -> Result<()> {
+    let rounds = story.world.options.fork_rounds;
+    let lost = story.world.lost_forks();
+    let accounts = [story.account("alice")?, story.account("bob")?];
+    let mut script = String::from("set -e; waited=\n");
+    for account in &accounts {
+        let (name, machine) = (&account.name, account.machine_script());
+        script += &format!(
+            "( for round in $(seq {rounds}); do
+                 hermitage account start {name} || {{ echo \"{name}, round $round\" >&2; exit 1; }}
+                 sleep 0.$((RANDOM % 5))
+                 machine=$({machine}); kill -9 $machine
+                 while test -e /proc/$machine; do sleep 0.05; done
+               done ) & waited=\"$waited $!\"\n"
+        );
+    }
+    script += "for pid in $waited; do wait $pid; done";
+    story.host().run(&script)?;
+    for account in &accounts {
+        same("a login after it", account.output("echo in")?.trim(), "in")?;
+    }
+    let lost = story.world.lost_forks().saturating_sub(lost);
+    println!("    {} forks, {lost} of them made once more", 2 * rounds);
+    Ok(())
 }
 
 /// What a machine has on the host while it lives, and nobody afterwards.
