@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 pub const HELP: &str = "\
 Keys: c, m, d, s and n sort by CPU, memory, disk, sessions and name; q ends it.
 
-CPU is in hundredths of one processor. Memory is what a machine has for itself, and its page tables; what it shares
+CPU is in hundredths of one processor; HELD is the share of the time, in percent, that the machine stood still because
+it is capped (account set --cpu-percent). Memory is what a machine has for itself, and its page tables; what it shares
 with its base is no cost of its own. Disk is what is allocated on the host.
 
 Examples:
@@ -59,6 +60,8 @@ pub struct Row {
     sessions: u32,
     /// Hundredths of one processor. `None`: it has no machine, or is looked at for the first time.
     cpu: Option<f64>,
+    /// Percent of the time that its cap held it back. `None` also where caps are not enforced.
+    held: Option<f64>,
     memory: Option<u64>,
     /// `None`: it has no disk yet.
     disk: Option<u64>,
@@ -156,12 +159,14 @@ fn sort(rows: &mut [Row], order: Order) {
 }
 
 fn object(row: &Row) -> Value {
+    let percent = |share: Option<f64>| share.map(|share| (share * 10.0).round() / 10.0);
     json!({
         "account": row.account,
         "state": row.state,
         "why": row.why,
         "sessions": row.sessions,
-        "cpu_percent": row.cpu.map(|cpu| (cpu * 10.0).round() / 10.0),
+        "cpu_percent": percent(row.cpu),
+        "held_percent": percent(row.held),
         "memory_bytes": row.memory,
         "disk_bytes": row.disk,
         "received_per_second": row.traffic.map(|(received, _)| received),
@@ -177,6 +182,7 @@ impl Row {
             why: account.why.clone(),
             sessions: account.sessions,
             cpu: sample.cpu,
+            held: sample.held,
             memory: sample.memory,
             disk: sample.disk,
             traffic: sample.traffic,
@@ -191,7 +197,8 @@ mod tests {
     fn row(account: &str, cpu: Option<f64>, memory: Option<u64>) -> Row {
         let (state, why) = ("running".into(), String::new());
         let (account, sessions) = (account.into(), 0);
-        Row { account, state, why, sessions, cpu, memory, disk: None, traffic: None }
+        let (held, disk, traffic) = (None, None, None);
+        Row { account, state, why, sessions, cpu, held, memory, disk, traffic }
     }
 
     #[test]

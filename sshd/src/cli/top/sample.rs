@@ -3,19 +3,21 @@
 use super::Row;
 use crate::cli::context::Context;
 use hermitage::admin::protocol::{SessionStatus, Status};
+use hermitage::cgroup::Usage;
 use hermitage::process::cpu_ms;
 use hermitage_storage::StateDir;
 use hermitage_storage::accounts::Accounts;
 use hermitage_storage::disk;
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// What is known of an account's machine.
 #[derive(Default)]
 pub struct Sample {
     pub cpu: Option<f64>,
+    pub held: Option<f64>,
     pub memory: Option<u64>,
     pub disk: Option<u64>,
     /// Bytes a second, from its sessions' clients and to them.
@@ -27,6 +29,8 @@ pub struct Meter {
     state: StateDir,
     /// Milliseconds that the machines' processes had by the last look.
     ran: HashMap<i32, u64>,
+    /// Likewise milliseconds that their caps held them back.
+    stood: HashMap<i32, u64>,
     /// Bytes of sessions by then, by their numbers.
     passed: HashMap<u64, (u64, u64)>,
     looked: Instant,
@@ -38,6 +42,7 @@ impl Meter {
             accounts: context.accounts()?,
             state: context.state.clone(),
             ran: HashMap::new(),
+            stood: HashMap::new(),
             passed: HashMap::new(),
             looked: Instant::now(),
         })
@@ -49,6 +54,10 @@ impl Meter {
         self.looked = Instant::now();
         // Only of those that are there now: process ids come again.
         let before = std::mem::take(&mut self.ran);
+        let stood = std::mem::take(&mut self.stood);
+        let share = |before: &HashMap<i32, u64>, pid: i32, now: u64| {
+            percent(now.saturating_sub(*before.get(&pid)?), since)
+        };
         let traffic = self.traffic(sessions.unwrap_or_default());
         status
             .accounts
@@ -58,9 +67,12 @@ impl Meter {
                 if let Some(pid) = account.machine_pid {
                     sample.memory = memory(pid);
                     if let Some(now) = cpu_ms(pid) {
-                        let ran = before.get(&pid).map(|before| now.saturating_sub(*before));
-                        sample.cpu = ran.and_then(|ran| percent(ran, since));
+                        sample.cpu = share(&before, pid, now);
                         self.ran.insert(pid, now);
+                    }
+                    if let Some(now) = account.cgroup.as_deref().and_then(held_ms) {
+                        sample.held = share(&stood, pid, now);
+                        self.stood.insert(pid, now);
                     }
                 }
                 if sessions.is_some() {
@@ -94,6 +106,10 @@ impl Meter {
         let path: PathBuf = self.state.disk(account.id);
         disk::allocated(&path).ok()
     }
+}
+
+fn held_ms(group: &str) -> Option<u64> {
+    Some(Usage::of(Path::new(group))?.throttled_microseconds? / 1000)
 }
 
 fn percent(ran_ms: u64, time: Duration) -> Option<f64> {

@@ -102,6 +102,7 @@ pub fn header(order: Order) -> String {
         "STATE",
         &mark(Order::Sessions, "SESS"),
         &mark(Order::Cpu, "CPU"),
+        "HELD",
         &mark(Order::Memory, "MEMORY"),
         &mark(Order::Disk, "DISK"),
         "IN/s",
@@ -112,11 +113,13 @@ pub fn header(order: Order) -> String {
 
 pub fn line(row: &Row) -> String {
     let bytes = |bytes: Option<u64>| bytes.map_or("-".into(), size::show);
+    let percent = |share: Option<f64>| share.map_or("-".into(), |share| format!("{share:.1}"));
     columns(
         &row.account,
         &row.state,
         &row.sessions.to_string(),
-        &row.cpu.map_or("-".into(), |cpu| format!("{cpu:.1}")),
+        &percent(row.cpu),
+        &percent(row.held),
         &bytes(row.memory),
         &bytes(row.disk),
         &bytes(row.traffic.map(|(received, _)| received)),
@@ -131,6 +134,7 @@ fn columns(
     state: &str,
     sessions: &str,
     cpu: &str,
+    held: &str,
     memory: &str,
     disk: &str,
     received: &str,
@@ -138,7 +142,7 @@ fn columns(
     why: &str,
 ) -> String {
     let line = format!(
-        "{account:<20} {state:<10} {sessions:>5} {cpu:>7} {memory:>10} {disk:>10} {received:>9} {sent:>9}  {why}"
+        "{account:<20} {state:<10} {sessions:>5} {cpu:>7} {held:>6} {memory:>10} {disk:>10} {received:>9} {sent:>9}  {why}"
     );
     line.trim_end().to_owned()
 }
@@ -161,6 +165,7 @@ mod tests {
             why: "awake: make (pid 812), 97 % CPU".into(),
             sessions: 2,
             cpu: Some(97.25),
+            held: Some(2.0),
             memory: Some(5 << 20),
             disk: None,
             traffic: Some((2 << 10, 3 << 20)),
@@ -168,7 +173,7 @@ mod tests {
         let line = line(&row);
         assert!(line.starts_with("alice                lingering      2    97."), "{line}");
         assert!(
-            line.contains("5 MiB")
+            line.contains("    2.0      5 MiB")
                 && line.contains("    2 KiB     3 MiB  awake")
                 && line.ends_with("97 % CPU"),
             "{line}"

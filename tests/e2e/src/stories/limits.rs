@@ -1,6 +1,7 @@
 //! What the host lets a machine take (docs/limits.md), as its kernel counts it.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use crate::{
     harness::{Story, host::quote, process::Input, same, says},
@@ -44,6 +45,14 @@ fn share(story: &Story) -> Result<()> {
     let shown = read(&format!("hermitage account show {name}; kill -0 {machine}"))?;
     says("account show", &shown, "at most 20 %, weight 50")?;
     says("account show", &shown, "held back for")?;
+    let top: Value = serde_json::from_str(&read("hermitage top --json")?).context("top's JSON")?;
+    let rows = top["accounts"].as_array().context("top's accounts")?;
+    let hers = rows.iter().find(|row| row["account"] == name.as_str()).context("her row")?;
+    let held = hers["held_percent"].as_f64().context("how long she is held")?;
+    ensure!(
+        held > 20.0,
+        "capped to a fifth of what she would take, she is held {held} % of the time"
+    );
 
     read(&format!("kill -9 {machine}; cd /; while [ -d {} ]; do sleep 0.1; done", quote(&group)))?;
     drop(burner);
