@@ -21,6 +21,7 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(30);
 const BASE_PATIENCE: Duration = Duration::from_secs(300);
 
 const PROBE: &str = "probe guest";
+const WHERE: &str = "hermitage-vmm has to be beside hermitage, or where HERMITAGE_LIBEXEC says";
 
 const NX_HUGE_PAGES: &str = "/sys/module/kvm/parameters/nx_huge_pages";
 const MULTIHIT: &str = "/sys/devices/system/cpu/vulnerabilities/itlb_multihit";
@@ -152,7 +153,7 @@ pub fn base(context: &Context, findings: &[Finding]) -> Option<Finding> {
             "make a base on this host: hermitage base build; what is saved of machines of another resumes \
              where that one can be used",
         ),
-        Err(error) => Finding::failure(CHECK, format!("could not be tried: {error}"), ""),
+        Err(error) => Finding::failure(CHECK, format!("could not be tried: {error}"), WHERE),
     })
 }
 
@@ -163,11 +164,7 @@ fn probe(context: &Context) -> Finding {
     match run_probe(context) {
         Ok(Ok(time)) => Finding::ok(CHECK, format!("ran to its end in {} ms", time.as_millis())),
         Ok(Err(reason)) => Finding::failure(CHECK, reason, advice),
-        Err(error) => Finding::failure(
-            CHECK,
-            format!("could not be run: {error}"),
-            "hermitage-vmm has to be beside hermitage, or where HERMITAGE_LIBEXEC says",
-        ),
+        Err(error) => Finding::failure(CHECK, format!("could not be run: {error}"), WHERE),
     }
 }
 

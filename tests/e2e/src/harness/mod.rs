@@ -85,12 +85,17 @@ impl World {
     }
 
     /// Forks that the service says it has made once more, up to now.
-    pub fn lost_forks(self: &Arc<Self>) -> usize {
+    pub fn lost_forks(self: &Arc<Self>) -> Result<usize> {
         let story =
             Story::new(self.clone(), Instant::now() + self.patient(Duration::from_secs(20)));
         let log = host::quote(&self.options.service_log.to_string_lossy());
-        let counted = story.host().try_run(&format!("grep -c 'forking another' {log}"));
-        counted.ok().and_then(|ended| ended.out().trim().parse().ok()).unwrap_or(0)
+        // Its status says whether there were any.
+        let counted = story.host().try_run(&format!("grep -c 'forking another' {log}"))?;
+        counted
+            .out()
+            .trim()
+            .parse()
+            .with_context(|| format!("can't count in {log}: {}", counted.err()))
     }
 
     /// What a person would look at after a failure: the traces of the service and of these accounts'

@@ -45,7 +45,7 @@ fn killed_machine(story: &Story) -> Result<()> {
 /// far as having its account, on a disk that lost its machine at an odd moment.
 fn without_a_pause(story: &Story) -> Result<()> {
     let rounds = story.world.options.fork_rounds;
-    let lost = story.world.lost_forks();
+    let lost = story.world.lost_forks()?;
     let accounts = [story.account("alice")?, story.account("bob")?];
     let mut script = String::from("set -e; waited=\n");
     for account in &accounts {
@@ -64,7 +64,7 @@ fn without_a_pause(story: &Story) -> Result<()> {
     for account in &accounts {
         same("a login after it", account.output("echo in")?.trim(), "in")?;
     }
-    let lost = story.world.lost_forks().saturating_sub(lost);
+    let lost = story.world.lost_forks()?.saturating_sub(lost);
     println!("    {} forks, {lost} of them made once more", 2 * rounds);
     Ok(())
 }

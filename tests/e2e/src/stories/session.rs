@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, File},
-    thread,
     time::Duration,
 };
 
@@ -46,7 +45,7 @@ fn long_life(story: &Story) -> Result<()> {
     let mut shell = login.option(&format!("-oRekeyLimit=default {NEW_KEYS}")).shell()?;
     shell.run("kept=$RANDOM; echo $kept > kept")?;
     let machine = alice.running_machine()?;
-    thread::sleep(Duration::from_secs(idle));
+    story.sleep(Duration::from_secs(idle));
     let (said, status) = shell.run_status("test \"$kept\" = \"$(cat kept)\"", 30)?;
     ensure!(status == 0, "after {idle} s another shell was there: {said}");
     same("its machine", alice.running_machine()?, machine)?;
