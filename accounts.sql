@@ -141,3 +141,9 @@ ALTER TABLE accounts ADD COLUMN cpu_weight INTEGER CHECK (cpu_weight BETWEEN 1 A
 ALTER TABLE accounts ADD COLUMN cpu_percent INTEGER CHECK (cpu_percent >= 0);
 ALTER TABLE accounts ADD COLUMN io_rate INTEGER CHECK (io_rate >= 0);
 ALTER TABLE accounts ADD COLUMN io_operations INTEGER CHECK (io_operations >= 0);
+
+-- section 9
+-- What the account's machine is to have of memory and processors, where its base can give it; NULL: as its class or
+-- the base says.
+ALTER TABLE accounts ADD COLUMN memory_bytes INTEGER CHECK (memory_bytes > 0);
+ALTER TABLE accounts ADD COLUMN vcpus INTEGER CHECK (vcpus BETWEEN 1 AND 255);

@@ -5,8 +5,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use hermitage_storage::accounts::{
-    Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, MAX_CPU_WEIGHT, Policy,
+use hermitage_storage::{
+    accounts::{Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, MAX_CPU_WEIGHT, Policy},
+    base::MEMORY_BLOCK,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -35,6 +36,10 @@ pub struct Class {
     pub max_linger: Option<u32>,
     #[serde(deserialize_with = "policy", serialize_with = "as_policy")]
     pub policy: Option<Policy>,
+    /// Of its machines, where the base can give it.
+    #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
+    pub memory: Option<u64>,
+    pub vcpus: Option<u8>,
     pub cpu_weight: Option<u32>,
     pub cpu_percent: Option<u32>,
     #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
@@ -52,7 +57,16 @@ pub struct Limits {
     pub max_linger: Duration,
     /// Bytes that it may take on the host; `None`: as many as its disk, memory and checkpoints can have.
     pub quota: Option<u64>,
+    pub resources: Resources,
     pub share: Share,
+}
+
+/// What a machine is to have of its own. `None`: the least that machines of its base have. The base has the last
+/// word ([`hermitage_storage::base::Machine::fit`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    pub memory: Option<u64>,
+    pub vcpus: Option<u8>,
 }
 
 /// What the host lets a machine take of its processors and its disk. `None`: as much as there is.
@@ -101,6 +115,10 @@ impl Limits {
             max_linger: seconds(account.max_linger_s, class.max_linger, machines.max_linger()),
             quota: Some(account.quota_bytes.or(class.quota).unwrap_or_else(|| machines.quota()))
                 .filter(|bytes| *bytes > 0),
+            resources: Resources {
+                memory: account.memory_bytes.or(class.memory),
+                vcpus: account.vcpus.or(class.vcpus),
+            },
             share: Share {
                 cpu_weight: account.cpu_weight.or(class.cpu_weight).unwrap_or(machines.cpu_weight),
                 cpu_percent: cap(account.cpu_percent, class.cpu_percent, machines.cpu_percent),
@@ -141,6 +159,8 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
             return fault(".disk", "it has to be a multiple of 4 KiB");
         }
         let share = [
+            (".memory", class.memory.and_then(memory_fault)),
+            (".vcpus", class.vcpus.and_then(vcpus_fault)),
             (".cpu_weight", class.cpu_weight.and_then(weight_fault)),
             (".cpu_percent", class.cpu_percent.and_then(percent_fault)),
             (".io_rate", class.io_rate.and_then(rate_fault)),
@@ -154,6 +174,15 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
 }
 
 // Below these a machine stands still rather than being slow. What is wrong with a value, if anything.
+
+pub fn memory_fault(bytes: u64) -> Option<&'static str> {
+    let fine = (MEMORY_BLOCK..=62 << 30).contains(&bytes) && bytes.is_multiple_of(MEMORY_BLOCK);
+    (!fine).then_some("it has to be a multiple of 128 MiB, up to 62 GiB")
+}
+
+pub fn vcpus_fault(vcpus: u8) -> Option<&'static str> {
+    (!(1..=32).contains(&vcpus)).then_some("it has to be 1 to 32")
+}
 
 pub fn weight_fault(weight: u32) -> Option<&'static str> {
     let fine = (1..=MAX_CPU_WEIGHT).contains(&weight);
@@ -242,6 +271,7 @@ mod tests {
             linger: seconds(7),
             max_linger: seconds(4 * 3600),
             quota: Some(8 << 30),
+            resources: Resources::default(),
             share: Share::default(),
         };
         assert_eq!(Limits::of(&config, &plain), everybodys);
@@ -289,6 +319,21 @@ mod tests {
         assert_eq!(share(&own), wanted);
     }
 
+    #[test]
+    fn memory_and_processors_are_the_accounts_or_its_class_or_the_bases() {
+        let config = load("[class.big]\nmemory = \"2GiB\"\nvcpus = 4\n").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+        let plain =
+            accounts.create(&NewAccount::new(AccountName::parse("alice").unwrap())).unwrap();
+        let resources = |account: &Account| Limits::of(&config, account).resources;
+        assert_eq!(resources(&plain), Resources::default());
+        let big = Account { class: Some("big".into()), ..plain };
+        assert_eq!(resources(&big), Resources { memory: Some(2 << 30), vcpus: Some(4) });
+        let own = Account { memory_bytes: Some(1 << 30), ..big };
+        assert_eq!(resources(&own), Resources { memory: Some(1 << 30), vcpus: Some(4) });
+    }
+
     /// Reading the configuration again compares and merges it as JSON, where what is not said is null.
     #[test]
     fn a_class_of_few_words_survives_being_read_again() {
@@ -313,7 +358,9 @@ mod tests {
             ("[class.a]\nio_operations = 1\n", "class.a.io_operations"),
             ("[machines]\ncpu_percent = 1\n", "machines.cpu_percent = 1"),
             ("[class.a]\npolicy = \"sleep\"\n", "save, keep or discard"),
-            ("[class.a]\nmemory = 5\n", "memory"),
+            ("[class.a]\nmemory = \"100MiB\"\n", "class.a.memory"),
+            ("[class.a]\nvcpus = 0\n", "class.a.vcpus"),
+            ("[class.a]\nram = 5\n", "ram"),
         ] {
             let error = load(text).unwrap_err();
             assert!(error.contains(words), "{text}: {error}");

@@ -1,6 +1,6 @@
 //! What running machines are promised together, and whether the host can take one more.
 //!
-//! A machine is promised the memory of its base, and room on the disk for all of it when it is saved. Most use a
+//! A machine is promised the memory that its account is to have, and room on the disk for all of it when it is saved. Most use a
 //! hundredth of that, so hosts promise many times what they have: how many times is the operator's to say. One
 //! more machine than that is refused with words, which is better than a host that kills processes for want of
 //! memory, or a save that does not fit. What there really is left is looked at as well.
@@ -11,7 +11,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hermitage_storage::{StateDir, base::Base};
+use hermitage_storage::{
+    StateDir,
+    base::{self, Base},
+};
 
 use crate::config::Machines;
 
@@ -23,8 +26,8 @@ pub struct Promises(Arc<Mutex<Table>>);
 #[derive(Default)]
 struct Table {
     bytes: u64,
-    /// Of bases, which never change, by their ids.
-    memory_of: HashMap<String, u64>,
+    /// What machines of bases, which never change, can have, by their ids.
+    sizes_of: HashMap<String, base::Machine>,
 }
 
 /// A machine's part of it, given back when dropped.
@@ -62,10 +65,19 @@ struct Host {
 }
 
 impl Promises {
-    /// Promises a machine of the current base what it needs. `free` is the room for saves. Reads small
-    /// files.
-    pub fn make(&self, state: &StateDir, limits: &Machines, free: u64) -> Result<Promise, Full> {
-        let bytes = self.memory_of_base(state);
+    /// Promises a machine of the current base what it needs: the memory that its account is to have, or what
+    /// it had when it was saved. `free` is the room for saves. Reads small files.
+    pub fn make(
+        &self,
+        state: &StateDir,
+        limits: &Machines,
+        wanted: Option<u64>,
+        had: u64,
+        free: u64,
+    ) -> Result<Promise, Full> {
+        // If it can't be told, the start that follows says why, better than this could.
+        let fit = self.sizes(state).map_or(0, |sizes| sizes.fit(wanted, None).memory_bytes);
+        let bytes = fit.max(had);
         // Without /proc nothing can be judged, and little else works.
         let (memory, available) = memory().unwrap_or((u64::MAX, u64::MAX));
         self.promise(bytes, limits, Host { memory, available, free })
@@ -79,21 +91,19 @@ impl Promises {
         Ok(Promise { promises: self.clone(), bytes })
     }
 
-    /// 0 if it can't be told: the start that follows says why, better than this could.
-    fn memory_of_base(&self, state: &StateDir) -> u64 {
-        let Ok(Some(id)) = state.current_base() else { return 0 };
-        if let Some(bytes) = self.table().memory_of.get(id.as_str()) {
-            return *bytes;
+    fn sizes(&self, state: &StateDir) -> Option<base::Machine> {
+        let id = state.current_base().ok()??;
+        if let Some(sizes) = self.table().sizes_of.get(id.as_str()) {
+            return Some(*sizes);
         }
-        let Ok(manifest) = Base::manifest(&state.base(&id)) else { return 0 };
-        let bytes = manifest.content.machine.memory_bytes;
+        let sizes = Base::manifest(&state.base(&id)).ok()?.content.machine;
         let mut table = self.table();
         // Bases come with the years; old ones may be looked up again.
-        if table.memory_of.len() >= 64 {
-            table.memory_of.clear();
+        if table.sizes_of.len() >= 64 {
+            table.sizes_of.clear();
         }
-        table.memory_of.insert(id.as_str().to_owned(), bytes);
-        bytes
+        table.sizes_of.insert(id.as_str().to_owned(), sizes);
+        Some(sizes)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

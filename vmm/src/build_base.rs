@@ -45,8 +45,11 @@ pub struct Config {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
     pub root: PathBuf,
+    /// What machines boot with, and what they can have at most.
     pub memory_mib: u64,
+    pub max_memory_mib: u64,
     pub vcpus: u32,
+    pub max_vcpus: u32,
     pub cmdline_extra: String,
     pub serial_log: Option<PathBuf>,
 }
@@ -60,14 +63,44 @@ pub struct Built {
     pub cmdline: String,
 }
 
+impl Config {
+    pub fn layout(&self) -> anyhow::Result<Layout> {
+        let root =
+            self.root.metadata().with_context(|| format!("look at {}", self.root.display()))?;
+        Ok(Layout::new(self.memory_mib << 20, self.max_memory_mib << 20, root.len())?)
+    }
+
+    /// The kernel's command line, with what makes room for machines of other sizes.
+    ///
+    /// `maxcpus`: how many CPUs are started; the agent starts others. `noreplace-smp`: on one CPU the kernel would take
+    /// the lock prefixes out of its code, and put them back when a second one is started: private copies of most of
+    /// its pages, in each machine that has two. `memhp_default_state`: memory devices' memory is there, and the
+    /// agent takes into use what the account has. `memmap_on_memory`: what describes a block of memory lies in
+    /// that block, not in the memory that every machine has, and is made when the block is taken into use.
+    fn cmdline(&self) -> String {
+        let mut line = CMDLINE.to_owned();
+        if self.max_vcpus > self.vcpus {
+            line += &format!(" maxcpus={} noreplace-smp", self.vcpus);
+        }
+        if self.max_memory_mib > self.memory_mib {
+            line += " memhp_default_state=offline memory_hotplug.memmap_on_memory=1";
+        }
+        format!("{line} {}", self.cmdline_extra).trim().to_owned()
+    }
+}
+
 /// Boots and stops at the moment that becomes the base. The machine never goes on: `Built` holds its
 /// memory, its vCPUs stay paused until the process ends.
-pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Result<Built> {
+/// `memory_file` is the base's memory file, of its whole length.
+pub fn boot_and_pause(
+    config: &Config,
+    memory_file: &File,
+    progress: &dyn Fn(&str),
+) -> anyhow::Result<Built> {
     let open = |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
     let root = open(&config.root)?;
-    let root_bytes = root.metadata()?.len();
-    let layout = Layout::new(config.memory_mib << 20, root_bytes)?;
-    let memory = memory::map(&layout, Backing::Anonymous, &root)?;
+    let layout = config.layout()?;
+    let memory = memory::map(&layout, Backing::New(memory_file), &root)?;
     let serial_log = match &config.serial_log {
         Some(path) => {
             Some(File::create(path).with_context(|| format!("create {}", path.display()))?)
@@ -76,14 +109,14 @@ pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Resul
     };
     let kvm = kvm::open()?;
     let _idle = IdleVm::new(&kvm)?;
-    let cmdline = format!("{CMDLINE} {}", config.cmdline_extra).trim().to_owned();
+    let cmdline = config.cmdline();
     let started = Instant::now();
     let machine = Machine::boot(
         &kvm,
         memory.clone(),
         BootConfig {
             layout: &layout,
-            vcpus: config.vcpus,
+            vcpus: config.max_vcpus,
             kernel: &mut open(&config.kernel)?,
             initrd: &mut open(&config.initrd)?,
             cmdline: &cmdline,
@@ -96,7 +129,7 @@ pub fn boot_and_pause(config: &Config, progress: &dyn Fn(&str)) -> anyhow::Resul
     let state = thread::scope(|scope| {
         // The devices' host side is served by a thread of its own while this one waits for the agent.
         scope.spawn(|| control::pump(&machine, &stop));
-        let result = wait_and_save(&kvm, &machine, config.vcpus, started, progress, &stop);
+        let result = wait_and_save(&kvm, &machine, config.max_vcpus, started, progress, &stop);
         stop.store(true, Ordering::SeqCst);
         machine.wake();
         result

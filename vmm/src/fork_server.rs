@@ -14,9 +14,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use hermitage_storage::base::BaseId;
+use hermitage_storage::base::{self, BaseId, Size};
 use hermitage_vmm_proto::{
-    End, ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, SocketError,
+    End, ForkEvent, ForkRequest, MachineEvent, MachineId, Packet, ProcessExit, Shape, SocketError,
     VERSION, receive, send,
 };
 use kvm_bindings::kvm_msr_entry;
@@ -39,7 +39,7 @@ use crate::{
     base_state::BaseState,
     kvm::{self, IdleVm},
     machine::{Machine, control},
-    memory::GuestMemory,
+    memory::{self, GuestMemory},
     sandbox::MachineJail,
     snapshot::Origin,
     stages::Stages,
@@ -48,6 +48,8 @@ use crate::{
 /// A base, ready to be forked.
 pub struct Template {
     id: BaseId,
+    /// What its machines can have.
+    sizes: base::Machine,
     kvm: Kvm,
     memory: GuestMemory,
     state: BaseState,
@@ -63,6 +65,7 @@ pub struct Template {
 impl Template {
     pub fn new(
         id: BaseId,
+        sizes: base::Machine,
         kvm: Kvm,
         memory: GuestMemory,
         state: BaseState,
@@ -74,7 +77,7 @@ impl Template {
             Some(vcpu) => kvm::fresh_msrs(&kvm, &vcpu.cpuid)?,
             None => Vec::new(),
         };
-        Ok(Self { id, kvm, memory, state, null, jail: None, idle, fresh_msrs })
+        Ok(Self { id, sizes, kvm, memory, state, null, jail: None, idle, fresh_msrs })
     }
 }
 
@@ -144,14 +147,20 @@ impl Server<'_> {
             Err(e) => return Err(e).context("receive a request"),
         };
         match packet {
-            Packet { message: ForkRequest::Fork { machine, label, cgroup }, descriptors } => {
+            Packet {
+                message: ForkRequest::Fork { machine, label, shape, cgroup },
+                descriptors,
+            } => {
                 let answer = Passed::fork(descriptors, cgroup)
-                    .and_then(|passed| self.fork(machine, &label, passed, received));
+                    .and_then(|passed| self.fork(machine, &label, shape, passed, received));
                 self.answer(machine, answer)?;
             }
-            Packet { message: ForkRequest::Resume { machine, label, cgroup }, descriptors } => {
+            Packet {
+                message: ForkRequest::Resume { machine, label, shape, cgroup },
+                descriptors,
+            } => {
                 let answer = Passed::resume(descriptors, cgroup)
-                    .and_then(|passed| self.fork(machine, &label, passed, received));
+                    .and_then(|passed| self.fork(machine, &label, shape, passed, received));
                 self.answer(machine, answer)?;
             }
             Packet { message: ForkRequest::Kill { machine }, .. } => {
@@ -175,9 +184,21 @@ impl Server<'_> {
         &mut self,
         machine: MachineId,
         label: &str,
+        shape: Option<Shape>,
         passed: Passed,
         received: Instant,
     ) -> Result<Pid, String> {
+        let sizes = &self.template.sizes;
+        let size = shape.map_or(sizes.least(), |shape| Size {
+            memory_bytes: shape.memory_bytes,
+            vcpus: shape.vcpus,
+        });
+        if !sizes.allows(size) {
+            return Err(format!(
+                "machines of this base can't have {} bytes of memory and {} CPUs",
+                size.memory_bytes, size.vcpus
+            ));
+        }
         // SAFETY: this process has a single thread, so the child's memory is whole: no lock is held by
         // a thread that is not there.
         match unsafe { nix::unistd::fork() } {
@@ -186,7 +207,7 @@ impl Server<'_> {
                 Ok(child)
             }
             Ok(ForkResult::Child) => {
-                let code = self.become_machine(label, passed, received);
+                let code = self.become_machine(label, size, passed, received);
                 // Nothing of the server is unwound in the child, nor its exit handlers run.
                 // SAFETY: _exit has no preconditions.
                 unsafe { libc::_exit(code) }
@@ -199,6 +220,7 @@ impl Server<'_> {
     fn become_machine(
         &mut self,
         label: &str,
+        size: Size,
         Passed { control, agent, disk, snapshot, cgroup }: Passed,
         received: Instant,
     ) -> i32 {
@@ -229,19 +251,23 @@ impl Server<'_> {
         }
         let resumed = snapshot.is_some();
         let made = match snapshot {
-            None => Machine::restore(
-                &template.kvm,
-                template.memory.clone(),
-                &template.state.machine,
-                File::from(disk),
-                agent,
-                &mut |stage| stages.done(stage),
-            )
-            .inspect(|machine| stages.done_at("start vCPUs", machine.entered()))
-            .map(|machine| (machine, Vec::new()))
-            .map_err(|e| End::HostError(format!("fork: {e}"))),
+            None => memory::limited(&template.memory, size.memory_bytes)
+                .map_err(|e| End::HostError(format!("fork: {e}")))
+                .and_then(|memory| {
+                    Machine::restore(
+                        &template.kvm,
+                        memory,
+                        (&template.state.machine, size.vcpus.into()),
+                        File::from(disk),
+                        agent,
+                        &mut |stage| stages.done(stage),
+                    )
+                    .map_err(|e| End::HostError(format!("fork: {e}")))
+                })
+                .inspect(|machine| stages.done_at("start vCPUs", machine.entered()))
+                .map(|machine| (machine, Vec::new())),
             Some(snapshot) => {
-                let parts = resumed::Parts { agent, disk, snapshot };
+                let parts = resumed::Parts { agent, disk, snapshot, size };
                 resumed::make(template, parts, &control, &mut stages)
             }
         };

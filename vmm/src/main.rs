@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Parser, Subcommand};
 use hermitage_storage::{
-    base::{Base, BaseWriter, Description, HostKind},
+    base::{self, Base, BaseWriter, Description, HostKind, Size},
     faults,
     image::{self, Image},
     sparse,
@@ -65,12 +65,18 @@ struct BuildBase {
     /// Directory for the base; must not exist yet, appears whole or not at all
     #[arg(long)]
     out: PathBuf,
-    /// RAM of every machine of this base, in MiB
+    /// RAM of a machine of which nothing else is said, in MiB: none has less
     #[arg(long, default_value_t = 512)]
     memory_mib: u64,
-    /// Virtual CPUs of every machine of this base
+    /// RAM that a machine of this base can have at most, in MiB
+    #[arg(long)]
+    max_memory_mib: Option<u64>,
+    /// Virtual CPUs of a machine of which nothing else is said: none has fewer
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     vcpus: u8,
+    /// Virtual CPUs that a machine of this base can have at most
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=32))]
+    max_vcpus: Option<u8>,
     /// Added to the kernel's command line
     #[arg(long, default_value = "")]
     cmdline_extra: String,
@@ -147,12 +153,18 @@ fn build(args: &BuildBase) -> anyhow::Result<()> {
         initrd: image.path(image::INITRD),
         root: image.path(image::ROOT),
         memory_mib: args.memory_mib,
+        max_memory_mib: args.max_memory_mib.unwrap_or(args.memory_mib),
         vcpus: u32::from(args.vcpus),
+        max_vcpus: u32::from(args.max_vcpus.unwrap_or(args.vcpus)),
         cmdline_extra: args.cmdline_extra.clone(),
         serial_log: args.serial_log.clone(),
     };
-    let writer = BaseWriter::create(&args.out, args.memory_mib << 20)?;
-    let built = build_base::boot_and_pause(&config, &progress)?;
+    if config.max_vcpus < config.vcpus {
+        bail!("--max-vcpus {} is less than --vcpus {}", config.max_vcpus, config.vcpus);
+    }
+    let layout = config.layout()?;
+    let writer = BaseWriter::create(&args.out, layout.max_ram_bytes())?;
+    let built = build_base::boot_and_pause(&config, writer.memory(), &progress)?;
     let written = memory::save_ram(&built.memory, &built.layout, writer.memory())?;
     progress(&format!("memory saved, {} MiB of {}", written >> 20, args.memory_mib));
     let rehearsal = || rehearse(&config, &built, writer.memory(), &image);
@@ -173,7 +185,10 @@ fn build(args: &BuildBase) -> anyhow::Result<()> {
         image: image.id.as_str().to_owned(),
         agent_protocol: hermitage_guest_proto::VERSION,
         guest_kernel: built.kernel_release,
-        vcpus: args.vcpus,
+        machine: base::Machine::new(
+            Size { memory_bytes: layout.ram_bytes(), vcpus: args.vcpus },
+            Size { memory_bytes: layout.max_ram_bytes(), vcpus: config.max_vcpus as u8 },
+        ),
         restorable_on: host_kind(&kvm::open()?)?,
     };
     let id = writer.finish(description, &state, &config.root)?;
@@ -191,12 +206,13 @@ fn rehearse(
 ) -> anyhow::Result<WorkingSet> {
     let open = |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
     let memory = memory::map(&built.layout, Backing::Base(memory), &open(&config.root)?)?;
+    let memory = memory::limited(&memory, built.layout.ram_bytes())?;
     let disk = File::from(
         memfd_create(c"rehearsal", MFdFlags::MFD_CLOEXEC).context("make a disk in memory")?,
     );
     sparse::copy(&open(&image.path(image::DISK_TEMPLATE))?, &disk)
         .context("copy the disk template")?;
-    working_set::rehearse(&kvm::open()?, memory, &built.state, disk)
+    working_set::rehearse(&kvm::open()?, memory, (&built.state, config.vcpus as usize), disk)
         .context("rehearse a login in the new base")
 }
 
@@ -244,7 +260,8 @@ fn request_socket() -> anyhow::Result<OwnedFd> {
 
 fn template(args: &ForkServer) -> anyhow::Result<Template> {
     let (base, kvm, state, memory) = usable(&args.base)?;
-    let mut template = Template::new(base.id().clone(), kvm, memory, state)
+    let machine = base.manifest.content.machine;
+    let mut template = Template::new(base.id().clone(), machine, kvm, memory, state)
         .with_context(|| format!("base {}", args.base.display()))?;
     if !args.no_sandbox {
         make_root(&args.sandbox.sandbox_root)?;
@@ -277,12 +294,14 @@ fn usable(dir: &Path) -> anyhow::Result<(Base, kvm_ioctls::Kvm, BaseState, Guest
         bail!(refuse(mismatches.join("; ")));
     }
     // What the agent in the base does not understand would end its machine.
-    let (theirs, ours) = (content.agent_protocol, hermitage_guest_proto::VERSION);
-    if theirs != ours {
+    let (theirs, ours) = (content.agent_protocol, hermitage_guest_proto::SPOKEN);
+    if !ours.contains(&theirs) {
         bail!(
-            "{}: the agent in this base speaks version {theirs} of its protocol, this program {ours}; \
+            "{}: the agent in this base speaks version {theirs} of its protocol, this program {} to {}; \
              make a new one with: hermitage image build, then hermitage base build",
-            dir.display()
+            dir.display(),
+            ours.start(),
+            ours.end(),
         );
     }
     let (state, memory) = load(&base).with_context(|| format!("base {}", dir.display()))?;
@@ -320,10 +339,11 @@ fn load(base: &Base) -> anyhow::Result<(BaseState, GuestMemory)> {
     let content = &base.manifest.content;
     let state = BaseState::decode(&base.state)?;
     let vcpus = state.machine.vcpus.len();
-    if vcpus != usize::from(content.machine.vcpus) {
-        bail!("base.json says {} vCPUs, state.bin has {vcpus}", content.machine.vcpus);
+    let (least, most) = (content.machine.least(), content.machine.most());
+    if vcpus != usize::from(most.vcpus) || !(1..=most.vcpus).contains(&least.vcpus) {
+        bail!("base.json says {} to {} vCPUs, state.bin has {vcpus}", least.vcpus, most.vcpus);
     }
-    let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
+    let layout = Layout::new(least.memory_bytes, most.memory_bytes, content.files.root.length)?;
     let memory = memory::map(&layout, Backing::Base(&base.memory), &base.root)?;
     state.working_set.check(&memory)?;
     let huge = working_set::hot::share(&memory, &layout, &state.working_set)

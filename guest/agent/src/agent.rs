@@ -27,7 +27,7 @@ use crate::streams::{PATIENCE, Streams};
 use crate::sys::{self, Poller, Readiness};
 use crate::terminal::{Pty, Terminal};
 use crate::work::{self, Work};
-use crate::{log, poweroff, signals};
+use crate::{log, poweroff, resources, signals};
 
 /// Sessions at once; terminals are fewer. A bound for a host that loses count.
 const SESSIONS_MAX: usize = 1024;
@@ -252,6 +252,10 @@ impl Agent {
             // Without a disk there is nothing to fill.
             HostMessage::DiskRoom { scarce } if self.account.is_some() => self.room.set(scarce),
             HostMessage::DiskRoom { .. } => {}
+            HostMessage::Take(wanted) => {
+                let (in_use, fault) = resources::take(wanted);
+                self.control.send(&AgentMessage::Took { in_use, fault })?;
+            }
             HostMessage::LookAtWork(question) => {
                 self.work.ask(question, &self.booted.cgroups, Instant::now());
             }

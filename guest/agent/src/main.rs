@@ -24,6 +24,7 @@ mod modes;
 mod mounts;
 mod ports;
 mod poweroff;
+mod resources;
 mod room;
 mod session;
 mod signals;

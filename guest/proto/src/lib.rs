@@ -16,9 +16,12 @@ pub use frame::{Decoder, FrameError, encode};
 
 use serde::{Deserialize, Serialize};
 
-/// Version of these messages. It is part of what a base snapshot is keyed by: host and agent of one
-/// base always speak the same one, so there is no negotiation.
-pub const VERSION: u16 = 4;
+/// Version of these messages. A base says which one its agent speaks, so there is no negotiation.
+pub const VERSION: u16 = 5;
+
+/// Versions of agents that the host can deal with: what is in machines that were saved before an upgrade.
+/// 4 does not know [`HostMessage::Take`], which machines whose base has nothing to take are never sent.
+pub const SPOKEN: std::ops::RangeInclusive<u16> = 4..=VERSION;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -77,6 +80,17 @@ pub enum HostMessage {
     DiskRoom { scarce: bool },
     /// What is being worked on? Answered by `Activity` with the same number.
     LookAtWork(LookAtWork),
+    /// After `Attach` or `Resume`: this is what the machine may have; take into use what is not in use of it.
+    /// Nothing is taken out of use. Answered by `Took`.
+    Take(Resources),
+}
+
+/// Memory and processors of a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// In whole memory blocks.
+    pub memory_bytes: u64,
+    pub vcpus: u8,
 }
 
 /// The agent looks at the user's processes now and compares with its last look. Where there was none, or
@@ -238,6 +252,11 @@ pub enum AgentMessage {
     },
     /// What the user's processes did between two looks.
     Activity(Activity),
+    /// What is in use now, and what went wrong with the rest.
+    Took {
+        in_use: Resources,
+        fault: Option<String>,
+    },
 }
 
 /// The user's processes between two looks, `over_ms` apart.

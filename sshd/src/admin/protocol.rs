@@ -9,6 +9,7 @@
 //!
 //! JSON and lines, because an operator with `socat` is a legitimate client.
 
+use hermitage_storage::base::Size;
 use serde::{Deserialize, Serialize};
 
 /// The socket's name inside the run directory.
@@ -122,6 +123,12 @@ pub struct AccountStatus {
     /// The folder of the machine's control group, whose files say what it has used.
     #[serde(default)]
     pub cgroup: Option<String>,
+    /// What the machine has.
+    #[serde(default)]
+    pub size: Option<Size>,
+    /// Why its guest does not use all of that.
+    #[serde(default)]
+    pub unused: Option<String>,
 }
 
 /// A session that is going on.

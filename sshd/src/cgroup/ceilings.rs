@@ -1,6 +1,6 @@
 //! What is written into which file of a group (cgroup-v2.rst, "Controllers").
 
-use hermitage_storage::base::Machine as Shape;
+use hermitage_storage::base::Size as Shape;
 
 use crate::limits::Share;
 
@@ -21,7 +21,7 @@ const PERIOD: u64 = 50_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ceilings {
-    /// The base's; `None`: it does not say, and then neither memory nor threads are limited.
+    /// The machine's; `None`: its base does not say, and then neither memory nor threads are limited.
     pub shape: Option<Shape>,
     pub share: Share,
 }

@@ -18,10 +18,13 @@ use std::{
     time::Duration,
 };
 
-use hermitage_storage::base::Machine as Shape;
+use hermitage_storage::base::Size as Shape;
 use uuid::Uuid;
 
-use crate::{config::Machines, limits::Share};
+use crate::{
+    config::Machines,
+    limits::{Resources, Share},
+};
 pub use ceilings::Ceilings;
 pub use group::Group;
 pub use usage::{Usage, charged_to};
@@ -224,6 +227,7 @@ impl Cgroups {
 #[derive(Clone, Debug)]
 pub struct Admission {
     pub account: Uuid,
+    pub resources: Resources,
     pub share: Share,
     /// No machine without its limits.
     pub required: bool,

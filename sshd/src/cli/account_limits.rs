@@ -1,7 +1,7 @@
 //! What is asked for of an account, by options or by a line of a list: its class, disk, limits and end.
 
 use super::context::Context;
-use super::{NotFound, account_idle, date, size, span, time};
+use super::{NotFound, account_idle, account_size, date, size, span, time};
 use hermitage::limits;
 use hermitage_storage::accounts::{Account, Changes, NewAccount, Policy};
 
@@ -48,6 +48,13 @@ pub struct Wanted {
     /// What happens to its machine when nobody is logged in: save, keep, discard or "default"
     #[arg(long, value_name = "POLICY", value_parser = policy)]
     pub policy: Option<Own<Policy>>,
+    /// Memory of its machine, in multiples of 128M, as far as the base has it, or "default": as the class or the base
+    /// says
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    pub memory: Option<Own<u64>>,
+    /// Virtual CPUs of its machine, as far as the base has them, or "default"
+    #[arg(long, value_name = "N", value_parser = vcpus)]
+    pub vcpus: Option<Own<u8>>,
     /// Its machine's weight against others' where processors are scarce, 1 to 10000 (100 is usual), or "default"
     #[arg(long, value_name = "N", value_parser = cpu_weight)]
     pub cpu_weight: Option<Own<u32>>,
@@ -83,6 +90,7 @@ impl Wanted {
 
     /// A class that nobody knows is a slip of the pen.
     pub fn check(&self, context: &Context) -> anyhow::Result<()> {
+        account_size::check_base(context, self)?;
         let Some(Own::Value(class)) = &self.class else { return Ok(()) };
         let classes = &context.config.classes;
         if classes.contains_key(class) {
@@ -106,6 +114,8 @@ impl Wanted {
         new.linger_s = self.linger.as_ref().and_then(Own::value);
         new.max_linger_s = self.max_linger.as_ref().and_then(Own::value);
         new.policy = self.policy.as_ref().and_then(Own::value);
+        new.memory_bytes = self.memory.as_ref().and_then(Own::value);
+        new.vcpus = self.vcpus.as_ref().and_then(Own::value);
         new.cpu_weight = self.cpu_weight.as_ref().and_then(Own::value);
         new.cpu_percent = self.cpu_percent.as_ref().and_then(Own::value);
         new.io_rate = self.io_rate.as_ref().and_then(Own::value);
@@ -123,6 +133,8 @@ impl Wanted {
             linger_s: self.linger.as_ref().map(Own::value),
             max_linger_s: self.max_linger.as_ref().map(Own::value),
             policy: self.policy.as_ref().map(Own::value),
+            memory_bytes: self.memory.as_ref().map(Own::value),
+            vcpus: self.vcpus.as_ref().map(Own::value),
             cpu_weight: self.cpu_weight.as_ref().map(Own::value),
             cpu_percent: self.cpu_percent.as_ref().map(Own::value),
             io_rate: self.io_rate.as_ref().map(Own::value),
@@ -149,6 +161,9 @@ impl Wanted {
         let longest = ("max-linger", "max-linger");
         found.extend(differs(longest, &a.max_linger_s, &self.max_linger, span::show, own));
         found.extend(differs(("policy", "policy"), &a.policy, &self.policy, named, own));
+        found.extend(differs(("memory", "memory"), &a.memory_bytes, &self.memory, exact_size, own));
+        let vcpus = ("number of CPUs", "vcpus");
+        found.extend(differs(vcpus, &a.vcpus, &self.vcpus, |n| n.to_string(), own));
         let weight = ("CPU weight", "cpu-weight");
         found.extend(differs(weight, &a.cpu_weight, &self.cpu_weight, number, own));
         let cap = ("CPU cap", "cpu-percent");
@@ -259,6 +274,17 @@ pub fn streams(text: &str) -> Result<Own<u32>, String> {
 
 pub fn time_span(text: &str) -> Result<Own<u32>, String> {
     own(text, "default", span::parse)
+}
+
+pub fn memory(text: &str) -> Result<Own<u64>, String> {
+    let bytes = |text: &str| size::parse(text).map_err(drop);
+    own(text, "default", |text| fitting(text, bytes(text), limits::memory_fault, "or \"default\""))
+}
+
+pub fn vcpus(text: &str) -> Result<Own<u8>, String> {
+    own(text, "default", |text| {
+        fitting(text, text.parse().map_err(drop), limits::vcpus_fault, "or \"default\"")
+    })
 }
 
 pub fn cpu_weight(text: &str) -> Result<Own<u32>, String> {

@@ -2,7 +2,7 @@
 
 use super::account_limits::{Own, Wanted, expiry};
 use super::context::Context;
-use super::{account_disk, account_quota, account_show, admin, date, time};
+use super::{account_disk, account_quota, account_show, account_size, admin, date, time};
 use anyhow::bail;
 use hermitage::closing;
 use hermitage_storage::accounts::{AccountName, Accounts, Change, Changes};
@@ -12,13 +12,15 @@ pub const SET_HELP: &str = "\
 What is not given stays as it is. Sessions and streams count from the next session or connection on, linger and
 policy at once, and so do the shares of processors and i/o, in a machine that runs, which loses nothing. A disk can
 be enlarged, while its machine does not run; nothing on it is lost. It can't be made smaller. A quota counts at once;
-it can't be made less than what the account takes. Memory and the number of processors are those of the base that the
-machine was made from (hermitage base build --help).
+it can't be made less than what the account takes. More memory and CPUs come when the machine is started or resumed
+the next time, up to what its base has (hermitage base list); with less it starts from its disk the next time, and
+memory can't be made less than what the machine uses.
 
 Examples:
   hermitage account set alice --class student
   hermitage account set alice --quota 30GiB
   hermitage account set alice --disk 20GiB --sessions 8
+  hermitage account set alice --memory 2GiB --vcpus 2
   hermitage account set alice --cpu-percent 50 --io-rate 20MiB
   hermitage account set alice --sessions default --expires never";
 
@@ -74,6 +76,7 @@ pub fn set(context: &Context, set: &Set) -> anyhow::Result<()> {
     let account = accounts.named(&set.name)?;
     let mut changes = set.wanted.changes();
     account_quota::check(context, &account, &changes).map_err(anyhow::Error::msg)?;
+    let resized = account_size::check(context, &account, &changes)?;
     if let Some(bytes) = set.wanted.disk {
         account_disk::enlarge(context, &account, bytes)?;
         changes.disk_bytes = Some(bytes);
@@ -81,6 +84,9 @@ pub fn set(context: &Context, set: &Set) -> anyhow::Result<()> {
     let changed = accounts.change(account.id, &changes)?;
     if !changed.is_empty() {
         admin::account_changed(context, &set.name);
+    }
+    if let Some(when) = resized.filter(|_| !changed.is_empty()) {
+        context.out.note(when);
     }
     account_show::changed(context, &accounts, account.id, &changed)
 }

@@ -4,16 +4,17 @@ mod text;
 
 use super::context::Context;
 use super::output::{count, table};
-use super::{account_quota, account_usage};
+use super::{account_quota, account_size, account_usage};
 use super::{size, status, time};
 use anyhow::Context as _;
 use hermitage::admin::protocol::{AccountStatus, Status};
 use hermitage::cgroup::Usage;
-use hermitage::limits::Limits;
+use hermitage::limits::{Limits, Resources};
 use hermitage::quota::Quota;
 use hermitage_storage::accounts::{
     Account, Accounts, Closed, Intent, Policy, SessionRecord, StoredKey, UsedDay,
 };
+use hermitage_storage::base::{self, Size};
 use hermitage_storage::footprint::Footprint;
 use hermitage_storage::{checkpoint, disk};
 use serde_json::{Value, json};
@@ -50,6 +51,8 @@ struct View {
     quota: Quota,
     /// Of the last days.
     usage: Vec<UsedDay>,
+    /// What its next machine has; `None`: there is no base to tell.
+    size: Option<Size>,
 }
 
 impl View {
@@ -58,6 +61,7 @@ impl View {
         accounts: &Accounts,
         account: Account,
         service: Option<&Status>,
+        sizes: Option<base::Machine>,
     ) -> anyhow::Result<Self> {
         let place = match account.removed {
             None => context.state.disk(account.id),
@@ -72,7 +76,10 @@ impl View {
             .filter(|_| account.removed.is_none())
             .find(|status| status.account == account.name)
             .cloned();
+        let limits = Limits::of(&context.config, &account);
+        let Resources { memory, vcpus } = limits.resources;
         Ok(Self {
+            size: sizes.map(|sizes| sizes.fit(memory, vcpus)),
             keys: accounts.keys(account.id)?,
             sessions: accounts.sessions(account.id, SESSIONS_SHOWN)?,
             disk_allocated: disk::allocated(&place).ok(),
@@ -87,7 +94,7 @@ impl View {
                 .as_ref()
                 .and_then(|machine| Usage::of(Path::new(machine.cgroup.as_ref()?))),
             machine,
-            limits: Limits::of(&context.config, &account),
+            limits,
             invited: accounts.invited_until(account.id)?.filter(|until| *until > time::now()),
             class: match &account.class {
                 None => "none".into(),
@@ -176,6 +183,8 @@ impl View {
                 "max_streams": self.limits.max_streams,
                 "linger_seconds": account.linger_s,
                 "max_linger_seconds": account.max_linger_s,
+                "memory_bytes": self.size.map(|size| size.memory_bytes),
+                "vcpus": self.size.map(|size| size.vcpus),
                 "cpu_weight": self.limits.share.cpu_weight,
                 "cpu_percent": self.limits.share.cpu_percent,
                 "io_bytes_per_second": self.limits.share.io_rate,
@@ -189,6 +198,8 @@ impl View {
                 "linger_seconds": account.linger_s,
                 "max_linger_seconds": account.max_linger_s,
                 "policy": account.policy.map(Policy::as_str),
+                "memory_bytes": account.memory_bytes,
+                "vcpus": account.vcpus,
                 // 0: none, whatever its class says.
                 "cpu_weight": account.cpu_weight,
                 "cpu_percent": account.cpu_percent,
@@ -214,6 +225,9 @@ impl View {
                 "base": machine.base,
                 "sessions": machine.sessions,
                 "awake": machine.awake,
+                "memory_bytes": machine.size.map(|size| size.memory_bytes),
+                "vcpus": machine.size.map(|size| size.vcpus),
+                "unused": machine.unused,
                 // What the host counts of it and limits; null where it does neither.
                 "use": self.counted,
             })),
@@ -225,10 +239,11 @@ impl View {
 pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
     let accounts = context.accounts()?;
     let service = service(context);
+    let sizes = account_size::of_base(context);
     let views = accounts
         .list(removed)?
         .into_iter()
-        .map(|account| View::of(context, &accounts, account, service.as_ref()))
+        .map(|account| View::of(context, &accounts, account, service.as_ref(), sizes))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let object = json!({ "accounts": views.iter().map(View::json).collect::<Vec<_>>() });
     context.out.show(&object, || {
@@ -267,7 +282,8 @@ pub fn list(context: &Context, removed: bool) -> anyhow::Result<()> {
 pub fn show(context: &Context, name: &str) -> anyhow::Result<()> {
     let accounts = context.accounts()?;
     let account = accounts.named(name)?;
-    let view = View::of(context, &accounts, account, service(context).as_ref())?;
+    let sizes = account_size::of_base(context);
+    let view = View::of(context, &accounts, account, service(context).as_ref(), sizes)?;
     context.out.show(&view.json(), || view.text())
 }
 
@@ -278,7 +294,7 @@ pub fn added(
     account: &Account,
     new: bool,
 ) -> anyhow::Result<()> {
-    let view = View::of(context, accounts, account.clone(), None)?;
+    let view = View::of(context, accounts, account.clone(), None, account_size::of_base(context))?;
     let mut object = view.json();
     object["changed"] = json!(new);
     let is = if new { "is added" } else { "is there already" };
@@ -295,7 +311,7 @@ pub fn changed(
     changed: &[&str],
 ) -> anyhow::Result<()> {
     let account = accounts.by_id(account)?.context("the account was purged meanwhile")?;
-    let view = View::of(context, accounts, account, None)?;
+    let view = View::of(context, accounts, account, None, account_size::of_base(context))?;
     let mut object = view.json();
     object["changed"] = json!(!changed.is_empty());
     let name = &view.account.name;

@@ -5,7 +5,7 @@ use super::output::table;
 use super::{NotFound, admin, base_removal, size, snapshot, time, tool};
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use hermitage_storage::base::{self, Base, BaseId};
+use hermitage_storage::base::{self, Base, BaseId, MEMORY_BLOCK, Size};
 use hermitage_storage::image::{self, Image, ImageId};
 use hermitage_storage::publish;
 use nix::fcntl::{Flock, FlockArg};
@@ -20,9 +20,12 @@ pub enum Command {
     #[command(after_help = "\
 New machines are forked from the new base; running ones go on as they are. Files of accounts stay.
 
+A machine has --memory-mib and --vcpus unless its account or class is given more (account set --memory, --vcpus),
+which it can have up to --max-memory-mib and --max-vcpus. What is there to be given and is not takes nothing.
+
 Examples:
   hermitage base build
-  hermitage base build --memory-mib 1024 --vcpus 2")]
+  hermitage base build --memory-mib 1024 --vcpus 2 --max-memory-mib 16384 --max-vcpus 8")]
     Build(Build),
     /// List the bases
     List,
@@ -53,15 +56,55 @@ pub struct Build {
     /// Folder of the guest image [default: the latest in the state directory]
     #[arg(long, value_name = "DIR")]
     image: Option<PathBuf>,
-    /// Memory of each machine; what is not touched takes nothing
+    /// Memory of machines of which nothing else is said; what is not touched takes nothing
     #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(128..=1 << 20))]
     memory_mib: u64,
-    /// Virtual CPUs of each machine
+    /// Virtual CPUs of machines of which nothing else is said
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     vcpus: u8,
+    /// Memory that an account can be given at most [default: 4096, or --memory-mib if that is more]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(128..=62 << 10))]
+    max_memory_mib: Option<u64>,
+    /// Virtual CPUs that an account can be given at most [default: 4, or --vcpus if that is more]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    max_vcpus: Option<u8>,
     /// Write what the guest says while it boots to this file
     #[arg(long, value_name = "FILE")]
     serial_log: Option<PathBuf>,
+}
+
+/// What accounts can be given where the operator says nothing.
+const MAX_MEMORY_MIB: u64 = 4096;
+const MAX_VCPUS: u8 = 4;
+
+impl Build {
+    /// Of each of its machines, and at most.
+    fn sizes(&self) -> anyhow::Result<base::Machine> {
+        let size = |mib: u64, vcpus| Size { memory_bytes: mib << 20, vcpus };
+        let least = size(self.memory_mib, self.vcpus);
+        // Memory grows by whole blocks from where it ends.
+        let can_grow = least.memory_bytes.is_multiple_of(MEMORY_BLOCK);
+        let most = size(
+            self.max_memory_mib
+                .unwrap_or(if can_grow { MAX_MEMORY_MIB } else { 0 })
+                .max(self.memory_mib),
+            self.max_vcpus.unwrap_or(MAX_VCPUS).max(self.vcpus),
+        );
+        for (option, wanted, least) in [
+            ("memory-mib", self.max_memory_mib, self.memory_mib),
+            ("vcpus", self.max_vcpus.map(u64::from), self.vcpus.into()),
+        ] {
+            if let Some(wanted) = wanted.filter(|wanted| *wanted < least) {
+                bail!("--max-{option} {wanted} is less than --{option} {least}");
+            }
+        }
+        let grows = most.memory_bytes > least.memory_bytes;
+        if grows && !(can_grow && most.memory_bytes.is_multiple_of(MEMORY_BLOCK)) {
+            let block = MEMORY_BLOCK >> 20;
+            bail!("memory that can grow does so by {block} MiB: give both in multiples of that");
+        }
+        Ok(base::Machine::new(least, most))
+    }
 }
 
 impl Command {
@@ -85,6 +128,7 @@ pub fn run(context: &Context, command: Command) -> anyhow::Result<()> {
 }
 
 fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
+    let sizes = build.sizes()?;
     context.state.create().with_context(|| context.not_ours())?;
     let bases = context.state.bases_dir();
     let _lock = only_one(&bases)?;
@@ -107,6 +151,10 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
         build.memory_mib.to_string().into(),
         "--vcpus".into(),
         build.vcpus.to_string().into(),
+        "--max-memory-mib".into(),
+        (sizes.most().memory_bytes >> 20).to_string().into(),
+        "--max-vcpus".into(),
+        sizes.most().vcpus.to_string().into(),
     ];
     if let Some(file) = &build.serial_log {
         arguments.extend(["--serial-log".into(), file.into()]);
@@ -127,6 +175,8 @@ fn build(context: &Context, build: &Build) -> anyhow::Result<()> {
         "image": image.id.as_str(),
         "memory_mib": build.memory_mib,
         "vcpus": build.vcpus,
+        "max_memory_mib": sizes.most().memory_bytes >> 20,
+        "max_vcpus": sizes.most().vcpus,
         "current": true,
         "disks_made": provisioned,
     });
@@ -219,6 +269,8 @@ fn list(context: &Context) -> anyhow::Result<()> {
                 "guest_kernel": content.map(|c| &c.guest_kernel),
                 "memory_bytes": content.map(|c| c.machine.memory_bytes),
                 "vcpus": content.map(|c| c.machine.vcpus),
+                "max_memory_bytes": content.map(|c| c.machine.most().memory_bytes),
+                "max_vcpus": content.map(|c| c.machine.most().vcpus),
                 "restorable_on": content.map(|c| &c.restorable_on),
                 "error": listed.manifest.as_ref().err().map(ToString::to_string),
             })
@@ -234,7 +286,7 @@ fn list(context: &Context) -> anyhow::Result<()> {
                 Ok(manifest) => {
                     let machine = &manifest.content.machine;
                     let kernel = manifest.content.guest_kernel.clone();
-                    (size::show(machine.memory_bytes), machine.vcpus.to_string(), kernel)
+                    (memory_range(machine), vcpu_range(machine), kernel)
                 }
                 Err(_) => ("?".into(), "?".into(), "?".into()),
             };
@@ -260,6 +312,20 @@ fn list(context: &Context) -> anyhow::Result<()> {
         }
         table.trim_fmt()
     })
+}
+
+/// `512 MiB - 4 GiB`, of machines of a base.
+pub fn memory_range(sizes: &base::Machine) -> String {
+    let (least, most) = (sizes.least().memory_bytes, sizes.most().memory_bytes);
+    range(size::show(least), size::show(most))
+}
+
+pub fn vcpu_range(sizes: &base::Machine) -> String {
+    range(sizes.least().vcpus.to_string(), sizes.most().vcpus.to_string())
+}
+
+fn range(least: String, most: String) -> String {
+    if least == most { least } else { format!("{least} - {most}") }
 }
 
 fn use_base(context: &Context, id: &str) -> anyhow::Result<()> {

@@ -14,6 +14,7 @@ mod account_machine;
 mod account_quota;
 mod account_set;
 mod account_show;
+mod account_size;
 mod account_usage;
 mod admin;
 mod archive;

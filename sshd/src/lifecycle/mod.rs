@@ -150,6 +150,8 @@ impl Handle {
             return None;
         }
         let since = status.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let machine =
+            status.machine.as_ref().and_then(|machine| Some(machine.upgrade()?.0.clone()));
         Some(AccountStatus {
             account: account.to_string(),
             state: status.state.to_string(),
@@ -159,11 +161,12 @@ impl Handle {
             base: status.base,
             sessions: status.sessions,
             awake: status.awake,
-            cgroup: status
-                .machine
+            cgroup: machine
                 .as_ref()
-                .and_then(|machine| machine.upgrade()?.0.group_path())
+                .and_then(|machine| machine.group_path())
                 .map(|path| path.display().to_string()),
+            size: machine.as_ref().and_then(|machine| machine.size()),
+            unused: machine.as_ref().and_then(|machine| machine.unused()),
         })
     }
 }

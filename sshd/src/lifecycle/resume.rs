@@ -12,6 +12,7 @@ use std::{
 
 use hermitage_storage::{
     accounts::Account,
+    base::Size,
     saved::{self, Found},
 };
 
@@ -69,6 +70,11 @@ pub(super) async fn resume(
         // Ours stays open for a start from the disk, should that be necessary.
         disk: disk.try_clone().map_err(interrupted)?.into(),
         snapshot: file.into(),
+        had: Size {
+            memory_bytes: header.description.ram,
+            // No base has so many.
+            vcpus: header.description.vcpus.try_into().unwrap_or(u8::MAX),
+        },
         left,
         timeout: context.config.machines.start_timeout(),
         scarce: scarce(),

@@ -11,6 +11,7 @@ use hermitage_guest_proto::Attach;
 use hermitage_storage::{
     accounts::{Account, Closed},
     disk::{self, DiskError},
+    snapshot,
 };
 use tokio::{
     sync::watch,
@@ -130,7 +131,7 @@ pub(super) async fn start(
     }
     let account = account.ok_or(StartError::Closed(closing::words(Closed::Removed)))?;
     let machines = &context.config.machines;
-    let promise = promise(&context).await?;
+    let promise = promise(&context, &account).await?;
     quota.send_replace(Limits::of(&context.config, &account).quota);
     let shared = context.clone();
     let scarce = || {
@@ -234,9 +235,11 @@ async fn fork(
 
 /// What the host lets its machine take.
 pub(super) fn admission(context: &Context, account: &Account) -> Admission {
+    let limits = Limits::of(&context.config, account);
     Admission {
         account: account.id,
-        share: Limits::of(&context.config, account).share,
+        resources: limits.resources,
+        share: limits.share,
         required: context.config.machines.require_limits,
     }
 }
@@ -258,8 +261,9 @@ pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<File, S
 }
 
 /// Whether the host has room for one more machine, which counts from then on.
-async fn promise(context: &Arc<Context>) -> Result<Promise, StartError> {
-    let context = context.clone();
+async fn promise(context: &Arc<Context>, account: &Account) -> Result<Promise, StartError> {
+    let (context, id) = (context.clone(), account.id);
+    let wanted = Limits::of(&context.config, account).resources;
     let judged = tokio::task::spawn_blocking(move || {
         let (path, limits) = (context.state_dir.root(), &context.config.machines);
         let free = room::free(path)
@@ -268,7 +272,11 @@ async fn promise(context: &Arc<Context>) -> Result<Promise, StartError> {
         if free >> 20 < floor {
             return Err(StartError::NoRoom { path: path.into(), free: free >> 20, floor });
         }
-        Ok(context.promises.make(&context.state_dir, limits, free)?)
+        // One that was saved with more than its account may have now still has it.
+        let had = File::open(context.state_dir.snapshot(id)).ok();
+        let had = had.and_then(|file| snapshot::read_header(&file).ok());
+        let had = had.map_or(0, |header| header.description.ram);
+        Ok(context.promises.make(&context.state_dir, limits, wanted.memory, had, free)?)
     });
     judged.await.map_err(|error| StartError::Interrupted(error.to_string()))?
 }

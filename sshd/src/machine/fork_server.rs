@@ -17,9 +17,9 @@ use std::{
 };
 
 use command_fds::{CommandFdExt, FdMapping};
-use hermitage_storage::base::{self, Base};
+use hermitage_storage::base::{self, Base, Size};
 use hermitage_vmm_proto::{
-    ForkEvent, ForkRequest, MachineId, ProcessExit, SocketError, message_pair,
+    ForkEvent, ForkRequest, MachineId, ProcessExit, Shape, SocketError, message_pair,
 };
 use tokio::{process::Command, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -140,11 +140,13 @@ impl ForkServers {
         &self,
         server: Arc<ForkServer>,
         label: String,
+        size: Option<Size>,
         descriptors: [OwnedFd; 3],
         group: Option<&Group>,
     ) -> Result<Forked, ForkError> {
         let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
-        let request = ForkRequest::Fork { machine, label, cgroup: group.is_some() };
+        let shape = size.map(shape);
+        let request = ForkRequest::Fork { machine, label, shape, cgroup: group.is_some() };
         server.make(machine, request, descriptors.into(), group).await
     }
 
@@ -153,19 +155,25 @@ impl ForkServers {
         &self,
         server: Arc<ForkServer>,
         label: String,
+        size: Option<Size>,
         descriptors: [OwnedFd; 4],
         group: Option<&Group>,
     ) -> Result<Forked, ForkError> {
         let machine = self.next_machine.fetch_add(1, Ordering::Relaxed);
-        let request = ForkRequest::Resume { machine, label, cgroup: group.is_some() };
+        let shape = size.map(shape);
+        let request = ForkRequest::Resume { machine, label, shape, cgroup: group.is_some() };
         server.make(machine, request, descriptors.into(), group).await
     }
 }
 
+fn shape(Size { memory_bytes, vcpus }: Size) -> Shape {
+    Shape { memory_bytes, vcpus }
+}
+
 pub struct ForkServer {
     pub base: String,
-    /// Of its machines, if the base says.
-    pub shape: Option<base::Machine>,
+    /// What its machines can have, if the base says.
+    pub sizes: Option<base::Machine>,
     socket: MessageSocket,
     table: Mutex<Table>,
     gone: CancellationToken,
@@ -224,7 +232,7 @@ impl ForkServer {
         }
         let of_base = dir.to_owned();
         let manifest = tokio::task::spawn_blocking(move || Base::manifest(&of_base)).await;
-        let shape = match manifest {
+        let sizes = match manifest {
             Ok(Ok(manifest)) => Some(manifest.content.machine),
             other => {
                 let error = other.map(|manifest| manifest.err());
@@ -238,7 +246,7 @@ impl ForkServer {
         };
         let server = Arc::new(Self {
             base,
-            shape,
+            sizes,
             socket,
             table: Mutex::default(),
             gone: CancellationToken::new(),

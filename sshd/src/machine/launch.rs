@@ -11,6 +11,7 @@ use std::{
 };
 
 use hermitage_guest_proto::{Attach, HostMessage, encode};
+use hermitage_storage::base::Size;
 use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
 use tokio::{
     net::UnixStream,
@@ -22,6 +23,7 @@ use super::{
     AGENT_QUEUE, Machine,
     agent::{self, AgentError, Reader},
     fork_server::{ForkError, ForkServers, Forked},
+    given::Given,
     socket::MessageSocket,
 };
 use crate::{
@@ -101,17 +103,21 @@ pub async fn launch(
     let label = spec.attach.account.clone();
     let (control, control_far) = message_pair(false)?;
     let (agent, agent_far) = stream_pair(true)?;
+    let server = forks.server().await?;
+    let given = Given::of(server.sizes, spec.admission.resources, None);
     // Before the fork, so that it is there when the guest looks; it fits any socket buffer.
-    let frame = encode(&HostMessage::Attach(spec.attach))?;
+    let mut frames = encode(&HostMessage::Attach(spec.attach))?;
+    if let Some(take) = given.message() {
+        frames.extend(encode(&take)?);
+    }
     let mut agent = std::os::unix::net::UnixStream::from(agent);
-    agent.write_all(&frame)?;
+    agent.write_all(&frames)?;
     let agent = UnixStream::from_std(agent)?;
 
-    let server = forks.server().await?;
-    let group = cgroups.admit(&spec.admission, server.shape).await?;
+    let group = cgroups.admit(&spec.admission, given.size).await?;
     let descriptors = [control_far, agent_far, spec.disk];
-    let forked = forks.fork(server, label.clone(), descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, group };
+    let forked = forks.fork(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
+    let born = Born { label, forked, given, group };
     let machine = supervise(born, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
@@ -137,6 +143,8 @@ pub struct Sleeper {
     /// The account's disk, open for writing and locked.
     pub disk: OwnedFd,
     pub snapshot: OwnedFd,
+    /// What it had.
+    pub had: Size,
     /// The terminals that wait for their user, the one left last first.
     pub left: Vec<u8>,
     pub timeout: Duration,
@@ -179,12 +187,15 @@ pub async fn resume(
     let agent = std::os::unix::net::UnixStream::from(agent);
     agent.set_nonblocking(true)?;
     let agent = UnixStream::from_std(agent)?;
-    let Sleeper { label, base, disk, snapshot, left, timeout: limit, scarce, admission } = sleeper;
+    let Sleeper { label, base, disk, snapshot, had, left, timeout: limit, scarce, admission } =
+        sleeper;
     let server = forks.server_of(&base).await?;
-    let group = cgroups.admit(&admission, server.shape).await.map_err(LaunchError::from)?;
+    let given = Given::of(server.sizes, admission.resources, Some(had));
+    let group = cgroups.admit(&admission, given.size).await.map_err(LaunchError::from)?;
     let descriptors = [control_far, agent_far, disk, snapshot];
-    let forked = forks.resume(server, label.clone(), descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, group };
+    let forked =
+        forks.resume(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
+    let born = Born { label, forked, given, group };
     let machine = supervise_with(born, MessageSocket::new(control)?, agent, |machine| {
         machine.expect_sessions(left);
         machine.when_restored()
@@ -212,6 +223,9 @@ pub async fn resume(
         let _ = timeout(REAP_TIMEOUT, machine.gone()).await;
         return Err(error);
     }
+    if let Some(take) = given.message() {
+        machine.tell(take).await;
+    }
     // Its first message was another one.
     keep_told(&machine, scarce, None);
     Ok(machine)
@@ -221,6 +235,7 @@ pub async fn resume(
 struct Born {
     label: String,
     forked: Forked,
+    given: Given,
     group: Option<Group>,
 }
 
@@ -238,7 +253,7 @@ fn supervise(
 
 /// The same, with something to be done before the first event is looked at.
 fn supervise_with<T>(
-    Born { label, forked, group }: Born,
+    Born { label, forked, given, group }: Born,
     control: MessageSocket,
     agent: UnixStream,
     before: impl FnOnce(&Machine) -> T,
@@ -255,6 +270,8 @@ fn supervise_with<T>(
         terminal_left: Default::default(),
         server: forked.server,
         agent_spoke: AtomicBool::new(false),
+        given,
+        unused: Default::default(),
         attached: watch::channel(None).0,
         ended: watch::channel(None).0,
         gone: watch::channel(None).0,

@@ -12,6 +12,7 @@
 mod agent;
 mod fork_server;
 mod forwarder;
+mod given;
 mod launch;
 mod limited;
 mod open;
@@ -68,6 +69,9 @@ pub struct Machine {
     server: Arc<ForkServer>,
     /// A first sign of it, which comes before it has the account.
     agent_spoke: AtomicBool,
+    given: given::Given,
+    /// Why its guest does not use all of that.
+    unused: Mutex<Option<String>>,
     attached: watch::Sender<Option<Result<(), String>>>,
     ended: watch::Sender<Option<String>>,
     gone: watch::Sender<Option<String>>,
@@ -221,6 +225,7 @@ impl Machine {
             AgentMessage::FreezeFailed { reason } => self.frozen(Err(printable(&reason))),
             AgentMessage::Resumed { sessions } => self.resumed(&sessions),
             AgentMessage::Activity(activity) => self.looked(activity),
+            AgentMessage::Took { in_use, fault } => self.took(in_use, fault),
         }
     }
 }

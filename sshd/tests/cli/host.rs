@@ -2,7 +2,7 @@
 
 use hermitage_storage::StateDir;
 use hermitage_storage::accounts::Accounts;
-use hermitage_storage::base::{BaseId, BaseWriter, Description, HostKind};
+use hermitage_storage::base::{BaseId, BaseWriter, Description, HostKind, Machine};
 use hermitage_storage::saved;
 use hermitage_storage::snapshot::{Description as SnapshotDescription, PAGE, Writer};
 use serde_json::{Value, json};
@@ -147,13 +147,19 @@ impl Host {
 
     /// A base's folder at `target`, of this host, with `mark` in its memory.
     pub fn write_base(&self, target: &Path, mark: u8) -> BaseId {
-        let writer = BaseWriter::create(target, 1 << 20).unwrap();
+        let machine = Machine { memory_bytes: 1 << 20, vcpus: 1, most: None };
+        self.write_base_of(target, mark, machine)
+    }
+
+    /// The same, with machines of other sizes.
+    pub fn write_base_of(&self, target: &Path, mark: u8, machine: Machine) -> BaseId {
+        let writer = BaseWriter::create(target, machine.most().memory_bytes).unwrap();
         writer.memory().write_all_at(&[mark; 100], 4096).unwrap();
         let description = Description {
             image: IMAGE_ID.into(),
             agent_protocol: 1,
             guest_kernel: "6.12".into(),
-            vcpus: 1,
+            machine,
             restorable_on: HostKind::here(1, "digest".into()).unwrap(),
         };
         writer.finish(description, b"state", &self.image().join("root.erofs")).unwrap()

@@ -17,5 +17,6 @@ mod provisioning;
 mod quota;
 mod service;
 mod shapes;
+mod sizes;
 mod top;
 mod watching;

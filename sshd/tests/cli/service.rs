@@ -120,6 +120,8 @@ fn status_and_accounts_show_what_runs() {
                 sessions: 1,
                 awake: None,
                 cgroup: Some(group.clone()),
+                size: None,
+                unused: None,
             }],
             limits: Enforcement { path: Some("/sys/fs/cgroup/x/machines".into()), reason: None },
         })
@@ -167,6 +169,8 @@ fn status_and_accounts_show_what_keeps_a_machine_awake() {
                 sessions: 0,
                 awake: Some("make (pid 812), 97 % CPU".into()),
                 cgroup: None,
+                size: None,
+                unused: None,
             }],
             limits: Enforcement { path: None, reason: Some("no groups here".into()) },
         })

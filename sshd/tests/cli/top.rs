@@ -31,6 +31,8 @@ fn account(name: &str, pid: Option<i32>) -> AccountStatus {
         sessions: u32::from(pid.is_some()),
         awake: None,
         cgroup: None,
+        size: None,
+        unused: None,
     }
 }
 

@@ -86,6 +86,10 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) | HostMessage::DiskRoom { .. } => {}
+                HostMessage::Take(wanted) => {
+                    let fault = machine_is("greedy").then(|| "there is \x1b[31mno CPU 3".into());
+                    guest.say(&AgentMessage::Took { in_use: wanted, fault });
+                }
                 HostMessage::LookAtWork(_) if machine_is("mute") => {}
                 HostMessage::LookAtWork(look) => guest.look_at_work(look.question),
                 HostMessage::Freeze if machine_is("unfrozen") => {

@@ -43,8 +43,8 @@ pub fn run() -> ! {
             Err(error) => panic!("{error}"),
         };
         match packet.message {
-            ForkRequest::Fork { machine, ref label, cgroup }
-            | ForkRequest::Resume { machine, ref label, cgroup } => {
+            ForkRequest::Fork { machine, ref label, shape, cgroup }
+            | ForkRequest::Resume { machine, ref label, shape, cgroup } => {
                 let resumed = matches!(packet.message, ForkRequest::Resume { .. });
                 let mut descriptors = packet.descriptors;
                 // Who moves itself into a real group is written there by the kernel.
@@ -66,7 +66,7 @@ pub fn run() -> ! {
                 if let Some(procs) = procs {
                     writeln!(std::fs::File::from(procs), "{pid}").unwrap();
                 }
-                eprintln!("fake machine {machine} of {label}: {pid}");
+                eprintln!("fake machine {machine} of {label}: {pid}, {shape:?}");
                 pids.lock().unwrap().insert(machine, Pid::from_raw(pid));
                 send(&socket, &ForkEvent::Forked { machine, pid }, &[]).unwrap();
                 let (socket, pids) = (socket.clone(), pids.clone());

@@ -29,6 +29,7 @@ mod processes;
 mod quota;
 mod raw;
 mod service;
+mod sizes;
 mod sleep;
 mod streams;
 mod takeover;

@@ -48,6 +48,10 @@ pub struct Account {
     pub max_linger_s: Option<u32>,
     /// Bytes that its disk, saved memory and checkpoints may take on the host together; 0: without end.
     pub quota_bytes: Option<u64>,
+    /// Bytes that its machine is to have, where its base can give them.
+    pub memory_bytes: Option<u64>,
+    /// The same of virtual processors.
+    pub vcpus: Option<u8>,
     // What the host lets its machine take.
     pub cpu_weight: Option<u32>,
     /// Hundredths of one processor; 0: without end, here and below.
@@ -111,7 +115,7 @@ pub enum Change {
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
                        disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until, class, \
                        max_streams, expires, disabled_until, guest_name, quota_bytes, cpu_weight, \
-                       cpu_percent, io_rate, io_operations";
+                       cpu_percent, io_rate, io_operations, memory_bytes, vcpus";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -250,6 +254,7 @@ pub(super) fn insert(
         return Err(limit("sessions", 0));
     }
     let io_rate = io_rate(new.cpu_weight, new.io_rate)?;
+    let memory = memory(new.memory_bytes, new.vcpus)?;
     if alive(tx, new.name.as_str())?.is_some() {
         return Err(AccountsError::NameTaken(new.name.to_string()));
     }
@@ -257,9 +262,9 @@ pub(super) fn insert(
     tx.prepare_cached(
         "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
          max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled, disabled_until, \
-         guest_name, quota_bytes, cpu_weight, cpu_percent, io_rate, io_operations) \
+         guest_name, quota_bytes, cpu_weight, cpu_percent, io_rate, io_operations, memory_bytes, vcpus) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, \
-         ?21, ?22, ?23)",
+         ?21, ?22, ?23, ?24, ?25)",
     )?
     .execute(params![
         id.to_string(),
@@ -285,6 +290,8 @@ pub(super) fn insert(
         new.cpu_percent,
         io_rate,
         new.io_operations,
+        memory,
+        new.vcpus,
     ])?;
     for key in &new.keys {
         insert_key(tx, *id, key)?;
@@ -310,6 +317,16 @@ pub(super) fn io_rate(
     }
     let limit = |_| AccountsError::Limit { what: "i/o rate", value: rate.unwrap_or_default() };
     rate.map(i64::try_from).transpose().map_err(limit)
+}
+
+/// Memory as the database has it, if it and the processors are what it takes.
+pub(super) fn memory(bytes: Option<u64>, vcpus: Option<u8>) -> Result<Option<i64>, AccountsError> {
+    if vcpus == Some(0) {
+        return Err(AccountsError::Limit { what: "processors", value: 0 });
+    }
+    let limit = |value| AccountsError::Limit { what: "memory", value };
+    let fits = |bytes| i64::try_from(bytes).ok().filter(|n| *n > 0).ok_or(limit(bytes));
+    bytes.map(fits).transpose()
 }
 
 fn known(id: Uuid, changed: usize) -> Result<(), AccountsError> {
@@ -359,6 +376,8 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         cpu_percent: row.get(22)?,
         io_rate: row.get::<_, Option<i64>>(23)?.map(i64::unsigned_abs),
         io_operations: row.get(24)?,
+        memory_bytes: row.get::<_, Option<i64>>(25)?.map(i64::unsigned_abs),
+        vcpus: row.get(26)?,
     })
 }
 

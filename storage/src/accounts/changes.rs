@@ -22,6 +22,8 @@ pub struct Changes {
     pub policy: Option<Option<Policy>>,
     /// 0: without end.
     pub quota_bytes: Option<Option<u64>>,
+    pub memory_bytes: Option<Option<u64>>,
+    pub vcpus: Option<Option<u8>>,
     pub cpu_weight: Option<Option<u32>>,
     pub cpu_percent: Option<Option<u32>>,
     pub io_rate: Option<Option<u64>>,
@@ -132,6 +134,8 @@ fn apply(
     let quota = changes.quota_bytes.map(account::quota).transpose()?;
     let rate = account::io_rate(changes.cpu_weight.flatten(), changes.io_rate.flatten())?;
     let io_rate = changes.io_rate.map(|_| rate);
+    let memory = account::memory(changes.memory_bytes.flatten(), changes.vcpus.flatten())?;
+    let memory = changes.memory_bytes.map(|_| memory);
     let mut changed = Vec::new();
     let mut set = |column: &'static str, value: Option<&dyn ToSql>| -> Result<(), AccountsError> {
         let Some(value) = value else { return Ok(()) };
@@ -152,6 +156,8 @@ fn apply(
     set("max_linger_s", sql(&changes.max_linger_s))?;
     set("policy", sql(&changes.policy))?;
     set("quota_bytes", sql(&quota))?;
+    set("memory_bytes", sql(&memory))?;
+    set("vcpus", sql(&changes.vcpus))?;
     set("cpu_weight", sql(&changes.cpu_weight))?;
     set("cpu_percent", sql(&changes.cpu_percent))?;
     set("io_rate", sql(&io_rate))?;

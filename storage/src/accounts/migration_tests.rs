@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 7] = [
+const SCHEMAS: [&str; 8] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
@@ -13,6 +13,7 @@ const SCHEMAS: [&str; 7] = [
     include_str!("../../testdata/accounts-schema-5.sql"),
     include_str!("../../testdata/accounts-schema-6.sql"),
     include_str!("../../testdata/accounts-schema-7.sql"),
+    include_str!("../../testdata/accounts-schema-8.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -165,5 +166,25 @@ fn quotas_and_use_of_schema_7_stay_and_nobody_is_limited_anew() {
     for wrong in [Some(Some(0)), Some(Some(10_001))] {
         let changes = Changes { cpu_weight: wrong, ..Changes::default() };
         assert!(accounts.change(ALICE, &changes).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn shares_of_schema_8_stay_and_machines_have_what_their_base_says() {
+    let (_dir, mut accounts) = brought_forward(SCHEMAS[7]);
+    let bob = accounts.named("bob").unwrap();
+    assert_eq!((bob.cpu_weight, bob.cpu_percent), (Some(50), Some(25)));
+    assert_eq!((bob.io_rate, bob.io_operations), (Some(20 << 20), Some(300)));
+    assert_eq!((bob.memory_bytes, bob.vcpus), (None, None));
+    let changes =
+        Changes { memory_bytes: Some(Some(1 << 30)), vcpus: Some(Some(2)), ..Changes::default() };
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), ["memory_bytes", "vcpus"]);
+    assert_eq!(accounts.change(ALICE, &changes).unwrap(), [] as [&str; 0]);
+    let alice = accounts.named("alice").unwrap();
+    assert_eq!((alice.memory_bytes, alice.vcpus), (Some(1 << 30), Some(2)));
+    for (memory_bytes, vcpus) in [(Some(0), None), (Some(u64::MAX), None), (None, Some(0))] {
+        let changes =
+            Changes { memory_bytes: Some(memory_bytes), vcpus: Some(vcpus), ..Changes::default() };
+        assert!(accounts.change(ALICE, &changes).is_err(), "{memory_bytes:?} {vcpus:?}");
     }
 }

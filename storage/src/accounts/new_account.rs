@@ -18,6 +18,8 @@ pub struct NewAccount {
     pub max_linger_s: Option<u32>,
     /// 0: without end.
     pub quota_bytes: Option<u64>,
+    pub memory_bytes: Option<u64>,
+    pub vcpus: Option<u8>,
     pub cpu_weight: Option<u32>,
     pub cpu_percent: Option<u32>,
     pub io_rate: Option<u64>,
@@ -44,6 +46,8 @@ impl NewAccount {
             policy: None,
             max_linger_s: None,
             quota_bytes: None,
+            memory_bytes: None,
+            vcpus: None,
             cpu_weight: None,
             cpu_percent: None,
             io_rate: None,

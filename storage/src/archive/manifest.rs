@@ -58,6 +58,10 @@ pub struct Settings {
     pub quota_bytes: Option<u64>,
     // Since there are such limits; archives of before, and of accounts without, have no word of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_weight: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_percent: Option<u32>,
@@ -106,6 +110,8 @@ impl Settings {
             linger_s: account.linger_s,
             max_linger_s: account.max_linger_s,
             quota_bytes: account.quota_bytes,
+            memory_bytes: account.memory_bytes,
+            vcpus: account.vcpus,
             cpu_weight: account.cpu_weight,
             cpu_percent: account.cpu_percent,
             io_rate: account.io_rate,
@@ -229,6 +235,7 @@ impl Manifest {
         new.linger_s = settings.linger_s;
         new.max_linger_s = settings.max_linger_s;
         new.quota_bytes = settings.quota_bytes;
+        (new.memory_bytes, new.vcpus) = (settings.memory_bytes, settings.vcpus);
         new.cpu_weight = settings.cpu_weight;
         new.cpu_percent = settings.cpu_percent;
         new.io_rate = settings.io_rate;

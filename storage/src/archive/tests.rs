@@ -252,6 +252,8 @@ fn manifest() -> Manifest {
         quota_bytes: None,
         linger_s: None,
         max_linger_s: None,
+        memory_bytes: None,
+        vcpus: None,
         cpu_weight: None,
         cpu_percent: None,
         io_rate: None,

@@ -75,11 +75,61 @@ pub struct Content {
     pub files: Files,
 }
 
+/// What machines of the base have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
+    /// At least.
     pub memory_bytes: u64,
     pub vcpus: u8,
+    /// At most; `None`: no more than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<Size>,
+}
+
+/// What one machine has, or can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    pub memory_bytes: u64,
+    pub vcpus: u8,
+}
+
+/// Machines have their base's memory, or so many bytes more, or twice so many, …: what a guest's kernel takes into
+/// use and out of it at once (a memory block of Linux on x86-64 with less than 64 GiB).
+pub const MEMORY_BLOCK: u64 = 128 << 20;
+
+impl Machine {
+    pub fn new(least: Size, most: Size) -> Self {
+        let most = (most != least).then_some(most);
+        Self { memory_bytes: least.memory_bytes, vcpus: least.vcpus, most }
+    }
+
+    pub fn least(&self) -> Size {
+        Size { memory_bytes: self.memory_bytes, vcpus: self.vcpus }
+    }
+
+    pub fn most(&self) -> Size {
+        self.most.unwrap_or_else(|| self.least())
+    }
+
+    /// What a machine of this base has where `memory` and `vcpus` are wanted: no less than the base's least, no
+    /// more than its most, memory in whole blocks. `None`: the least.
+    pub fn fit(&self, memory: Option<u64>, vcpus: Option<u8>) -> Size {
+        let (least, most) = (self.least(), self.most());
+        let more = memory.unwrap_or(0).saturating_sub(least.memory_bytes);
+        let blocks = more.div_ceil(MEMORY_BLOCK).saturating_mul(MEMORY_BLOCK);
+        let memory = least.memory_bytes.saturating_add(blocks).min(most.memory_bytes);
+        Size {
+            memory_bytes: memory,
+            vcpus: vcpus.unwrap_or(0).clamp(least.vcpus, most.vcpus.max(least.vcpus)),
+        }
+    }
+
+    /// Whether a machine of this base can have exactly that.
+    pub fn allows(&self, size: Size) -> bool {
+        self.fit(Some(size.memory_bytes), Some(size.vcpus)) == size
+    }
 }
 
 /// What the machine's state was taken on, and so can be put back on.
@@ -225,7 +275,7 @@ impl Manifest {
             return Err(ManifestError::NotCanonical);
         }
         let (memory, file) =
-            (manifest.content.machine.memory_bytes, manifest.content.files.memory.length);
+            (manifest.content.machine.most().memory_bytes, manifest.content.files.memory.length);
         if memory != file {
             return Err(ManifestError::Memory { memory, file });
         }

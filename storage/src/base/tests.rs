@@ -23,7 +23,7 @@ fn description() -> Description {
         image: "0123456789abcdef".into(),
         agent_protocol: 1,
         guest_kernel: "6.12.1-cloud".into(),
-        vcpus: 2,
+        machine: Machine { memory_bytes: MEMORY_BYTES, vcpus: 2, most: None },
         restorable_on: host(),
     }
 }
@@ -64,7 +64,7 @@ fn a_base_is_read_as_written() {
     assert_eq!(*base.id(), id);
     assert_eq!(base.state, [3; 1000]);
     let content = &base.manifest.content;
-    assert_eq!(content.machine, Machine { memory_bytes: MEMORY_BYTES, vcpus: 2 });
+    assert_eq!(content.machine, description().machine);
     assert_eq!(content.restorable_on, host());
     let mut page = [0; 4096];
     base.memory.read_exact_at(&mut page, 8 << 20).unwrap();
@@ -288,4 +288,37 @@ fn half_a_base_can_be_removed() {
     fs::remove_file(state.base(&id).join(MEMORY)).unwrap();
     Removal::begin(&state, &id).unwrap().unwrap().finish().unwrap();
     assert!(!state.base(&id).exists());
+}
+
+#[test]
+fn a_machine_has_what_is_wanted_between_the_least_and_the_most() {
+    let size = |mib: u64, vcpus| Size { memory_bytes: mib << 20, vcpus };
+    let base = Machine::new(size(512, 1), size(2048, 4));
+    let fit = |mib: u64, vcpus| base.fit(Some(mib << 20), Some(vcpus));
+    assert_eq!(base.fit(None, None), size(512, 1));
+    assert_eq!(fit(1024, 2), size(1024, 2));
+    assert_eq!(fit(100, 0), size(512, 1));
+    assert_eq!(fit(1000, 2), size(1024, 2), "in whole blocks, none less than was asked for");
+    assert_eq!(fit(100_000, 200), size(2048, 4));
+    assert_eq!(base.fit(Some(u64::MAX), None), size(2048, 1));
+    assert!(base.allows(size(640, 3)) && base.allows(size(512, 1)));
+    for not in [size(600, 1), size(256, 1), size(4096, 1), size(512, 0), size(512, 5)] {
+        assert!(!base.allows(not), "{not:?}");
+    }
+    let fixed = Machine::new(size(500, 2), size(500, 2));
+    assert_eq!((fixed.most, fixed.fit(Some(u64::MAX), Some(9))), (None, size(500, 2)));
+}
+
+#[test]
+fn a_base_whose_machines_can_grow_says_to_what() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::write(&root, vec![5; 4096]).unwrap();
+    let writer = BaseWriter::create(&dir.path().join("base"), 4 * MEMORY_BLOCK).unwrap();
+    let least = Size { memory_bytes: MEMORY_BLOCK, vcpus: 1 };
+    let most = Size { memory_bytes: 4 * MEMORY_BLOCK, vcpus: 2 };
+    let description = Description { machine: Machine::new(least, most), ..description() };
+    writer.finish(description, &[], &root).unwrap();
+    let machine = Base::open(&dir.path().join("base")).unwrap().manifest.content.machine;
+    assert_eq!((machine.least(), machine.most()), (least, most));
 }

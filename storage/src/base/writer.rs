@@ -18,7 +18,8 @@ pub struct Description {
     /// As the agent's `Ready` said.
     pub agent_protocol: u16,
     pub guest_kernel: String,
-    pub vcpus: u8,
+    /// Its most memory is the memory file's length.
+    pub machine: Machine,
     pub restorable_on: HostKind,
 }
 
@@ -28,7 +29,6 @@ pub struct BaseWriter {
     dir: NewDir,
     target: PathBuf,
     memory: File,
-    memory_bytes: u64,
 }
 
 fn failed(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> BaseError {
@@ -43,7 +43,7 @@ impl BaseWriter {
         let path = dir.path().join(MEMORY);
         let memory = new_file(&path).map_err(failed(&path, "making the memory file"))?;
         memory.set_len(memory_bytes).map_err(failed(&path, "extending the memory file"))?;
-        Ok(Self { dir, target: target.to_owned(), memory, memory_bytes })
+        Ok(Self { dir, target: target.to_owned(), memory })
     }
 
     /// The guest's memory, for positioned writes (or for mapping it shared while the guest boots).
@@ -82,7 +82,7 @@ impl BaseWriter {
             image: description.image,
             agent_protocol: description.agent_protocol,
             guest_kernel: description.guest_kernel,
-            machine: Machine { memory_bytes: self.memory_bytes, vcpus: description.vcpus },
+            machine: description.machine,
             restorable_on: description.restorable_on,
             files,
         });

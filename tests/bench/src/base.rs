@@ -44,10 +44,13 @@ impl Base {
         let image = ImageId::parse(&content.image)
             .with_context(|| format!("base {id} names no image but {:?}", content.image))?;
         let image = Image::open(&dirs.image(&image))?;
-        let layout = Layout::new(content.machine.memory_bytes, content.files.root.length)?;
-        let state = BaseState::decode(&found.state)
+        let (least, most) = (content.machine.least(), content.machine.most());
+        let layout = Layout::new(least.memory_bytes, most.memory_bytes, content.files.root.length)?;
+        let mut state = BaseState::decode(&found.state)
             .with_context(|| format!("state.bin of base {id}"))?
             .machine;
+        // The others are not made for a machine that is given nothing more.
+        state.vcpus.truncate(least.vcpus.into());
         let scratch = tempfile::Builder::new()
             .prefix("bench-")
             .tempdir_in(disks)

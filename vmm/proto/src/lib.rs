@@ -20,7 +20,7 @@ pub use socket::{Packet, SocketError, message_pair, receive, send, stream_pair};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; `serve` and `hermitage-vmm` must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
@@ -34,6 +34,14 @@ pub const GO_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 /// Chosen by `serve`, never reused by it.
 pub type MachineId = u64;
 
+/// What a machine is to have, between its base's least and its most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Of RAM: what the base's machines boot with, or whole memory blocks more.
+    pub memory_bytes: u64,
+    pub vcpus: u8,
+}
+
 /// `serve` to fork server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ForkRequest {
@@ -41,15 +49,16 @@ pub enum ForkRequest {
     /// the agent's control connection; what was written to it before the fork is delivered), the
     /// account disk, open for reading and writing and locked; with `cgroup`, last, the `cgroup.procs` of
     /// the control group that the machine's process is to be in, open for writing.
-    Fork { machine: MachineId, label: String, cgroup: bool },
+    /// Without a shape the machine has the base's least.
+    Fork { machine: MachineId, label: String, shape: Option<Shape>, cgroup: bool },
     /// End a machine without ceremony (SIGKILL).
     Kill { machine: MachineId },
     /// Make a machine of this base and a snapshot of it. Descriptors, in this order: as with `Fork`,
     /// then the snapshot, open for reading, then, with `cgroup`, that of `Fork`. Answered as `Fork` is. The machine checks the whole
     /// snapshot, says [`MachineEvent::Restored`] and waits for [`MachineRequest::Go`] before its first
     /// instruction and before anything is written to the disk. A snapshot that can't be used ends it
-    /// with [`End::SnapshotRefused`].
-    Resume { machine: MachineId, label: String, cgroup: bool },
+    /// with [`End::SnapshotRefused`]. It gets what the snapshot's machine had, and what `shape` has beyond that.
+    Resume { machine: MachineId, label: String, shape: Option<Shape>, cgroup: bool },
 }
 
 /// Fork server to `serve`.

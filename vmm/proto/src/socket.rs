@@ -126,13 +126,18 @@ fn pair(kind: SocketType, nonblocking: bool) -> std::io::Result<(OwnedFd, OwnedF
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ForkRequest, MachineRequest};
+    use crate::{ForkRequest, MachineRequest, Shape};
+
+    fn fork(label: String) -> ForkRequest {
+        let shape = Shape { memory_bytes: 512 << 20, vcpus: 1 };
+        ForkRequest::Fork { machine: 4, label, shape: Some(shape), cgroup: false }
+    }
 
     #[test]
     fn a_message_brings_its_descriptors() {
         let (a, b) = message_pair(false).unwrap();
         let (c, _d) = stream_pair(true).unwrap();
-        let sent = ForkRequest::Fork { machine: 4, label: "alice".into(), cgroup: false };
+        let sent = fork("alice".into());
         send(&a, &sent, &[c.as_fd(), c.as_fd()]).unwrap();
         let got = receive::<ForkRequest>(&b).unwrap();
         assert_eq!(got.message, sent);
@@ -152,7 +157,7 @@ mod tests {
     fn an_oversized_message_is_refused_at_the_sender() {
         let (a, _b) = message_pair(true).unwrap();
         let label = "x".repeat(MAX_MESSAGE + 1);
-        let result = send(&a, &ForkRequest::Fork { machine: 1, label, cgroup: false }, &[]);
+        let result = send(&a, &fork(label), &[]);
         assert!(matches!(result, Err(SocketError::TooLong(_))));
     }
 }

@@ -1,12 +1,19 @@
 //! ACPI tables (ACPI 6.5): CPUs and I/O APIC (MADT, §5.2.12), a hardware-reduced platform with sleep
 //! and reset registers (FADT, §5.2.9), and the devices (DSDT).
 //!
+//! CPUs beyond those that a machine boots with are in the MADT as the others are: the kernel is told how many to
+//! start (`maxcpus=`). Memory beyond what it boots with is not in the memory map but in memory devices (§9.11,
+//! `PNP0C80`), which the kernel adds and leaves out of use (`memhp_default_state=offline`).
+//!
 //! Debian's kernel takes virtio-mmio devices from nowhere else: a device object with the id
 //! `LNRO0005`, its window and its interrupt.
 
 use acpi_tables::{
     Aml,
-    aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate},
+    aml::{
+        AddressSpace as Space, AddressSpaceCacheable, Device, EISAName, IO, Interrupt,
+        Memory32Fixed, Name, Package, Path, ResourceTemplate,
+    },
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace, GAS},
     madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
@@ -20,7 +27,10 @@ use crate::{
     devices::bus::{
         RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VIRTIO_DEVICES,
     },
-    memory::{GuestMemory, layout},
+    memory::{
+        GuestMemory,
+        layout::{self, Layout, Range},
+    },
 };
 
 const OEM_ID: [u8; 6] = *b"HERMIT";
@@ -30,7 +40,7 @@ const OEM_TABLE_ID: [u8; 8] = *b"HERMITVM";
 pub const S5: u8 = 5;
 
 /// Writes the tables at [`layout::ACPI_START`] and returns the address of the root pointer.
-pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<u64, String> {
+pub fn write(memory: &GuestMemory, layout: &Layout, vcpus: u32) -> Result<u64, String> {
     let mut at = layout::ACPI_START + 64;
     let mut put = |table: &dyn Aml| -> Result<u64, String> {
         let mut bytes = Vec::new();
@@ -43,7 +53,7 @@ pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<u64, String> {
         memory.write_slice(&bytes, GuestAddress(address)).map_err(|e| e.to_string())?;
         Ok(address)
     };
-    let dsdt = put(&dsdt())?;
+    let dsdt = put(&dsdt(layout.growth()))?;
     let fadt = put(&fadt(dsdt).finalize())?;
     let madt = put(&madt(vcpus))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, 1);
@@ -85,7 +95,7 @@ fn madt(vcpus: u32) -> MADT {
     madt
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(growth: impl Iterator<Item = Range>) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, 1);
     Name::new("_S5_".into(), &Package::new(vec![&S5])).to_aml_bytes(&mut dsdt);
     Device::new(
@@ -124,6 +134,22 @@ fn dsdt() -> Sdt {
         )
         .to_aml_bytes(&mut dsdt);
     }
+    for (n, range) in growth.enumerate() {
+        let last = range.address + range.length - 1;
+        let space =
+            Space::new_memory(AddressSpaceCacheable::Cacheable, true, range.address, last, None);
+        Device::new(
+            Path::new(&format!("_SB_.MEM{n}")),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0C80")),
+                &Name::new("_UID".into(), &(n as u32)),
+                // Present, enabled, shown, functioning: Linux does without many a `_STA`, not without this.
+                &Name::new("_STA".into(), &0xfu32),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&space])),
+            ],
+        )
+        .to_aml_bytes(&mut dsdt);
+    }
     dsdt.update_checksum();
     dsdt
 }
@@ -135,12 +161,13 @@ mod tests {
     #[test]
     fn tables_add_up_to_zero() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let root = write(&memory, 2).unwrap();
+        let layout = Layout::new(512 << 20, 62 << 30, layout::ROOT_ALIGNMENT).unwrap();
+        let root = write(&memory, &layout, 32).unwrap();
         let mut bytes = [0u8; 36];
         memory.read_slice(&mut bytes, GuestAddress(root)).unwrap();
         assert_eq!(&bytes[..8], b"RSD PTR ");
         assert_eq!(bytes.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
-        for table in [&dsdt() as &dyn Aml, &madt(3), &fadt(0).finalize()] {
+        for table in [&dsdt(layout.growth()) as &dyn Aml, &madt(3), &fadt(0).finalize()] {
             let mut bytes = Vec::new();
             table.to_aml_bytes(&mut bytes);
             assert_eq!(bytes.len(), u32::from_le_bytes(bytes[4..8].try_into().unwrap()) as usize);

@@ -100,7 +100,7 @@ pub fn load(
     params.hdr.cmdline_size = cmdline.len() as u32 + 1;
     params.hdr.ramdisk_image = initrd_address as u32;
     params.hdr.ramdisk_size = initrd_bytes as u32;
-    params.acpi_rsdp_addr = acpi::write(memory, vcpus).map_err(BootError::Write)?;
+    params.acpi_rsdp_addr = acpi::write(memory, layout, vcpus).map_err(BootError::Write)?;
     let map = e820(layout);
     params.e820_entries = map.len() as u8;
     let mut table = params.e820_table;
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn the_memory_map_has_ram_around_the_hole_and_the_root_image() {
-        let layout = Layout::new(4 << 30, 64 << 20).unwrap();
+        let layout = Layout::new(4 << 30, 4 << 30, 64 << 20).unwrap();
         let map: Vec<_> = e820(&layout).iter().map(|e| (e.addr, e.size, e.r#type)).collect();
         assert_eq!(
             map,
@@ -148,5 +148,12 @@ mod tests {
                 (5 << 30, 64 << 20, 12),
             ]
         );
+    }
+
+    #[test]
+    fn what_ram_can_grow_by_is_not_in_the_memory_map() {
+        let layout = Layout::new(512 << 20, 4 << 30, 64 << 20).unwrap();
+        let map: Vec<_> = e820(&layout).iter().map(|e| (e.addr, e.size, e.r#type)).collect();
+        assert_eq!(map[2..], [(0x10_0000, (511 << 20), 1), (5 << 30, 64 << 20, 12)]);
     }
 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use hermitage_storage::{
+    base::Size,
     faults::{self, Point},
     snapshot::Run,
 };
@@ -27,6 +28,8 @@ pub struct Parts {
     pub agent: OwnedFd,
     pub disk: OwnedFd,
     pub snapshot: OwnedFd,
+    /// What it is to have, if that is more than it had.
+    pub size: Size,
 }
 
 /// Makes the machine and starts it. Also returns which pages are the snapshot's. `stages` are from then on
@@ -40,18 +43,18 @@ pub fn make(
     fn refused(error: impl Display) -> End {
         End::SnapshotRefused(error.to_string())
     }
-    let resume = snapshot::load(
-        File::from(parts.snapshot),
-        &template.id,
-        template.state.machine.vcpus.len(),
-        &template.memory,
-        stages,
-    )
-    .map_err(refused)?;
+    let from = snapshot::From {
+        base: &template.id,
+        sizes: template.sizes,
+        vcpus: &template.state.machine.vcpus,
+        memory: &template.memory,
+    };
+    let resume =
+        snapshot::load(File::from(parts.snapshot), &from, parts.size, stages).map_err(refused)?;
     let held = Machine::hold(
         &template.kvm,
-        template.memory.clone(),
-        &resume.state,
+        resume.memory,
+        (&resume.state, resume.state.vcpus.len()),
         File::from(parts.disk),
         &mut |stage| stages.done(stage),
     )

@@ -25,6 +25,24 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
 }
 
+impl Clone for VcpuState {
+    fn clone(&self) -> Self {
+        Self {
+            cpuid: self.cpuid.clone(),
+            mp_state: self.mp_state,
+            regs: self.regs,
+            sregs: self.sregs,
+            // Its flexible end is empty: see `restore_vcpu`.
+            xsave: kvm_xsave { region: self.xsave.region, ..Default::default() },
+            xcrs: self.xcrs,
+            debug_regs: self.debug_regs,
+            lapic: self.lapic,
+            msrs: self.msrs.clone(),
+            events: self.events,
+        }
+    }
+}
+
 /// Takes a paused vCPU's state. Its pending input or output must have been completed (KVM API 5,
 /// `immediate_exit`).
 ///

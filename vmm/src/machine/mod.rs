@@ -135,6 +135,7 @@ impl EndCell {
 /// What a machine boots.
 pub struct BootConfig<'a> {
     pub layout: &'a Layout,
+    /// The most that its forks can have; how many of them the kernel starts is in `cmdline`.
     pub vcpus: u32,
     pub kernel: &'a mut File,
     pub initrd: &'a mut File,
@@ -171,28 +172,28 @@ impl Machine {
         Self::start(memory, devices, poller, end, fds, vm)
     }
 
-    /// Makes a machine of a base's memory and state and somebody's disk and agent stream. `stage` is
-    /// called after each step with its name.
+    /// Makes a machine of a base's memory and state and somebody's disk and agent stream, with the first
+    /// `vcpus` of the state's. `stage` is called after each step with its name.
     pub fn restore(
         kvm: &Kvm,
         memory: GuestMemory,
-        state: &MachineState,
+        (state, vcpus): (&MachineState, usize),
         disk: File,
         agent: OwnedFd,
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<Self, MachineError> {
-        Self::hold(kvm, memory, state, disk, stage)?.run(agent)
+        Self::hold(kvm, memory, (state, vcpus), disk, stage)?.run(agent)
     }
 
     /// The same without running it: nothing has reached guest or disk.
     pub fn hold(
         kvm: &Kvm,
         memory: GuestMemory,
-        state: &MachineState,
+        (state, vcpus): (&MachineState, usize),
         disk: File,
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<Held, MachineError> {
-        let (vm, fds) = Self::restore_kvm(kvm, &memory, state, stage)?;
+        let (vm, fds) = Self::restore_kvm(kvm, &memory, (state, vcpus), stage)?;
         let poller = Arc::new(Poller::new().map_err(MachineError::Poller)?);
         let end = EndCell::new(poller.clone());
         let devices = Arc::new(Devices::restore(RestoreDevices {
@@ -213,13 +214,13 @@ impl Machine {
         memory: &GuestMemory,
         state: &MachineState,
     ) -> Result<(), MachineError> {
-        Self::restore_kvm(kvm, memory, state, &mut |_| ()).map(drop)
+        Self::restore_kvm(kvm, memory, (state, state.vcpus.len()), &mut |_| ()).map(drop)
     }
 
     fn restore_kvm(
         kvm: &Kvm,
         memory: &GuestMemory,
-        state: &MachineState,
+        (state, vcpus): (&MachineState, usize),
         stage: &mut dyn FnMut(&'static str),
     ) -> Result<(Arc<VmFd>, Vec<VcpuFd>), MachineError> {
         let vm = Arc::new(kvm::create_bare_vm(kvm)?);
@@ -227,7 +228,7 @@ impl Machine {
         kvm::map_memory(&vm, memory)?;
         stage("map memory");
         let mut fds = Vec::new();
-        for id in 0..state.vcpus.len() as u32 {
+        for id in 0..state.vcpus.len().min(vcpus) as u32 {
             fds.push(create_vcpu(&vm, id)?);
         }
         stage("create vCPUs");

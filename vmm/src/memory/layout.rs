@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! 0                         RAM (its first MiB: boot structures and ACPI tables)
+//! where that ends           RAM that machines may have more, up to the most of any (memory devices)
 //! 3 GiB (or less)           end of low RAM
 //! 0xd000_0000               virtio-mmio windows, one page each
 //! 0xfec0_0000, 0xfee0_0000  I/O APIC, local APIC
@@ -52,54 +53,96 @@ pub struct Range {
     pub file_offset: u64,
 }
 
+pub use hermitage_storage::base::MEMORY_BLOCK;
+
+/// Most RAM that a machine whose RAM can grow has; with more, Linux's blocks may be larger.
+const MAX_GROWN: u64 = 62 << 30;
+
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
     #[error("RAM of {0} bytes: must be a multiple of 1 MiB, from 16 MiB to 512 GiB")]
     Ram(u64),
+    #[error(
+        "RAM of {ram} bytes that can grow to {most}: both must be multiples of 128 MiB, the second not \
+         less than the first and at most 62 GiB"
+    )]
+    Growth { ram: u64, most: u64 },
     #[error("root image of {0} bytes: must be a positive multiple of 2 MiB, up to 256 GiB")]
     Root(u64),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    low: Range,
-    high: Option<Range>,
+    ram_bytes: u64,
+    max_ram_bytes: u64,
     /// The root image.
     pub root: Range,
 }
 
 impl Layout {
-    pub fn new(ram_bytes: u64, root_bytes: u64) -> Result<Self, LayoutError> {
+    /// `ram_bytes` is what a machine boots with, `max_ram_bytes` what it can have at most.
+    pub fn new(ram_bytes: u64, max_ram_bytes: u64, root_bytes: u64) -> Result<Self, LayoutError> {
         if !ram_bytes.is_multiple_of(1 << 20) || !(16 << 20..=512 << 30).contains(&ram_bytes) {
             return Err(LayoutError::Ram(ram_bytes));
+        }
+        let in_blocks = |bytes: u64| bytes.is_multiple_of(MEMORY_BLOCK);
+        let grows = in_blocks(ram_bytes)
+            && in_blocks(max_ram_bytes)
+            && (ram_bytes..=MAX_GROWN).contains(&max_ram_bytes);
+        if max_ram_bytes != ram_bytes && !grows {
+            return Err(LayoutError::Growth { ram: ram_bytes, most: max_ram_bytes });
         }
         if !root_bytes.is_multiple_of(ROOT_ALIGNMENT) || !(1..=256 << 30).contains(&root_bytes) {
             return Err(LayoutError::Root(root_bytes));
         }
-        let low = Range { address: 0, length: ram_bytes.min(LOW_RAM_END), file_offset: 0 };
-        let high = (ram_bytes > LOW_RAM_END).then(|| Range {
-            address: HIGH_RAM_START,
-            length: ram_bytes - LOW_RAM_END,
-            file_offset: LOW_RAM_END,
-        });
-        let end = high.map_or(HIGH_RAM_START, |r| r.address + r.length);
-        let root =
-            Range { address: end.next_multiple_of(1 << 30), length: root_bytes, file_offset: 0 };
-        Ok(Self { low, high, root })
+        let end = ranges(0, max_ram_bytes).last().map_or(0, |r| r.address + r.length);
+        let address = end.max(HIGH_RAM_START).next_multiple_of(1 << 30);
+        let root = Range { address, length: root_bytes, file_offset: 0 };
+        Ok(Self { ram_bytes, max_ram_bytes, root })
     }
 
-    pub fn ram(&self) -> impl Iterator<Item = Range> + '_ {
-        std::iter::once(self.low).chain(self.high)
+    /// What every machine has and boots with.
+    pub fn ram(&self) -> impl Iterator<Item = Range> + use<> {
+        ranges(0, self.ram_bytes)
+    }
+
+    /// What machines may have beyond it.
+    pub fn growth(&self) -> impl Iterator<Item = Range> + use<> {
+        ranges(self.ram_bytes, self.max_ram_bytes)
+    }
+
+    /// Both.
+    pub fn all_ram(&self) -> impl Iterator<Item = Range> + use<> {
+        ranges(0, self.max_ram_bytes)
     }
 
     pub fn ram_bytes(&self) -> u64 {
-        self.ram().map(|r| r.length).sum()
+        self.ram_bytes
     }
 
-    /// End of RAM below 4 GiB.
-    pub fn low_ram_end(&self) -> u64 {
-        self.low.length
+    pub fn max_ram_bytes(&self) -> u64 {
+        self.max_ram_bytes
     }
+
+    /// End of the RAM below 4 GiB that is there from the start.
+    pub fn low_ram_end(&self) -> u64 {
+        self.ram_bytes.min(LOW_RAM_END)
+    }
+}
+
+/// Where the bytes `from` to `to` of RAM, as they lie in the memory file, are in the guest.
+fn ranges(from: u64, to: u64) -> impl Iterator<Item = Range> {
+    let part = move |start: u64, end: u64, address: u64| {
+        let (first, last) = (from.max(start), to.min(end));
+        (first < last).then(|| Range {
+            address: address + (first - start),
+            length: last - first,
+            file_offset: first,
+        })
+    };
+    let low = part(0, LOW_RAM_END, 0);
+    let high = part(LOW_RAM_END, u64::MAX, HIGH_RAM_START);
+    low.into_iter().chain(high)
 }
 
 #[cfg(test)]
@@ -108,7 +151,8 @@ mod tests {
 
     #[test]
     fn ram_leaves_the_hole_below_4_gib_free() {
-        let layout = Layout::new(5 << 30, ROOT_ALIGNMENT).unwrap();
+        let layout = Layout::new(5 << 30, 5 << 30, ROOT_ALIGNMENT).unwrap();
+        assert_eq!(layout.growth().count(), 0);
         let ram: Vec<_> = layout.ram().collect();
         assert_eq!(ram[0].length, LOW_RAM_END);
         assert_eq!((ram[1].address, ram[1].length), (HIGH_RAM_START, 2 << 30));
@@ -118,7 +162,31 @@ mod tests {
 
     #[test]
     fn odd_sizes_are_refused() {
-        assert_eq!(Layout::new(1000, ROOT_ALIGNMENT), Err(LayoutError::Ram(1000)));
-        assert_eq!(Layout::new(512 << 20, 4096), Err(LayoutError::Root(4096)));
+        let new = |ram, root| Layout::new(ram, ram, root);
+        assert_eq!(new(1000, ROOT_ALIGNMENT), Err(LayoutError::Ram(1000)));
+        assert_eq!(new(512 << 20, 4096), Err(LayoutError::Root(4096)));
+        for (ram, most) in [(512 << 20, 256 << 20), (100 << 20, 1 << 30), (512 << 20, 64 << 30)] {
+            let refused = Layout::new(ram, most, ROOT_ALIGNMENT);
+            assert_eq!(refused, Err(LayoutError::Growth { ram, most }));
+        }
+    }
+
+    #[test]
+    fn what_may_come_goes_on_where_ram_ends_in_the_guest_and_in_the_file() {
+        let layout = Layout::new(512 << 20, 4 << 30, ROOT_ALIGNMENT).unwrap();
+        let low = Range { address: 0, length: 512 << 20, file_offset: 0 };
+        assert_eq!(layout.ram().collect::<Vec<_>>(), [low]);
+        let growth: Vec<_> = layout.growth().collect();
+        let low = (3 << 30) - (512 << 20);
+        assert_eq!(
+            growth,
+            [
+                Range { address: 512 << 20, length: low, file_offset: 512 << 20 },
+                Range { address: HIGH_RAM_START, length: 1 << 30, file_offset: 3 << 30 },
+            ]
+        );
+        assert_eq!(layout.root.address, 5 << 30);
+        assert_eq!(layout.low_ram_end(), 512 << 20);
+        assert_eq!(layout.all_ram().map(|r| r.length).sum::<u64>(), 4 << 30);
     }
 }

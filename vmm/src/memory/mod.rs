@@ -36,8 +36,9 @@ pub enum MemoryError {
 
 /// What lies behind RAM.
 pub enum Backing<'a> {
-    /// Fresh zero pages (a machine that boots).
-    Anonymous,
+    /// Fresh zero pages (a machine that boots), and the base's memory file that is being made behind what
+    /// RAM can grow by: the guest hardly touches that, and reading gigabytes of zeroes to find out takes long.
+    New(&'a File),
     /// A base's memory file, one byte per byte of RAM, mapped copy-on-write (a fork).
     Base(&'a File),
 }
@@ -47,16 +48,54 @@ pub enum Backing<'a> {
 /// The root image is mapped writable but private: the guest's own writes are stopped by its read-only
 /// KVM slot, and a device told by a hostile guest to write there changes this process's copy only.
 pub fn map(layout: &Layout, ram: Backing<'_>, root: &File) -> Result<GuestMemory, MemoryError> {
-    let mut regions = Vec::with_capacity(3);
-    for range in layout.ram() {
-        let part = match ram {
-            Backing::Anonymous => None,
-            Backing::Base(file) => Some(part_of(file, range.file_offset, range.length)?),
-        };
-        regions.push(region("RAM", part, range.address, range.length)?);
+    let mut regions = Vec::with_capacity(4);
+    match ram {
+        Backing::New(file) => {
+            for range in layout.ram() {
+                regions.push(region("RAM", None, range.address, range.length)?);
+            }
+            for range in layout.growth() {
+                let part = part_of(file, range.file_offset, range.length)?;
+                let flags = libc::MAP_SHARED;
+                regions.push(mapped("RAM", Some(part), flags, range.address, range.length)?);
+            }
+        }
+        Backing::Base(file) => {
+            for range in layout.all_ram() {
+                let part = part_of(file, range.file_offset, range.length)?;
+                regions.push(region("RAM", Some(part), range.address, range.length)?);
+            }
+        }
     }
     let part = Some(part_of(root, 0, layout.root.length)?);
     regions.push(region("the root image", part, layout.root.address, layout.root.length)?);
+    GuestMemory::from_arc_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))
+}
+
+/// The same mappings with only the first `ram_bytes` of RAM, for a machine that has less than the most.
+pub fn limited(memory: &GuestMemory, ram_bytes: u64) -> Result<GuestMemory, MemoryError> {
+    let mut left = ram_bytes;
+    let mut regions = Vec::with_capacity(3);
+    let root = memory.num_regions().saturating_sub(1);
+    for (n, region) in memory.iter().enumerate() {
+        let length = if n == root { region.len() } else { region.len().min(left) };
+        if length == 0 {
+            continue;
+        }
+        if n != root {
+            left -= length;
+        }
+        let mapping = Mapping {
+            host: region.as_ptr(),
+            length,
+            part: region.file_offset().cloned(),
+            flags: region.flags(),
+        };
+        regions.push(mapping.at("RAM", region.start_addr().0)?);
+    }
+    if left > 0 {
+        return Err(MemoryError::Regions(format!("there are {left} bytes of RAM too few")));
+    }
     GuestMemory::from_arc_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))
 }
 
@@ -71,16 +110,25 @@ fn part_of(file: &File, offset: u64, length: u64) -> Result<FileOffset, MemoryEr
     Ok(FileOffset::new(file.try_clone().map_err(failed)?, offset))
 }
 
-/// A private mapping of part of a file, or of nothing, which stays until the process ends: a machine's
-/// memory lives as long as its process.
+/// A private mapping of part of a file, or of nothing.
 fn region(
     what: &'static str,
     part: Option<FileOffset>,
     address: u64,
     bytes: u64,
 ) -> Result<Arc<GuestRegionMmap<()>>, MemoryError> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    mapped(what, part, libc::MAP_PRIVATE, address, bytes)
+}
+
+/// A mapping which stays until the process ends: a machine's memory lives as long as its process.
+fn mapped(
+    what: &'static str,
+    part: Option<FileOffset>,
+    flags: libc::c_int,
+    address: u64,
+    bytes: u64,
+) -> Result<Arc<GuestRegionMmap<()>>, MemoryError> {
+    let flags = flags | libc::MAP_NORESERVE;
     let (flags, fd, offset) = match &part {
         Some(part) => (flags, part.file().as_raw_fd(), part.start() as i64),
         None => (flags | libc::MAP_ANONYMOUS, -1, 0),
@@ -90,26 +138,44 @@ fn region(
     let host = reserve(length).ok_or_else(failed)?;
     // SAFETY: replaces the range that was reserved just now, which nobody else knows of.
     let mapped =
-        unsafe { libc::mmap(host, length, protection, flags | libc::MAP_FIXED, fd, offset) };
+        unsafe { libc::mmap(host, length, PROTECTION, flags | libc::MAP_FIXED, fd, offset) };
     if mapped == libc::MAP_FAILED {
         return Err(failed());
     }
-    let builder = MmapRegionBuilder::new(length).with_mmap_prot(protection).with_mmap_flags(flags);
-    // A save compares with the file.
-    let builder = match part {
-        Some(part) => builder.with_file_offset(part),
-        None => builder,
-    };
-    // SAFETY: the mapping made above, of this length, protection and flags; it is never taken away.
-    let builder = unsafe { builder.with_raw_mmap_pointer(mapped.cast()) };
-    let mapping: MmapRegion<()> = builder.build().map_err(|e| MemoryError::Map {
-        what,
-        bytes,
-        source: io::Error::other(e.to_string()),
-    })?;
-    GuestRegionMmap::new(mapping, GuestAddress(address))
-        .map(Arc::new)
-        .ok_or_else(|| MemoryError::Regions(format!("{what} at {address:#x} wraps around")))
+    Mapping { host: mapped.cast(), length: bytes, part, flags }.at(what, address)
+}
+
+const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Made by [`mapped`], all of it or its beginning; never taken away.
+struct Mapping {
+    host: *mut u8,
+    length: u64,
+    /// A save compares with the file.
+    part: Option<FileOffset>,
+    flags: libc::c_int,
+}
+
+impl Mapping {
+    fn at(self, what: &'static str, address: u64) -> Result<Arc<GuestRegionMmap<()>>, MemoryError> {
+        let builder = MmapRegionBuilder::new(self.length as usize)
+            .with_mmap_prot(PROTECTION)
+            .with_mmap_flags(self.flags);
+        let builder = match self.part {
+            Some(part) => builder.with_file_offset(part),
+            None => builder,
+        };
+        // SAFETY: a mapping of at least this length, with this protection and flags, that is never taken away.
+        let builder = unsafe { builder.with_raw_mmap_pointer(self.host) };
+        let mapping: MmapRegion<()> = builder.build().map_err(|e| MemoryError::Map {
+            what,
+            bytes: self.length,
+            source: io::Error::other(e.to_string()),
+        })?;
+        GuestRegionMmap::new(mapping, GuestAddress(address))
+            .map(Arc::new)
+            .ok_or_else(|| MemoryError::Regions(format!("{what} at {address:#x} wraps around")))
+    }
 }
 
 /// Addresses for `length` bytes that start, as every region of guest memory does, where a huge page could:
@@ -135,15 +201,15 @@ fn reserve(length: usize) -> Option<*mut libc::c_void> {
     Some(aligned)
 }
 
-/// Writes RAM to `file` as the base's memory: byte n of RAM at offset n, zero pages as holes.
-/// Returns the number of bytes that are not holes.
+/// Writes RAM that a machine booted with to `file` as the base's memory: byte n of RAM at offset n, zero pages as
+/// holes. What it can grow by is in the file already ([`Backing::New`]). Returns the number of bytes written.
 pub fn save_ram(memory: &GuestMemory, layout: &Layout, file: &File) -> Result<u64, MemoryError> {
     use std::os::unix::fs::FileExt as _;
 
     use vm_memory::Bytes as _;
 
     let save = |offset: u64, source: io::Error| MemoryError::Save { offset, source };
-    file.set_len(layout.ram_bytes()).map_err(|e| save(0, e))?;
+    file.set_len(layout.max_ram_bytes()).map_err(|e| save(0, e))?;
     // Read in larger pieces than a page: one page at a time doubles the time under emulation.
     let mut chunk = vec![0; 64 * PAGE_SIZE];
     let mut written = 0;
@@ -224,11 +290,11 @@ mod tests {
 
     #[test]
     fn a_fork_of_saved_memory_equals_it_and_writes_stay_private() {
-        let layout = Layout::new(16 << 20, layout::ROOT_ALIGNMENT).unwrap();
-        let booted = map(&layout, Backing::Anonymous, &root()).unwrap();
+        let layout = Layout::new(16 << 20, 16 << 20, layout::ROOT_ALIGNMENT).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let booted = map(&layout, Backing::New(&file), &root()).unwrap();
         booted.write_slice(b"hello", GuestAddress(0x5000)).unwrap();
         booted.write_slice(&[7], GuestAddress((16 << 20) - 1)).unwrap();
-        let file = tempfile::tempfile().unwrap();
         assert_eq!(save_ram(&booted, &layout, &file).unwrap(), 2 * PAGE_SIZE as u64);
 
         let fork = map(&layout, Backing::Base(&file), &root()).unwrap();
@@ -247,7 +313,7 @@ mod tests {
 
     #[test]
     fn regions_of_ram_know_their_part_of_the_file() {
-        let layout = Layout::new(4 << 30, layout::ROOT_ALIGNMENT).unwrap();
+        let layout = Layout::new(4 << 30, 4 << 30, layout::ROOT_ALIGNMENT).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(layout.ram_bytes()).unwrap();
         let fork = map(&layout, Backing::Base(&file), &root()).unwrap();
@@ -260,11 +326,11 @@ mod tests {
 
     #[test]
     fn ram_beyond_3_gib_continues_above_4_gib() {
-        let layout = Layout::new(4 << 30, layout::ROOT_ALIGNMENT).unwrap();
-        let booted = map(&layout, Backing::Anonymous, &root()).unwrap();
-        booted.write_slice(b"high", GuestAddress((4 << 30) + 0x1000)).unwrap();
+        let layout = Layout::new(4 << 30, 4 << 30, layout::ROOT_ALIGNMENT).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(layout.ram_bytes()).unwrap();
+        let booted = map(&layout, Backing::New(&file), &root()).unwrap();
+        booted.write_slice(b"high", GuestAddress((4 << 30) + 0x1000)).unwrap();
         // Saved by hand: reading 4 GiB of zeroes takes seconds.
         use std::os::unix::fs::FileExt as _;
         file.write_all_at(b"high", (3 << 30) + 0x1000).unwrap();
@@ -275,8 +341,41 @@ mod tests {
     }
 
     #[test]
+    fn ram_can_grow_and_what_was_there_before_the_base_was_sealed_stays() {
+        use layout::MEMORY_BLOCK;
+
+        let most = 4 << 30;
+        let layout = Layout::new(MEMORY_BLOCK, most, layout::ROOT_ALIGNMENT).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(most).unwrap();
+        let booted = map(&layout, Backing::New(&file), &root()).unwrap();
+        let (low, high) = (GuestAddress(MEMORY_BLOCK), GuestAddress((4 << 30) + 0x1000));
+        booted.write_slice(b"boot", GuestAddress(0x5000)).unwrap();
+        booted.write_slice(b"grown", low).unwrap();
+        booted.write_slice(b"more", high).unwrap();
+        assert_eq!(save_ram(&booted, &layout, &file).unwrap(), PAGE_SIZE as u64);
+
+        let all = map(&layout, Backing::Base(&file), &root()).unwrap();
+        let read = |memory: &GuestMemory, at: GuestAddress| {
+            let mut bytes = [0; 4];
+            memory.read_slice(&mut bytes, at).map(|()| bytes).ok()
+        };
+        let fork = |bytes| limited(&all, bytes).unwrap();
+        assert_eq!(read(&fork(most), high), Some(*b"more"));
+        assert_eq!(read(&fork(MEMORY_BLOCK * 2), low), Some(*b"grow"));
+        let least = fork(MEMORY_BLOCK);
+        assert_eq!(read(&least, GuestAddress(0x5000)), Some(*b"boot"));
+        assert_eq!(read(&least, low), None, "it has no such memory");
+        let length = |memory| ram_regions(memory).map(|region| region.length).sum::<u64>();
+        assert_eq!(length(&least), MEMORY_BLOCK);
+        assert_eq!(length(&fork(most)), most);
+        assert!(read(&least, GuestAddress(layout.root.address)).is_some(), "the root image stays");
+        assert!(limited(&all, most + 1).is_err());
+    }
+
+    #[test]
     fn a_memory_file_that_is_too_short_is_refused() {
-        let layout = Layout::new(16 << 20, layout::ROOT_ALIGNMENT).unwrap();
+        let layout = Layout::new(16 << 20, 16 << 20, layout::ROOT_ALIGNMENT).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len((16 << 20) - 1).unwrap();
         assert!(map(&layout, Backing::Base(&file), &root()).is_err());

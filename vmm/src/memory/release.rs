@@ -144,7 +144,7 @@ mod tests {
 
     /// Memory over a base in which every page begins with 0xbb.
     fn fork() -> GuestMemory {
-        let layout = Layout::new(RAM, layout::ROOT_ALIGNMENT).unwrap();
+        let layout = Layout::new(RAM, RAM, layout::ROOT_ALIGNMENT).unwrap();
         let (base, root): (File, File) =
             (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         base.set_len(RAM).unwrap();

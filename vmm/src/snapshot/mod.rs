@@ -12,5 +12,5 @@ mod plan;
 mod resume;
 mod save;
 
-pub use resume::{Resume, ResumeError, load};
+pub use resume::{From, Resume, ResumeError, load};
 pub use save::{Origin, SaveError, SaveRequest, Saved, save};

@@ -7,7 +7,7 @@
 use std::{fs::File, io, os::fd::AsRawFd as _};
 
 use hermitage_storage::{
-    base::BaseId,
+    base::{self, BaseId, Size},
     faults::{self, Point},
     snapshot::{Content, Header, PAGE, Run, Snapshot, SnapshotError},
 };
@@ -15,8 +15,9 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::{
     SNAPSHOT_VERSION,
+    kvm::{self, VcpuState},
     machine::{MachineError, MachineState},
-    memory::{GuestMemory, RamRegion, ram_regions},
+    memory::{self, GuestMemory, MemoryError, RamRegion, ram_regions},
     stages::Stages,
 };
 
@@ -37,6 +38,10 @@ pub enum ResumeError {
     Base(BaseId),
     #[error("its {what} is {found}, here it is {expected}")]
     Other { what: &'static str, found: u64, expected: u64 },
+    #[error("it has {ram} bytes of RAM and {vcpus} vCPUs, which machines of its base can't have")]
+    Size { ram: u64, vcpus: u32 },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error("its state can't be used: {0}")]
     State(#[from] MachineError),
     #[error("map {pages} pages at page {page:#x}: {source}")]
@@ -47,65 +52,78 @@ pub enum ResumeError {
     Write(u64),
 }
 
+/// What a machine is resumed from, beside the snapshot.
+pub struct From<'a> {
+    pub base: &'a BaseId,
+    pub sizes: base::Machine,
+    /// Those that its machines can have at most.
+    pub vcpus: &'a [VcpuState],
+    /// Of the base, as much as its machines can have; this process's alone.
+    pub memory: &'a GuestMemory,
+}
+
 /// What a machine is resumed to.
 pub struct Resume {
     pub state: MachineState,
+    pub memory: GuestMemory,
     /// Which pages are the snapshot's.
     pub runs: Vec<Run>,
     pub header: Header,
 }
 
-/// Checks a snapshot whole and puts its pages into `memory`, which must be this process's alone: a fork
-/// server's child's. After an error memory may be half of one and half of the other.
+/// Checks a snapshot whole and puts its pages over the base's. The machine has what it had, and what `size` has beyond
+/// that: memory that it has never seen, and CPUs that wait to be started. After an error memory may be half of
+/// one and half of the other.
 pub fn load(
     file: File,
-    base: &BaseId,
-    vcpus: usize,
-    memory: &GuestMemory,
+    from: &From<'_>,
+    size: Size,
     stages: &mut Stages,
 ) -> Result<Resume, ResumeError> {
     let snapshot = Snapshot::open(file)?;
-    check_fit(&snapshot.header, base, vcpus, memory)?;
+    let had = check_fit(&snapshot.header, from)?;
+    let memory = memory::limited(from.memory, had.memory_bytes.max(size.memory_bytes))?;
     faults::at(Point::ResumeChecked)
         .map_err(|source| ResumeError::Read { pages: snapshot.header.data_pages, source })?;
     stages.done("check snapshot");
-    let state = MachineState::decode(&snapshot.state)?;
-    if state.vcpus.len() != vcpus {
-        let (found, expected) = (state.vcpus.len() as u64, vcpus as u64);
+    let mut state = MachineState::decode(&snapshot.state)?;
+    if state.vcpus.len() != usize::from(had.vcpus) {
+        let (found, expected) = (state.vcpus.len() as u64, had.vcpus.into());
         return Err(ResumeError::Other { what: "state's number of vCPUs", found, expected });
     }
+    let more = from.vcpus.get(state.vcpus.len()..size.vcpus.into()).unwrap_or_default();
+    if !more.is_empty() {
+        state.vcpus.extend_from_slice(more);
+        kvm::align_tscs(&mut state.vcpus);
+    }
     stages.done("decode state");
-    let pages = Pages { memory, regions: ram_regions(memory).collect(), file: &snapshot.file };
+    let regions = ram_regions(&memory).collect();
+    let pages = Pages { memory: &memory, regions, file: &snapshot.file };
     let threshold = threshold(&snapshot.runs);
     for run in &snapshot.runs {
         if run.pages >= threshold { pages.map(run)? } else { pages.copy(run)? }
     }
     stages.done("put pages in place");
     let Snapshot { header, runs, .. } = snapshot;
-    Ok(Resume { state, runs, header })
+    Ok(Resume { state, memory, runs, header })
 }
 
-fn check_fit(
-    header: &Header,
-    base: &BaseId,
-    vcpus: usize,
-    memory: &GuestMemory,
-) -> Result<(), ResumeError> {
+/// Returns what the machine had.
+fn check_fit(header: &Header, from: &From<'_>) -> Result<Size, ResumeError> {
     let about = &header.description;
-    if about.base != *base {
+    if about.base != *from.base {
         return Err(ResumeError::Base(about.base.clone()));
     }
-    let ram = ram_regions(memory).map(|region| region.length).sum();
-    for (what, found, expected) in [
-        ("RAM in bytes", about.ram, ram),
-        ("number of vCPUs", about.vcpus.into(), vcpus as u64),
-        ("state's version", about.state_version.into(), SNAPSHOT_VERSION.into()),
-    ] {
-        if found != expected {
-            return Err(ResumeError::Other { what, found, expected });
-        }
+    let (found, expected) = (about.state_version.into(), SNAPSHOT_VERSION.into());
+    if found != expected {
+        return Err(ResumeError::Other { what: "state's version", found, expected });
     }
-    Ok(())
+    let vcpus = u8::try_from(about.vcpus).unwrap_or(u8::MAX);
+    let had = Size { memory_bytes: about.ram, vcpus };
+    if !from.sizes.allows(had) {
+        return Err(ResumeError::Size { ram: about.ram, vcpus: about.vcpus });
+    }
+    Ok(had)
 }
 
 /// From which length on runs are mapped, so that they are not too many.

@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn the_bytes_stay_the_same_and_writes_stay_private() {
-        let layout = Layout::new(16 << 20, HUGE).unwrap();
+        let layout = Layout::new(16 << 20, 16 << 20, HUGE).unwrap();
         let (ram, root) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         for (file, length) in [(&ram, 16 << 20), (&root, HUGE)] {
             file.set_len(length).unwrap();

@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn what_was_written_and_what_was_read_is_found() {
-        let layout = layout::Layout::new(16 << 20, layout::ROOT_ALIGNMENT).unwrap();
+        let layout = layout::Layout::new(16 << 20, 16 << 20, layout::ROOT_ALIGNMENT).unwrap();
         let (ram, root) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         for (file, length) in [(&ram, 16 << 20), (&root, layout::ROOT_ALIGNMENT)] {
             file.set_len(length).unwrap();

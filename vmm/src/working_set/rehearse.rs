@@ -29,19 +29,19 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A shell that has said something, and then nothing for so long, is at its prompt.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// Rehearses a login in a machine with `memory`, a fresh private mapping of the base's, and `disk`, an
-/// account disk to be thrown away.
+/// Rehearses a login in a machine with `memory`, a fresh private mapping of the base's, as many CPUs as were
+/// started, and `disk`, an account disk to be thrown away.
 pub fn rehearse(
     kvm: &Kvm,
     memory: GuestMemory,
-    state: &MachineState,
+    (state, vcpus): (&MachineState, usize),
     disk: File,
 ) -> anyhow::Result<WorkingSet> {
     let disk_size = disk.metadata().context("look at the disk")?.len();
     let (ours, theirs) = stream_pair(true).context("make a socket pair")?;
     let mut agent = UnixStream::from(ours);
     agent.write_all(&encode(&HostMessage::Attach(somebody(disk_size)?))?)?;
-    let machine = Machine::restore(kvm, memory.clone(), state, disk, theirs, &mut |_| ())?;
+    let machine = Machine::restore(kvm, memory.clone(), (state, vcpus), disk, theirs, &mut |_| ())?;
     let stop = AtomicBool::new(false);
     let result = thread::scope(|scope| {
         scope.spawn(|| control::pump(&machine, &stop));

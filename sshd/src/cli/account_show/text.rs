@@ -2,8 +2,9 @@
 
 use super::View;
 use crate::cli::output::table;
-use crate::cli::{account_usage, size, span, time};
+use crate::cli::{account_size, account_usage, size, span, time};
 use hermitage::cgroup::Usage;
+use hermitage::limits::Resources;
 use hermitage_storage::accounts::StoredKey;
 use std::time::Duration;
 
@@ -25,6 +26,25 @@ impl View {
             }
             None => format!("none; {takes}"),
         }
+    }
+
+    /// Memory and CPUs: of the next machine, and of this one if that is something else.
+    fn size_words(&self) -> String {
+        let own = self.account.memory_bytes.is_some() || self.account.vcpus.is_some();
+        let said = own || self.limits.resources != Resources::default();
+        let by = if said { self.by(own) } else { " (the base's)".into() };
+        let mut text = match self.size {
+            Some(size) => format!("{}{by}", account_size::words(size)),
+            None => "what a base has, once there is one".into(),
+        };
+        let Some(machine) = &self.machine else { return text };
+        if let Some(has) = machine.size.filter(|has| Some(*has) != self.size) {
+            text.push_str(&format!("; this one has {}", account_size::words(has)));
+        }
+        if let Some(fault) = &machine.unused {
+            text.push_str(&format!("; not all of it is in use: {fault}"));
+        }
+        text
     }
 
     /// The share of processors, and what was used.
@@ -100,6 +120,7 @@ impl View {
             ),
             ("linger", linger),
             ("policy", format!("{}{}", limits.policy.as_str(), self.by(account.policy.is_some()))),
+            ("size", self.size_words()),
             ("cpu", self.cpu()),
             ("i/o", self.io()),
         ];

@@ -1,6 +1,7 @@
 //! The state directory: room, database, image, base, disks; and the service.
 
 use super::{Finding, repairs};
+use crate::cli::base::{memory_range, vcpu_range};
 use crate::cli::context::Context;
 use crate::cli::output::count;
 use crate::cli::{account_quota, size, status};
@@ -125,8 +126,12 @@ fn base(context: &Context) -> Vec<Finding> {
     let found = format!(
         "{id}: whole (checked in {} ms), {} of memory, {}, guest kernel {}",
         start.elapsed().as_millis(),
-        size::show(machine.memory_bytes),
-        count(machine.vcpus.into(), "CPU"),
+        memory_range(machine),
+        if machine.most().vcpus == 1 {
+            "1 CPU".into()
+        } else {
+            format!("{} CPUs", vcpu_range(machine))
+        },
         content.guest_kernel,
     );
     let mut findings = vec![Finding::ok(CHECK, found)];

@@ -39,6 +39,8 @@ The first line names the columns, in any order; only name is needed, and an empt
   linger      how long the machine stays after the last session: 10m
   max_linger  how long work may keep it awake: 8h
   policy      save, keep or discard
+  memory      of its machine: 1GiB
+  vcpus       virtual CPUs of its machine
   expires     2027-06-30, 2027-06-30T18:00 (UTC) or never
   disabled    yes or no
 

@@ -39,6 +39,8 @@ enum Column {
     Linger,
     MaxLinger,
     Policy,
+    Memory,
+    Vcpus,
     CpuWeight,
     CpuPercent,
     IoRate,
@@ -59,6 +61,8 @@ const COLUMNS: &[(&str, Column)] = &[
     ("linger", Column::Linger),
     ("max_linger", Column::MaxLinger),
     ("policy", Column::Policy),
+    ("memory", Column::Memory),
+    ("vcpus", Column::Vcpus),
     ("cpu_weight", Column::CpuWeight),
     ("cpu_percent", Column::CpuPercent),
     ("io_rate", Column::IoRate),
@@ -233,6 +237,8 @@ fn row(line: u64, columns: &[Column], record: &csv::ByteRecord) -> Result<Row, V
                 take(&mut wanted.max_linger, account_limits::time_span(text).map_err(told))
             }
             Column::Policy => take(&mut wanted.policy, account_limits::policy(text).map_err(told)),
+            Column::Memory => take(&mut wanted.memory, account_limits::memory(text).map_err(told)),
+            Column::Vcpus => take(&mut wanted.vcpus, account_limits::vcpus(text).map_err(told)),
             Column::CpuWeight => {
                 take(&mut wanted.cpu_weight, account_limits::cpu_weight(text).map_err(told))
             }

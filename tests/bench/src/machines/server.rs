@@ -82,6 +82,7 @@ impl ForkServer {
         let request = ForkRequest::Fork {
             machine: self.last,
             label: format!("b{}", self.last),
+            shape: None,
             cgroup: false,
         };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), parts.disk.as_fd()];
@@ -98,6 +99,7 @@ impl ForkServer {
         let request = ForkRequest::Resume {
             machine: self.last,
             label: format!("b{}", self.last),
+            shape: None,
             cgroup: false,
         };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), disk, snapshot];

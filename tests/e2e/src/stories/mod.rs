@@ -23,6 +23,7 @@ mod other_clients;
 mod pressure;
 mod resume;
 mod session;
+mod sizes;
 mod sleep;
 mod space;
 mod terminals;
@@ -59,5 +60,6 @@ pub fn all() -> Vec<Test> {
     all.extend(keys::TESTS);
     all.extend(keeping::TESTS);
     all.extend(limits::TESTS);
+    all.extend(sizes::TESTS);
     all
 }

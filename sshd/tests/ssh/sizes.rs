@@ -1,0 +1,77 @@
+//! What machines are given of memory and CPUs. That a guest takes it into use is a story of the lab.
+
+use hermitage::admin::protocol::{Reply, Request};
+use hermitage_storage::accounts::Changes;
+use hermitage_storage::base::{BaseWriter, Description, HostKind, MEMORY_BLOCK, Machine, Size};
+
+use crate::harness::{Options, Service, wait_for};
+
+const LEAST: Size = Size { memory_bytes: 4 * MEMORY_BLOCK, vcpus: 1 };
+const MOST: Size = Size { memory_bytes: 32 * MEMORY_BLOCK, vcpus: 4 };
+
+/// A service whose current base has machines between these two.
+fn service() -> Service {
+    let mut service = Service::prepare(Options { ssh: "", machines: "linger = 0" });
+    let unnamed = service.path("state/bases/.new-test");
+    let writer = BaseWriter::create(&unnamed, MOST.memory_bytes).unwrap();
+    std::fs::write(service.path("root.erofs"), "nothing").unwrap();
+    let description = Description {
+        image: "00112233445566778899aabbccddeeff".into(),
+        agent_protocol: hermitage_guest_proto::VERSION,
+        guest_kernel: "6.12".into(),
+        machine: Machine::new(LEAST, MOST),
+        restorable_on: HostKind::here(1, "digest".into()).unwrap(),
+    };
+    let id = writer.finish(description, b"state", &service.path("root.erofs")).unwrap();
+    std::fs::rename(&unnamed, service.state().base(&id)).unwrap();
+    service.state().set_current_base(&id).unwrap();
+    service.run();
+    service
+}
+
+fn give(service: &Service, name: &str, memory: u64, vcpus: u8) {
+    let account = service.account(name);
+    let changes = Changes {
+        memory_bytes: Some(Some(memory)),
+        vcpus: Some(Some(vcpus)),
+        ..Changes::default()
+    };
+    service.accounts().change(account.id, &changes).unwrap();
+    let changed = Request::AccountChanged { account: name.into() };
+    assert_eq!(service.admin(&changed), Reply::Done);
+}
+
+#[test]
+fn an_account_has_the_memory_and_cpus_it_was_given_and_others_have_the_bases() {
+    let service = service();
+    give(&service, "alice", 8 * MEMORY_BLOCK, 2);
+    assert!(service.ssh("alice", "true").status.success());
+    let log = service.log();
+    let asked = format!("Some(Shape {{ memory_bytes: {}, vcpus: 2 }})", 8 * MEMORY_BLOCK);
+    assert!(log.contains(&asked), "{log}");
+    let told = format!("Take(Resources {{ memory_bytes: {}, vcpus: 2 }})", 8 * MEMORY_BLOCK);
+    let (attach, take) = (log.find("told: Attach").unwrap(), log.find(&told).unwrap());
+    assert!(attach < take, "the disk first, then what is to spare");
+
+    service.account("bob");
+    assert!(service.ssh("bob", "true").status.success());
+    let log = service.log();
+    let asked = format!("Some(Shape {{ memory_bytes: {}, vcpus: 1 }})", LEAST.memory_bytes);
+    assert!(log.contains(&asked), "{log}");
+    assert_eq!(log.matches("told: Take").count(), 1, "bob's has nothing to take");
+}
+
+#[test]
+fn more_than_the_base_has_is_what_the_base_has_and_a_guests_excuse_is_shown() {
+    let service = service();
+    give(&service, "greedy", 100 * MEMORY_BLOCK, 9);
+    let mut ssh = service.ssh_with(&[&crate::harness::at("greedy"), "sleep 60"]);
+    let mut shell = ssh.spawn().unwrap();
+    let status = wait_for("an excuse", || {
+        service.account_status("greedy").filter(|status| status.unused.is_some())
+    });
+    assert_eq!(status.size, Some(MOST));
+    assert_eq!(status.unused.as_deref(), Some("there is  [31mno CPU 3"));
+    shell.kill().unwrap();
+    shell.wait().unwrap();
+}
