@@ -6,13 +6,14 @@ use anyhow::{Result, bail, ensure};
 
 use super::sleep::{back, wait_saved};
 use crate::{
-    harness::{Story, account::Account, same, says},
+    harness::{Story, account::Account, host::quote, same, says},
     runner::{Test, test},
 };
 
-pub const TESTS: [Test; 2] = [
+pub const TESTS: [Test; 3] = [
     test("an_account_has_the_memory_and_the_cpus_it_was_given", 240, given),
     test("a_machine_that_was_saved_comes_back_with_more", 300, raised),
+    test("what_an_account_was_not_given_its_root_can_not_take", 240, not_given),
 ];
 
 /// Holds 32 MiB of noise, says their hash when told to, and burns nothing meanwhile.
@@ -93,6 +94,26 @@ fn raised(story: &Story) -> Result<()> {
     shell.cut()?;
     story.host().run(&format!("hermitage account reset {}", carol.name))?;
     Has::of(&carol)?.check(1, 300..512)
+}
+
+/// The guest's kernel knows of the most that there is; nothing is behind it.
+fn not_given(story: &Story) -> Result<()> {
+    let mallory = story.account_with("mallory", &["--policy discard"])?;
+    let cpu = "echo 1 > /sys/devices/system/cpu/cpu1/online";
+    let done = mallory.exec(&format!("sudo bash -c {}; nproc", quote(cpu)))?;
+    says("starting a CPU that is not there", &done.err(), "Input/output error")?;
+    same("CPUs", done.out().trim(), "1")?;
+    // Its kernel writes there before it has the memory, and gets nowhere.
+    let memory = "cd /sys/devices/system/memory; for block in memory*; do \
+                  grep -q offline $block/state && echo online > $block/state; done";
+    mallory.exec(&format!("sudo timeout -s KILL 20 bash -c {}", quote(memory)))?;
+    let after = mallory.exec("awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo")?;
+    let mib: u64 = after.out().trim().parse().unwrap_or(0);
+    ensure!(mib < 512, "she has {mib} MiB");
+
+    let alice = story.account_with("alice", &["--policy discard"])?;
+    same("another's machine", alice.output("echo well")?.as_str(), "well")?;
+    same("the service", story.host().run("hermitage status >&2 && echo up")?.trim(), "up")
 }
 
 struct Has {
