@@ -50,6 +50,11 @@ impl NewFile {
         &self.file
     }
 
+    /// Its name until then.
+    pub fn path(&self) -> &Path {
+        &self.beside.path
+    }
+
     pub fn file_mut(&mut self) -> &mut File {
         &mut self.file
     }

@@ -12,6 +12,20 @@ use crate::disk::{self, DiskError};
 use crate::saved::{self, Found};
 use crate::snapshot::Header;
 
+/// What there is of an account to be put away: nobody writes to it as long as this is read.
+#[derive(Clone, Copy)]
+pub struct Kept<'a> {
+    pub disk: &'a File,
+    pub memory: Option<(&'a File, &'a Header)>,
+}
+
+impl<'a> Kept<'a> {
+    /// Of an account whose machine runs: a copy of its disk.
+    pub fn copy(disk: &'a File) -> Self {
+        Self { disk, memory: None }
+    }
+}
+
 pub struct AtRest {
     pub account: Uuid,
     /// Locked.
@@ -38,6 +52,10 @@ impl AtRest {
             Found::Nothing => Resting::Nothing,
         };
         Ok(Self { account, disk, memory })
+    }
+
+    pub fn kept(&self) -> Kept<'_> {
+        Kept { disk: &self.disk, memory: self.saved() }
     }
 
     pub fn saved(&self) -> Option<(&File, &Header)> {

@@ -40,7 +40,7 @@ impl fmt::Debug for Digest {
 
 /// The part of `start..end` that begins with the first byte of data, up to where the data or the part
 /// ends. `None`: nothing but a hole.
-pub(crate) fn next_data(file: &File, start: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+pub fn next_data(file: &File, start: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     let data = match seek(file, SeekFrom::Data(start)) {
         Ok(data) if data < end => data,
         Ok(_) | Err(Errno::NXIO) => return Ok(None),

@@ -3,6 +3,7 @@
 //! Only the service's own user may connect: the socket is mode 0600 and made that way before it is
 //! listened on.
 
+mod copying;
 pub mod protocol;
 mod sessions;
 
@@ -150,6 +151,7 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             answer(&mut stream, &reply).await
         }
         Request::Console { account } => console(server, &account, stream).await,
+        Request::CopyDisk { account } => copying::copy_disk(server, &account, stream).await,
         Request::BaseChanged => {
             server.registry.warm_up();
             answer(&mut stream, &Reply::Done).await

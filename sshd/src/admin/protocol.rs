@@ -3,11 +3,14 @@
 //! The commands change the database themselves, so that they work while the service is down; then they
 //! tell the service what it has to look at again. They talk over `RUN_DIR/admin.sock`
 //! (`AF_UNIX`/`SOCK_STREAM`, mode 0600): the client sends one [`Request`] as a line of JSON, the service
-//! answers one [`Reply`] as a line of JSON and closes. Only [`Request::Console`] goes on after its
-//! [`Reply::Done`]: from the byte after that line on, the stream is the machine's serial console, both
-//! ways, until either side closes.
+//! answers one [`Reply`] as a line of JSON and closes. Two go on. After [`Request::Console`] and its
+//! [`Reply::Done`], from the byte after that line on, the stream is the machine's serial console, both
+//! ways, until either side closes. [`Request::CopyDisk`] is answered by a line a second as long as it takes,
+//! and what it made is there for as long as the client keeps the connection.
 //!
 //! JSON and lines, because an operator with `socat` is a legitimate client.
+
+use std::path::PathBuf;
 
 use hermitage_storage::base::Size;
 use serde::{Deserialize, Serialize};
@@ -37,6 +40,10 @@ pub enum Request {
     /// End the account's sessions and stop its machine in order, saved if that is its policy. Answered
     /// by `Done` when the machine is gone (at once if it was not running), or by `Error`.
     StopAccount { account: String },
+    /// Copy the disk of the account's running machine as it is now, while it goes on. Answered by `Copying`,
+    /// once a second and as often as it takes, then by `Copied`, `NotRunning` or `Error`. A client that closes
+    /// the connection gives the copy up.
+    CopyDisk { account: String },
     /// Answered by `Status`.
     Status,
     /// Attach to the serial console of the account's running machine. Answered by `Done`, then raw
@@ -67,6 +74,17 @@ pub enum Reply {
     Counted {
         count: u32,
     },
+    /// Bytes of data so far, and of how many; 0 of 0 before the machine has begun.
+    Copying {
+        copied: u64,
+        of: u64,
+    },
+    /// The copy, a file that is deleted when the client closes the connection. Who has opened it keeps it.
+    Copied {
+        path: PathBuf,
+    },
+    /// No machine of the account runs: its disk is free, or will be in a moment.
+    NotRunning,
     /// One sentence for the operator: what could not be done, and why.
     Error {
         message: String,
@@ -183,6 +201,9 @@ mod tests {
             Reply::Done,
             Reply::Sessions { sessions: vec![] },
             Reply::Counted { count: 3 },
+            Reply::Copying { copied: 1, of: 2 },
+            Reply::Copied { path: "/x/y".into() },
+            Reply::NotRunning,
             Reply::Error { message: "no machine of alice is running".into() },
             Reply::Status(Status {
                 version: "0.1.0".into(),

@@ -1,11 +1,13 @@
 //! Talking to the running service through its admin socket.
 
 use super::context::Context;
+use super::size;
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::{MAX_REPLY, Reply, Request, SOCKET_NAME};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the service may take for an answer. Stopping a machine takes what the guest is given to
 /// power off, and then some.
@@ -26,7 +28,7 @@ fn patience(context: &Context, request: &Request) -> Duration {
 /// A connection on which a request was answered.
 pub struct Answer {
     pub reply: Reply,
-    /// What follows the reply, for [`Request::Console`].
+    /// What follows the reply, for [`Request::Console`] and [`Request::CopyDisk`].
     pub stream: BufReader<UnixStream>,
 }
 
@@ -54,16 +56,20 @@ pub fn ask(context: &Context, request: &Request) -> anyhow::Result<Option<Answer
         line.push(b'\n');
         stream.write_all(&line)?;
         let mut stream = BufReader::new(stream);
-        let mut line = Vec::new();
-        (&mut stream).take(MAX_REPLY as u64).read_until(b'\n', &mut line)?;
-        if line.pop() != Some(b'\n') {
-            bail!("it closed without an answer");
-        }
-        Ok(Answer { reply: serde_json::from_slice(&line)?, stream })
+        Ok(Answer { reply: next_reply(&mut stream)?, stream })
     };
     let answer =
         answered().with_context(|| format!("asking the service through {}", path.display()))?;
     Ok(Some(answer))
+}
+
+fn next_reply(stream: &mut BufReader<UnixStream>) -> anyhow::Result<Reply> {
+    let mut line = Vec::new();
+    stream.take(MAX_REPLY as u64).read_until(b'\n', &mut line)?;
+    if line.pop() != Some(b'\n') {
+        bail!("it closed without an answer");
+    }
+    Ok(serde_json::from_slice(&line)?)
 }
 
 /// Tells the service something; it not running is fine. True: it is running and did it.
@@ -74,6 +80,53 @@ pub fn tell(context: &Context, request: &Request) -> anyhow::Result<bool> {
             bail!("the service answered: {message}")
         }
         Some(_) => Ok(true),
+    }
+}
+
+/// What the service made of the disk of a machine that runs.
+pub enum Copied {
+    /// No service is running.
+    NoService,
+    /// No machine is.
+    NotRunning,
+    /// Nobody else has it any more: it is gone when this is closed.
+    Copy(File),
+}
+
+/// A copy that takes longer than this is spoken of, this often.
+const QUIET: Duration = Duration::from_secs(2);
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// A copy of the disk of an account's running machine, as it is now.
+pub fn copy_disk(context: &Context, account: &str) -> anyhow::Result<Copied> {
+    let request = Request::CopyDisk { account: account.to_owned() };
+    let Some(Answer { mut reply, mut stream }) = ask(context, &request)? else {
+        return Ok(Copied::NoService);
+    };
+    let mut next = Instant::now() + QUIET;
+    loop {
+        match reply {
+            Reply::Copying { copied, of } => {
+                if Instant::now() >= next {
+                    next = Instant::now() + PROGRESS;
+                    let (copied, of) = (size::show(copied), size::show(of));
+                    context
+                        .out
+                        .note(format!("{account} is in use; copying the disk: {copied} of {of}"));
+                }
+            }
+            Reply::Copied { path } => {
+                // The file's name goes with the connection, the file with what is open here.
+                let opened = File::open(&path);
+                return opened
+                    .map(Copied::Copy)
+                    .with_context(|| format!("opening the copy {}", path.display()));
+            }
+            Reply::NotRunning => return Ok(Copied::NotRunning),
+            Reply::Error { message } => bail!("the service answered: {message}"),
+            other => bail!("the service answered what is no answer to it: {other:?}"),
+        }
+        reply = next_reply(&mut stream).context("waiting for the copy of the disk")?;
     }
 }
 

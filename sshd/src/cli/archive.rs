@@ -1,7 +1,8 @@
 //! `hermitage account export|restore`: an account as a file.
 
 use super::context::Context;
-use super::{account_quota, rest, size, time};
+use super::rest::{self, Held};
+use super::{account_quota, size, time};
 use anyhow::{Context as _, bail};
 use hermitage_storage::accounts::Account;
 use hermitage_storage::archive::{
@@ -19,8 +20,14 @@ use std::path::{Path, PathBuf};
 
 pub const EXPORT_HELP: &str = "\
 The archive holds settings, keys, the password's hash and every file, and with --memory what the machine's programs
-knew: it is as secret as the account. While it is written the account can't log in, unless the file system
-can copy a disk at once (XFS, Btrfs).
+knew: it is as secret as the account.
+
+A machine that runs goes on: the service copies its disk as it is at one moment, with all that programs have written
+by then, which they notice as a pause of a moment. There must be room for the copy beside the disk. Memory is
+to be had only with --stop.
+
+Of an account whose machine does not run: while the archive is written nobody logs in, unless the file system can copy
+a disk at once (XFS, Btrfs).
 
 Examples:
   hermitage account export alice -o alice.hermitage
@@ -41,10 +48,10 @@ pub struct Export {
     /// Where to: a file that is not there yet, or - for standard output
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Also what is saved of its machine's memory
+    /// Also what is saved of its machine's memory; of one that runs with --stop
     #[arg(long)]
     memory: bool,
-    /// End its sessions and put its machine to rest first, if it runs
+    /// End its sessions and put its machine to rest first, if it runs, instead of copying its disk
     #[arg(long)]
     stop: bool,
 }
@@ -73,23 +80,32 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
     }
     let accounts = context.accounts()?;
     let account = accounts.named(&wanted.name)?;
-    let at_rest = rest::take(context, &account, wanted.stop)?;
+    let held = match (wanted.stop, wanted.memory) {
+        (true, _) => Held::Rest(rest::take(context, &account, true)?),
+        (false, true) => Held::Rest(rest::take_with_memory(context, &account)?),
+        (false, false) => rest::take_or_copy(context, &account)?,
+    };
     let version = env!("CARGO_PKG_VERSION");
     let described =
-        archive::describe(&accounts, &account, &at_rest, wanted.memory, version, time::now());
+        archive::describe(&accounts, &account, held.kept(), wanted.memory, version, time::now());
     let manifest = described.with_context(|| format!("looking at {}'s disk", account.name))?;
-    let left_out = match &at_rest.memory {
-        Resting::Unusable(reason) if wanted.memory => Some(reason.clone()),
-        Resting::Nothing if wanted.memory => Some("nothing is saved of its machine".into()),
+    let left_out = match &held {
+        Held::Rest(AtRest { memory: Resting::Unusable(reason), .. }) if wanted.memory => {
+            Some(reason.clone())
+        }
+        Held::Rest(AtRest { memory: Resting::Nothing, .. }) if wanted.memory => {
+            Some("nothing is saved of its machine".into())
+        }
         _ => None,
     };
+    let in_use = held.is_in_use();
     let written = if to_stdout {
-        write(context, &account, &manifest, at_rest, io::stdout().lock())?
+        write(context, &account, &manifest, held, io::stdout().lock())?
     } else {
         let path = &wanted.output;
         let making = || format!("making {}", path.display());
         let new = NewFile::create(path, 0o600).with_context(making)?;
-        let written = write(context, &account, &manifest, at_rest, new.file())?;
+        let written = write(context, &account, &manifest, held, new.file())?;
         new.publish_new().with_context(making)?;
         written
     };
@@ -98,6 +114,7 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
         "bytes": written.bytes,
         "disk_bytes": written.disk_data,
         "memory": manifest.memory.is_some(),
+        "in_use": in_use,
         "has_password": account.password.is_some(),
     });
     if let Some(reason) = left_out {
@@ -107,7 +124,11 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
         return Ok(());
     }
     context.out.show(&object, || {
-        let memory = if manifest.memory.is_some() { ", with its memory" } else { "" };
+        let memory = match (in_use, manifest.memory.is_some()) {
+            (true, _) => ", as its disk was while in use",
+            (false, true) => ", with its memory",
+            (false, false) => "",
+        };
         let secret = match account.password {
             Some(_) => " It has the password's hash in it.",
             None => "",
@@ -126,10 +147,18 @@ fn write(
     context: &Context,
     account: &Account,
     manifest: &Manifest,
-    at_rest: AtRest,
+    held: Held,
     out: impl Write,
 ) -> anyhow::Result<Written> {
-    let AtRest { disk, memory, .. } = at_rest;
+    let mut out = BufWriter::with_capacity(1 << 20, out);
+    let exporting = || format!("exporting {}", account.name);
+    let AtRest { disk, memory, .. } = match held {
+        Held::Rest(at_rest) => at_rest,
+        Held::Copy(copy) => {
+            let source = Source { manifest, disk: &copy, memory: None };
+            return archive::write(&mut out, &source).with_context(exporting);
+        }
+    };
     let memory = match (&manifest.memory, memory) {
         (Some(_), Resting::Saved(file, _)) => Some(file),
         _ => None,
@@ -144,11 +173,9 @@ fn write(
     };
     let (copy, locked) =
         copied().with_context(|| format!("copying the disk in {}", dir.display()))?;
-    let mut out = BufWriter::with_capacity(1 << 20, out);
     let source =
         Source { manifest, disk: locked.as_ref().unwrap_or(copy.file()), memory: memory.as_ref() };
-    let written = archive::write(&mut out, &source);
-    written.with_context(|| format!("exporting {}", account.name))
+    archive::write(&mut out, &source).with_context(exporting)
 }
 
 pub fn restore(context: &Context, wanted: &Restore) -> anyhow::Result<()> {

@@ -2,7 +2,8 @@
 
 use super::context::Context;
 use super::output::{count, table};
-use super::{Said, admin, archive, rest, size, status, time};
+use super::rest::{self, Held};
+use super::{Said, admin, archive, size, status, time};
 use anyhow::Context as _;
 use clap::Subcommand;
 use hermitage::admin::protocol::Request;
@@ -17,8 +18,11 @@ use serde_json::json;
 use std::path::PathBuf;
 
 const HELP: &str = "\
-A backup's directory holds runs; what has not changed between two is there once. Machines in which nobody is logged in
-are put to rest for it. It is as secret as all accounts together, and best kept on another disk.
+A backup's directory holds runs; what has not changed between two is there once. It is as secret as all accounts
+together, and best kept on another disk.
+
+Machines that run go on: the service copies the disk of each as it is at one moment (hermitage account export --help). With
+--memory those in which nobody is logged in are put to rest instead, and of the others there are files alone.
 
 Examples:
   hermitage backup create /backup/hermitage             each night
@@ -39,7 +43,7 @@ pub enum Command {
         /// Also what is saved of machines' memory
         #[arg(long)]
         memory: bool,
-        /// Also of accounts somebody is logged in to: end their sessions, put their machines to rest
+        /// End sessions and put machines that run to rest, instead of copying their disks
         #[arg(long)]
         stop: bool,
     },
@@ -134,12 +138,14 @@ fn create(
     };
     let mut writer = Writer::begin(Backup::open_or_make(dir)?, time::now())?;
     let (mut added, mut unchanged) = (0, 0);
+    let mut in_use = vec![];
     let mut left_out = vec![];
     for account in &wanted {
         match add(context, &accounts, account, how, &mut writer) {
-            Ok(one) => {
+            Ok((one, copied)) => {
                 added += 1;
                 unchanged += usize::from(one.unchanged);
+                in_use.extend(copied.then_some(&account.name));
             }
             // The others are to be had all the same.
             Err(error) => {
@@ -159,12 +165,17 @@ fn create(
         "run": written.run.id,
         "accounts": added,
         "unchanged": unchanged,
+        "in_use": in_use,
         "left_out": left_out,
         "written_bytes": written.bytes,
     });
     context.out.show(&object, || {
+        let copied = match in_use.len() {
+            0 => String::new(),
+            copied => format!("{copied} copied while in use, "),
+        };
         format!(
-            "{}: {}, {unchanged} of them unchanged, {} written",
+            "{}: {}, {unchanged} of them unchanged, {copied}{} written",
             written.run.id,
             count(added, "account"),
             size::show(written.bytes),
@@ -173,39 +184,36 @@ fn create(
     if left_out.is_empty() { Ok(()) } else { Err(Said.into()) }
 }
 
+/// True: its machine goes on, and its disk was copied.
 fn add(
     context: &Context,
     accounts: &Accounts,
     account: &Account,
     how: &How,
     writer: &mut Writer,
-) -> anyhow::Result<backup::Added> {
-    let mut ran = false;
-    let at_rest = match AtRest::take(&context.state, account.id) {
-        Err(DiskError::InUse(_)) => {
-            let idle = idle(context, account)?;
-            ran = true;
-            // One that nobody uses is put to rest; it is resumed by the next login as after any linger.
-            rest::take(context, account, how.stop || idle)?
-        }
-        Ok(at_rest) => at_rest,
-        // In its words.
-        Err(_) => rest::take(context, account, false)?,
+) -> anyhow::Result<(backup::Added, bool)> {
+    let runs = || matches!(AtRest::take(&context.state, account.id), Err(DiskError::InUse(_)));
+    // For its memory one that nobody uses is put to rest; it is resumed by the next login as after any linger.
+    let stopped = (how.stop || how.memory) && runs() && (how.stop || idle(context, account)?);
+    let held = match stopped {
+        true => Held::Rest(rest::take(context, account, true)?),
+        false => rest::take_or_copy(context, account)?,
     };
+    let copied = held.is_in_use();
     let version = env!("CARGO_PKG_VERSION");
-    let added = describe(accounts, account, &at_rest, how.memory, version, time::now())
+    let added = describe(accounts, account, held.kept(), how.memory, version, time::now())
         .map_err(Into::into)
-        .and_then(|manifest| writer.add(manifest, &at_rest));
-    std::mem::drop(at_rest);
+        .and_then(|manifest| writer.add(manifest, held.kept()));
+    drop(held);
     let policy = Limits::of(&context.config, account).policy;
     let awake = policy == Policy::Keep || account.hold_at(time::now()).is_some();
-    if ran && awake {
+    if stopped && awake {
         let start = Request::StartAccount { account: account.name.clone() };
         if let Err(error) = admin::tell(context, &start) {
             context.out.note(format!("{}'s machine was to run on: {error:#}", account.name));
         }
     }
-    Ok(added?)
+    Ok((added?, copied))
 }
 
 /// Whether a machine runs in which nobody is logged in.

@@ -1,13 +1,14 @@
 //! Accounts at rest, for commands that work on what is kept of them.
 
-use super::admin;
+use super::admin::{self, Copied};
 use super::context::Context;
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::Request;
 use hermitage_storage::accounts::Account;
 use hermitage_storage::disk::DiskError;
-use hermitage_storage::rest::AtRest;
+use hermitage_storage::rest::{AtRest, Kept};
 use nix::sys::statvfs::statvfs;
+use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,68 @@ pub fn take(context: &Context, account: &Account, stop: bool) -> anyhow::Result<
                 bail!("{name} has no disk yet; it is made by the first: hermitage base build")
             }
             taken => return Ok(taken?),
+        }
+    }
+}
+
+/// What a command that puts an account away works on.
+pub enum Held {
+    Rest(AtRest),
+    /// The disk as its running machine had it at one moment.
+    Copy(File),
+}
+
+impl Held {
+    pub fn kept(&self) -> Kept<'_> {
+        match self {
+            Held::Rest(at_rest) => at_rest.kept(),
+            Held::Copy(disk) => Kept::copy(disk),
+        }
+    }
+
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Held::Copy(_))
+    }
+}
+
+/// Memory belongs to the disk it was taken with: of a machine that runs there is none.
+pub fn take_with_memory(context: &Context, account: &Account) -> anyhow::Result<AtRest> {
+    let name = &account.name;
+    match AtRest::take(&context.state, account.id) {
+        Err(DiskError::InUse(_)) => bail!(
+            "{name}'s machine runs, and its memory is to be had only at rest: give --stop, which ends its sessions and \
+             saves it, or leave --memory out"
+        ),
+        Ok(at_rest) => Ok(at_rest),
+        Err(_) => take(context, account, false),
+    }
+}
+
+/// The account as it is: at rest, or else a copy of the disk that its machine goes on with.
+pub fn take_or_copy(context: &Context, account: &Account) -> anyhow::Result<Held> {
+    let name = &account.name;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match AtRest::take(&context.state, account.id) {
+            Ok(at_rest) => return Ok(Held::Rest(at_rest)),
+            Err(DiskError::InUse(_)) => {}
+            // In its words.
+            Err(_) => return take(context, account, false).map(Held::Rest),
+        }
+        match admin::copy_disk(context, name)? {
+            Copied::Copy(disk) => return Ok(Held::Copy(disk)),
+            // It is on its way out, or a former service's.
+            Copied::NotRunning if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            Copied::NotRunning => bail!(
+                "{name}'s disk is in use, and not by a machine of this service; if it has just been started, machines \
+                 of the former one end within half a minute: try again"
+            ),
+            Copied::NoService => bail!(
+                "{name}'s disk is in use, and no service runs that could copy it meanwhile or end the machine for \
+                 --stop; if it has just been killed, its machines end within half a minute: try again"
+            ),
         }
     }
 }

@@ -2,10 +2,12 @@
 //! one order, and effects are carried out before the next event is looked at. Only the fork itself runs
 //! beside it, so that a stop can be noted while it is under way.
 
+mod copying;
 mod report;
 mod vigil;
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -24,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Arrival, How, Lease, LoginError, MachineCell, Status, save, start,
+    Arrival, How, Lease, LoginError, MachineCell, Status, copy, save, start,
     state::{Effect, Event, Intent, Lifecycle, SaveOutcome, State, StopCause, Timer},
     words,
 };
@@ -72,6 +74,8 @@ pub(super) enum Request {
     },
     /// The account's row has changed.
     Reconsider,
+    /// A copy of the disk is wanted.
+    Copy(copy::Asker),
 }
 
 pub(super) struct Driver {
@@ -86,6 +90,10 @@ pub(super) struct Driver {
     starting: Option<JoinHandle<Result<start::Started, start::StartError>>>,
     saving: Option<JoinHandle<save::SaveOver>>,
     call_off: CancellationToken,
+    /// Who wants copies of the disk; they are served one after the other.
+    askers: VecDeque<copy::Asker>,
+    copying: Option<JoinHandle<()>>,
+    call_off_copy: CancellationToken,
     /// What this service or the one before knows of the last machine; None before it was looked up.
     former: Option<start::Former>,
     /// Bytes of the last save, and why there was one.
@@ -143,6 +151,9 @@ impl Driver {
             starting: None,
             saving: None,
             call_off: CancellationToken::new(),
+            askers: VecDeque::new(),
+            copying: None,
+            call_off_copy: CancellationToken::new(),
             former: None,
             saved_bytes: 0,
             saved_because: String::new(),
@@ -158,6 +169,7 @@ impl Driver {
     pub(super) async fn run(mut self) {
         let mut leaves = self.leaves.subscribe();
         loop {
+            self.serve_askers().await;
             let event = tokio::select! {
                 // A login that comes with the machine's end is not let in to a dead one.
                 biased;
@@ -179,6 +191,10 @@ impl Driver {
                 outcome = finished(&mut self.saving) => {
                     self.saving = None;
                     self.save_over(outcome)
+                }
+                _ = finished(&mut self.copying) => {
+                    self.copying = None;
+                    Event::CopyOver
                 }
                 outcome = finished(&mut self.vigil.look) => {
                     self.vigil.look = None;
@@ -231,6 +247,10 @@ impl Driver {
                     self.former = None;
                 }
                 Some(Event::Reconsider)
+            }
+            Request::Copy(asker) => {
+                self.ask(asker);
+                None
             }
         }
     }
@@ -298,6 +318,7 @@ impl Driver {
                 | Event::Stop(_)
                 | Event::Reconsider
                 | Event::Forked
+                | Event::CopyOver
         ) {
             let changed = self.look_up_wishes().await;
             if event == Event::Reconsider && !changed {
@@ -344,6 +365,8 @@ impl Driver {
                 }
             }
             Effect::CallOff => self.call_off.cancel(),
+            Effect::Copy => self.copy(),
+            Effect::CallOffCopy => self.call_off_copy.cancel(),
             Effect::Release => {
                 if let Some(machine) = self.machine() {
                     tokio::spawn(async move { machine.release().await });

@@ -3,6 +3,7 @@
 //!
 //! Sessions ask the [`Registry`] for a [`Lease`]; the machine stays at least as long as there are leases.
 
+mod copy;
 mod driver;
 mod resume;
 mod save;
@@ -28,6 +29,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine, watch::Meter};
+pub use copy::CopyNews;
 pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;
@@ -249,6 +251,20 @@ impl Registry {
     /// Sessions that the account has now.
     pub fn sessions(&self, account: Uuid) -> u32 {
         self.accounts().get(&account).map_or(0, |handle| handle.status.borrow().sessions)
+    }
+
+    /// A copy of the account's disk as it is now, if a machine runs on it. What it comes to is told over the
+    /// channel; dropping that gives the copy up.
+    pub async fn copy_disk(&self, account: &Account) -> mpsc::Receiver<CopyNews> {
+        let (asker, news) = mpsc::channel(copy::NEWS);
+        if self.inner.closing.load(Ordering::Acquire) {
+            let _ = asker.try_send(CopyNews::Over(Err(LoginError::Stopping.to_string())));
+            return news;
+        }
+        let mailbox = self.handle(account).mailbox;
+        // One that takes no more is gone, and so is the other end of the channel then.
+        let _ = mailbox.send(Request::Copy(asker)).await;
+        news
     }
 
     /// Ends the account's sessions and machine, whose memory is saved if that is its policy; returns

@@ -14,6 +14,9 @@ use uuid::Uuid;
 use super::{driver::Context, state::SaveOutcome};
 use crate::machine::Machine;
 
+/// How long a guest that stands still for something else is waited for.
+const STAND_TIMEOUT: Duration = Duration::from_secs(60);
+
 pub(super) struct SaveOver {
     pub outcome: SaveOutcome,
     /// The terminals that wait for their user, the one left last first.
@@ -75,6 +78,14 @@ impl Save {
             () = self.machine.quiet() => {}
             () = self.called_off.cancelled() => return Err(Stop::CalledOff),
         }
+        let _standing = tokio::select! {
+            standing = self.machine.stand() => standing,
+            () = self.called_off.cancelled() => return Err(Stop::CalledOff),
+            () = tokio::time::sleep(STAND_TIMEOUT) => {
+                let reason = "its agent has not gone on since its disk was to be copied";
+                return Err(Stop::Failed(reason.into()));
+            }
+        };
         let begun = Instant::now();
         if let Err(reason) = self.machine.freeze().await {
             // Whether it stands still or not: it is told to go on.

@@ -23,14 +23,19 @@
 //! because of the moment it comes at: during Starting, Resuming and Stopping it waits; a save that only
 //! the linger asked for is called off by it. Whether Resuming ends in the old memory or in a cold start
 //! is the start's business ([`super::start`]): the machine is the account's either way.
+//!
+//! The disk can be copied in Running and Lingering. An idle machine is not put to rest before that is over;
+//! whatever else ends the machine calls the copy off.
 
+mod copying;
 mod idle;
 mod parts;
 
 use hermitage_storage::accounts::Policy;
 
 pub use parts::{
-    Awake, Effect, Event, Intent, SaveOutcome, Saving, State, StopCause, Stopping, Timer, Work,
+    Awake, Copying, Effect, Event, Intent, SaveOutcome, Saving, State, StopCause, Stopping, Timer,
+    Work,
 };
 
 /// Saves that may fail before an idle machine is powered off instead.
@@ -56,6 +61,8 @@ pub struct Lifecycle {
     pub awake: Option<Awake>,
     /// What works in the machine and is put to sleep all the same.
     pub paused: Option<Work>,
+    /// Whether the disk is being copied.
+    pub copying: Copying,
     /// Why the next machine will not have the memory of the last one, if somebody might miss it.
     pub lost: Option<String>,
     failed_saves: u8,
@@ -73,6 +80,7 @@ impl Default for Lifecycle {
             looking: false,
             awake: None,
             paused: None,
+            copying: Copying::No,
             lost: None,
             failed_saves: 0,
         }
@@ -89,8 +97,11 @@ impl Lifecycle {
 
     /// What `event` leads to. An event that means nothing in a state changes nothing.
     pub fn step(self, event: Event) -> Step {
-        let (mut lifecycle, effects) = self.react(event);
+        let (mut lifecycle, mut effects) = self.react(event);
         lifecycle.forget_idleness();
+        if lifecycle.forget_copy() {
+            effects.insert(0, Effect::CallOffCopy);
+        }
         (lifecycle, effects)
     }
 
@@ -109,6 +120,8 @@ impl Lifecycle {
             Event::Stop(cause) => self.stop(cause),
             Event::Looked(work) => self.looked(work),
             Event::Reconsider => self.reconsider(),
+            Event::Copy => self.copy(),
+            Event::CopyOver => self.copy_over(),
         }
     }
 

@@ -268,6 +268,8 @@ fn supervise_with<T>(
         agent: agent_sender,
         table: Default::default(),
         terminal_left: Default::default(),
+        standing: Default::default(),
+        woken: watch::channel(0).0,
         server: forked.server,
         agent_spoke: AtomicBool::new(false),
         given,
@@ -307,6 +309,7 @@ async fn tell_room(
     mut scarce: watch::Receiver<bool>,
     mut told: Option<bool>,
 ) {
+    let mut woken = machine.woken.subscribe();
     loop {
         let is = *scarce.borrow_and_update();
         if told != Some(is) {
@@ -317,8 +320,12 @@ async fn tell_room(
             }
             told = Some(is);
         }
-        if scarce.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = scarce.changed() => if changed.is_err() {
+                return;
+            },
+            // A guest that has stood still believes that there is room (docs/agent-protocol.md, Resume).
+            _ = woken.changed() => told = Some(false),
         }
     }
 }

@@ -10,6 +10,7 @@
 //! [`Machine::gone`] is the process reaped, after which the account's disk is free.
 
 mod agent;
+mod copying;
 mod fork_server;
 mod forwarder;
 mod given;
@@ -42,6 +43,7 @@ use tokio::{
 
 use crate::cgroup::Group;
 pub use agent::Reader;
+pub use copying::DiskCopy;
 pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use forwarder::Forwarder;
 pub use launch::{LaunchError, ResumeError, Sleeper, Spec, launch, resume};
@@ -57,6 +59,9 @@ const AGENT_QUEUE: usize = 64;
 /// How long a request to the machine's process may take: it only has to be taken out of a socket.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a power-off waits for a guest that is standing still: about as long as that should take.
+const STANDING_TIMEOUT: Duration = Duration::from_secs(5);
+
 pub struct Machine {
     pub id: MachineId,
     pub pid: i32,
@@ -66,6 +71,10 @@ pub struct Machine {
     agent: mpsc::Sender<HostMessage>,
     table: Mutex<Table>,
     terminal_left: Notify,
+    /// Held by whoever has the guest stand still.
+    standing: Arc<tokio::sync::Mutex<()>>,
+    /// Times that the guest went on after it.
+    woken: watch::Sender<u64>,
     server: Arc<ForkServer>,
     /// A first sign of it, which comes before it has the account.
     agent_spoke: AtomicBool,
@@ -87,6 +96,7 @@ struct Table {
     last_left: u64,
     steps: sleep::Steps,
     look: work::Looking,
+    copy: copying::Asked,
     sessions: HashMap<SessionId, Waiting>,
     connecting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     terminals: [TerminalState; TERMINALS as usize],
@@ -132,6 +142,8 @@ impl Machine {
 
     /// Asks the guest to power off.
     pub async fn power_off(&self, grace: Duration) {
+        // Programs that stand still for a copy of the disk could not take their leave.
+        let _standing = timeout(STANDING_TIMEOUT, self.standing.lock()).await;
         let grace_ms = grace.as_millis().try_into().unwrap_or(u32::MAX);
         self.tell(HostMessage::PowerOff { grace_ms }).await;
     }
@@ -183,6 +195,10 @@ impl Machine {
             event @ (MachineEvent::Restored { .. }
             | MachineEvent::Saved { .. }
             | MachineEvent::SaveFailed { .. }) => self.step_event(event),
+            event @ (MachineEvent::CopyBegun { .. }
+            | MachineEvent::CopyProgress { .. }
+            | MachineEvent::CopyDone { .. }
+            | MachineEvent::CopyFailed { .. }) => self.copy_event(event),
         }
     }
 

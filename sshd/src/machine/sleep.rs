@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     os::fd::AsFd,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -60,6 +61,9 @@ impl Steps {
         self.stages.extend(stages.map(|stage| (stage.name, stage.nanoseconds)));
     }
 }
+
+/// The right to have a guest stand still.
+pub type Standing = tokio::sync::OwnedMutexGuard<()>;
 
 impl Machine {
     /// Waits until no client's program is on its way out: what is saved has left terminals only. A
@@ -143,7 +147,34 @@ impl Machine {
         if !self.tell(HostMessage::Resume(resume)).await {
             return Err("its agent is gone".into());
         }
-        self.step(resumed, WAKE_TIMEOUT, "its agent did not go on").await
+        self.step(resumed, WAKE_TIMEOUT, "its agent did not go on").await?;
+        self.woken.send_modify(|times| *times += 1);
+        Ok(())
+    }
+
+    /// Nobody else has the guest stand still, or lets it go on, as long as this is held.
+    pub async fn stand(&self) -> Standing {
+        self.standing.clone().lock_owned().await
+    }
+
+    /// For a guest that did not go on in time, and may yet: it is told again until it has. Its answers come in the
+    /// order of the questions, so until then nobody else may have it stand still: what it says to an
+    /// older question would be taken for the answer to a newer one.
+    pub fn keep_waking(self: &Arc<Self>, standing: Standing) {
+        let machine = self.clone();
+        tokio::spawn(async move {
+            let woken = async {
+                while machine.wake().await.is_err() {
+                    sleep(Duration::from_secs(1)).await;
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = machine.ended() => {}
+                () = woken => {}
+            }
+            drop(standing);
+        });
     }
 
     /// Whose sessions the next [`wake`](Self::wake) finds: those of a machine that was resumed, whose
@@ -229,7 +260,7 @@ impl Machine {
         answer(&mut self.table().steps.resumed, ());
     }
 
-    async fn step<T>(
+    pub(super) async fn step<T>(
         &self,
         answer: oneshot::Receiver<T>,
         limit: Duration,

@@ -34,6 +34,9 @@ use crate::{fake_forwarder, fake_machine::Machine};
 /// Held while a program is started.
 static STARTING: Mutex<()> = Mutex::new(());
 
+/// The first time that it was to stand still is over.
+static DEAF: AtomicBool = AtomicBool::new(false);
+
 struct Guest {
     machine: Arc<Machine>,
     sessions: Mutex<HashMap<u64, Started>>,
@@ -65,6 +68,14 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
             std::io::stderr().write_all(line.as_bytes()).unwrap();
             match message {
                 _ if guest.hangs.load(Ordering::Relaxed) => {}
+                HostMessage::Resume(_) => {
+                    guest.machine.stands.store(false, Ordering::SeqCst);
+                    guest.resume();
+                }
+                HostMessage::PowerOff { .. } if account == "stubborn" => {}
+                HostMessage::PowerOff { .. } => guest.end(),
+                // As the real one.
+                _ if guest.machine.stands.load(Ordering::SeqCst) => {}
                 HostMessage::Attach(attach) => {
                     account = attach.account;
                     attached(&guest, &account);
@@ -83,8 +94,6 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                     guest.signal(session, signal);
                 }
                 HostMessage::Hangup { session } => guest.signal(session, Signal::SIGHUP),
-                HostMessage::PowerOff { .. } if account == "stubborn" => {}
-                HostMessage::PowerOff { .. } => guest.end(),
                 HostMessage::SetClock(_) | HostMessage::Ping(_) | HostMessage::DiskRoom { .. } => {}
                 HostMessage::Take(wanted) => {
                     let fault = machine_is("greedy").then(|| "there is \x1b[31mno CPU 3".into());
@@ -96,8 +105,15 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                     let reason = "its disk does not answer".into();
                     guest.say(&AgentMessage::FreezeFailed { reason });
                 }
-                HostMessage::Freeze => guest.say(&AgentMessage::Frozen),
-                HostMessage::Resume(_) => guest.resume(),
+                HostMessage::Freeze if machine_is("deaf") && !DEAF.swap(true, Ordering::SeqCst) => {
+                    // Once.
+                    std::thread::sleep(Duration::from_secs(35));
+                    guest.say(&AgentMessage::Frozen);
+                }
+                HostMessage::Freeze => {
+                    guest.machine.stands.store(true, Ordering::SeqCst);
+                    guest.say(&AgentMessage::Frozen);
+                }
             }
         }
         match from.read(&mut chunk) {

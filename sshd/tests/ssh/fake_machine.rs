@@ -10,7 +10,10 @@ use std::{
         fd::{FromRawFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream},
     },
-    sync::{Arc, Condvar, Mutex},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -18,6 +21,7 @@ use hermitage_storage::{
     base::BaseId,
     disk::tag,
     snapshot::{Description, Snapshot, Writer},
+    sparse::{copy, data_bytes},
 };
 use hermitage_vmm_proto::{End, MachineEvent, MachineRequest, Stage, receive, send};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -30,6 +34,10 @@ pub struct Machine {
     terminals: Mutex<[Terminal; 8]>,
     streams: Mutex<HashMap<u64, UnixStream>>,
     stream_came: Condvar,
+    /// The guest stands still.
+    pub stands: AtomicBool,
+    /// What becomes a copy of the disk, as long as that takes.
+    copying: Mutex<Option<File>>,
     /// The account's disk; its lock is this process's as long as it lives.
     disk: File,
 }
@@ -70,6 +78,8 @@ pub fn run() -> ! {
         terminals: Mutex::default(),
         streams: Mutex::default(),
         stream_came: Condvar::new(),
+        stands: AtomicBool::new(false),
+        copying: Mutex::default(),
         disk: disk.into(),
     });
     if std::env::var_os("HERMITAGE_RESUME").is_some() {
@@ -90,7 +100,8 @@ pub fn run() -> ! {
 
 impl Machine {
     fn request(self: &Arc<Self>, request: MachineRequest, descriptors: Vec<OwnedFd>) {
-        let attached = !matches!(request, MachineRequest::Save { .. });
+        let attached =
+            !matches!(request, MachineRequest::Save { .. } | MachineRequest::CopyDisk { .. });
         let socket = descriptors.into_iter().next().map(|descriptor| {
             let socket = UnixStream::from(descriptor);
             if attached {
@@ -151,10 +162,55 @@ impl Machine {
                 self.save(&file, account, disk_tag);
             }
             MachineRequest::Stop => self.end(End::Stopped),
+            MachineRequest::CopyDisk { room } => {
+                let file = File::from(OwnedFd::from(socket.unwrap()));
+                self.copy_disk(file, room);
+            }
+            MachineRequest::CancelCopy => self.no_copy("it was called off"),
+        }
+    }
+
+    /// "slowcopy" takes until it is called off, but 4 s at most; of "standing" the guest stands still for long.
+    fn copy_disk(self: &Arc<Self>, file: File, room: u64) {
+        assert!(self.stands.load(Ordering::SeqCst), "a copy, and the guest does not stand still");
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        if label().starts_with("fullcopy") {
+            let reason = format!("a copy takes much, and there is room for {}", room.min(1));
+            return self.event(&MachineEvent::CopyFailed { reason });
+        }
+        if label().starts_with("standing") {
+            std::thread::sleep(Duration::from_millis(1500));
+        }
+        let bytes = data_bytes(&self.disk).unwrap();
+        copy(&self.disk, &file).unwrap();
+        self.event(&MachineEvent::CopyBegun { bytes });
+        if !label().starts_with("slowcopy") {
+            return self.event(&MachineEvent::CopyDone { bytes });
+        }
+        *self.copying.lock().unwrap() = Some(file);
+        let machine = self.clone();
+        std::thread::spawn(move || {
+            for part in 0..40 {
+                std::thread::sleep(Duration::from_millis(100));
+                if machine.copying.lock().unwrap().is_none() {
+                    return;
+                }
+                machine.event(&MachineEvent::CopyProgress { bytes: bytes * part / 40 });
+            }
+            if machine.copying.lock().unwrap().take().is_some() {
+                machine.event(&MachineEvent::CopyDone { bytes });
+            }
+        });
+    }
+
+    fn no_copy(&self, reason: &str) {
+        if self.copying.lock().unwrap().take().is_some() {
+            self.event(&MachineEvent::CopyFailed { reason: reason.into() });
         }
     }
 
     fn save(&self, file: &File, account: [u8; 16], disk_tag: [u8; 16]) {
+        self.no_copy("the machine is being saved");
         if label().starts_with("unsaveable") {
             let reason = "no space left on device".into();
             return self.event(&MachineEvent::SaveFailed { reason });

@@ -9,7 +9,7 @@ use crate::accounts::{
     check_hash,
 };
 use crate::base::BaseId;
-use crate::rest::AtRest;
+use crate::rest::Kept;
 use crate::sparse;
 
 /// Largest disk.
@@ -121,25 +121,25 @@ impl Settings {
     }
 }
 
-/// Of an account at rest, with its memory if that is wanted and can be resumed.
+/// Of an account, with its memory if that is wanted and there is some that can be resumed.
 pub fn describe(
     accounts: &Accounts,
     account: &Account,
-    at_rest: &AtRest,
+    kept: Kept<'_>,
     memory: bool,
     version: &str,
     now: i64,
 ) -> Result<Manifest, ArchiveError> {
     let look = |doing| failed(doing);
     let intent = accounts.intent(account.id)?;
-    let memory = at_rest.saved().filter(|_| memory).map(|(_, header)| Memory {
+    let memory = kept.memory.filter(|_| memory).map(|(_, header)| Memory {
         bytes: header.file_bytes(),
         base: header.description.base.as_str().to_owned(),
         terminals: intent.as_ref().and_then(|intent| intent.terminals.clone()),
         paused: intent.as_ref().and_then(|intent| intent.paused.clone()),
     });
-    let bytes = at_rest.disk.metadata().map_err(look("look at the disk"))?.len();
-    let data_bytes = sparse::data_bytes(&at_rest.disk).map_err(look("look at the disk"))?;
+    let bytes = kept.disk.metadata().map_err(look("look at the disk"))?.len();
+    let data_bytes = sparse::data_bytes(kept.disk).map_err(look("look at the disk"))?;
     let manifest = Manifest {
         created: now,
         hermitage: version.to_owned(),

@@ -90,7 +90,7 @@ impl Host {
             since: 0,
         };
         accounts.record_intent(&intent).unwrap();
-        let manifest = describe(&accounts, &account, &at_rest, true, "0", 9).unwrap();
+        let manifest = describe(&accounts, &account, at_rest.kept(), true, "0", 9).unwrap();
         let (memory, _) = at_rest.saved().unwrap();
         let mut archive = Vec::new();
         let source = Source { manifest: &manifest, disk: &at_rest.disk, memory: Some(memory) };

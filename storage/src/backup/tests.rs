@@ -32,8 +32,8 @@ impl Shelf {
         let mut added = vec![];
         for account in accounts.list(false).unwrap() {
             let at_rest = AtRest::take(&self.host.state, account.id).unwrap();
-            let manifest = describe(&accounts, &account, &at_rest, true, "0", now).unwrap();
-            added.push(writer.add(manifest, &at_rest).unwrap());
+            let manifest = describe(&accounts, &account, at_rest.kept(), true, "0", now).unwrap();
+            added.push(writer.add(manifest, at_rest.kept()).unwrap());
         }
         writer.leave_out("zoe", "she is busy".into());
         (writer.finish(&accounts, self.host.state.root(), "20261121-101530", "0").unwrap(), added)

@@ -14,7 +14,7 @@ use super::{Backup, BackupError, VERSION, failed, named};
 use crate::accounts::Accounts;
 use crate::archive::Manifest;
 use crate::publish::NewFile;
-use crate::rest::AtRest;
+use crate::rest::Kept;
 use crate::sparse::next_data;
 
 /// A change as recent as this may have another of the same time after it.
@@ -75,10 +75,10 @@ impl Writer {
         Ok(Self { backup, known, before, accounts, left_out, written: 0, now })
     }
 
-    /// An account at rest; `manifest` describes it as for an archive.
-    pub fn add(&mut self, manifest: Manifest, at_rest: &AtRest) -> Result<Added, BackupError> {
+    /// An account; `manifest` describes it as for an archive.
+    pub fn add(&mut self, manifest: Manifest, kept: Kept<'_>) -> Result<Added, BackupError> {
         let written = self.written;
-        let now = stamp(&at_rest.disk)?;
+        let now = stamp(kept.disk)?;
         let mut manifest = manifest;
         // When it was read is the run's to say: the same account is the same object.
         manifest.created = 0;
@@ -90,12 +90,12 @@ impl Writer {
                 manifest.disk = former.manifest.disk.clone();
                 former.disk.clone()
             }
-            None => self.disk(&at_rest.disk, &mut manifest)?,
+            None => self.disk(kept.disk, &mut manifest)?,
         };
-        if stamp(&at_rest.disk)? != now {
+        if stamp(kept.disk)? != now {
             return Err(BackupError::Torn);
         }
-        let memory = match (&manifest.memory, at_rest.saved()) {
+        let memory = match (&manifest.memory, kept.memory) {
             (Some(memory), Some((file, _))) => self.whole(file, memory.bytes)?,
             _ => vec![],
         };

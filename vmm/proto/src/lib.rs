@@ -126,6 +126,14 @@ pub enum MachineRequest {
     Continue,
     /// The snapshot is marked as consumed: run. Answered by [`MachineEvent::Running`].
     Go,
+    /// Descriptor: an empty file, open for reading and writing. It becomes a copy of the account's disk as
+    /// it is when this is taken up, holes included, while the machine goes on; it gets at most `room` bytes.
+    /// Answered by [`MachineEvent::CopyBegun`] when nothing that the guest writes from then on is in it, then
+    /// by [`MachineEvent::CopyDone`]; or, whenever it comes to nothing, by [`MachineEvent::CopyFailed`], once.
+    /// A save gives it up.
+    CopyDisk { room: u64 },
+    /// Give up the copy that is being made. Without one this is nothing.
+    CancelCopy,
 }
 
 /// A machine to `serve`.
@@ -165,6 +173,21 @@ pub enum MachineEvent {
         stages: Vec<Stage>,
     },
     SaveFailed {
+        reason: String,
+    },
+    /// So many bytes of data are to be copied; 0: the file system shares them.
+    CopyBegun {
+        bytes: u64,
+    },
+    /// So many were up to now.
+    CopyProgress {
+        bytes: u64,
+    },
+    /// The file is the disk as it was. It was not synced.
+    CopyDone {
+        bytes: u64,
+    },
+    CopyFailed {
         reason: String,
     },
 }

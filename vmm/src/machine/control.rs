@@ -1,5 +1,6 @@
 //! The machine's side of its control socket (`hermitage-vmm-proto`), and the loop of its main thread.
 
+mod copying;
 mod saving;
 
 use std::{
@@ -16,6 +17,7 @@ use hermitage_vmm_proto::{
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Machine, devices::end_of, owner, vcpus::lock};
+use copying::Copies;
 use saving::Saving;
 
 use crate::{
@@ -44,6 +46,7 @@ pub fn serve(machine: &Machine, origin: &Origin<'_>, control: OwnedFd, written: 
         orphaned: None,
         populate: pieces(written),
         saving: Saving::No,
+        copies: Copies::default(),
     };
     let end = server.run().unwrap_or_else(|e| End::HostError(e.to_string()));
     server.tell(&MachineEvent::Ended(end.clone()));
@@ -102,6 +105,7 @@ struct Server<'a> {
     /// What is left to do.
     populate: VecDeque<Run>,
     saving: Saving,
+    copies: Copies,
 }
 
 impl Server<'_> {
@@ -143,6 +147,7 @@ impl Server<'_> {
             }
             self.save_again();
             self.report_streams();
+            self.report_copy();
         }
     }
 
@@ -217,6 +222,8 @@ impl Server<'_> {
             }
             MachineRequest::Stop => return Some(End::Stopped),
             MachineRequest::Continue => self.go_on(),
+            MachineRequest::CopyDisk { room } => self.copy_disk(descriptors.next(), room),
+            MachineRequest::CancelCopy => devices.block.no_copy("it was called off"),
             // Saved above; it runs already.
             MachineRequest::Save { .. } | MachineRequest::Go => {}
         }
@@ -235,6 +242,7 @@ impl Server<'_> {
             self.machine.end(End::Stopped);
         }
         self.saving = Saving::No;
+        self.machine.devices.block.no_copy("the service is gone");
         self.orphaned = Some(Instant::now());
     }
 

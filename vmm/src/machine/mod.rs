@@ -335,6 +335,12 @@ impl Machine {
     pub fn wake(&self) {
         self.end.wake();
     }
+
+    /// The same, for another thread.
+    pub fn waker(&self) -> impl Fn() + Send + use<> {
+        let end = self.end.clone();
+        move || end.wake()
+    }
 }
 
 /// A machine that is whole and has not run.

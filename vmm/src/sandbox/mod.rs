@@ -130,6 +130,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_statx,
     libc::SYS_fcntl,
     libc::SYS_fallocate,
+    // a copy of the disk
+    libc::SYS_ftruncate,
     libc::SYS_fdatasync,
     libc::SYS_sync_file_range,
     libc::SYS_fsync,

@@ -8,7 +8,7 @@ use super::Driver;
 use crate::{
     lifecycle::{
         save::SaveOver,
-        state::{Awake, SaveOutcome, State, StopCause},
+        state::{Awake, Copying, SaveOutcome, State, StopCause},
         words,
     },
     watch::Event,
@@ -105,6 +105,9 @@ impl Driver {
 
     fn why_lingering(&self) -> String {
         let linger = self.vigil.linger.as_secs();
+        if self.lifecycle.copying == Copying::RestWaits {
+            return "nobody is logged in; its disk is being copied".into();
+        }
         match (&self.lifecycle.awake, self.lifecycle.policy) {
             (_, Policy::Keep) => "nobody is logged in; its policy is to keep it running".into(),
             (Some(awake @ Awake::Held(_)), _) => format!("awake: {}", words::awake(awake)),

@@ -25,6 +25,9 @@ impl Lifecycle {
     }
 
     pub(super) fn linger_over(mut self) -> Step {
+        if self.rest_waits() {
+            return (self, vec![]);
+        }
         if self.stays() {
             return self.stay();
         }
@@ -41,6 +44,9 @@ impl Lifecycle {
             return (self, vec![]);
         }
         self.looking = false;
+        if self.rest_waits() {
+            return (self, vec![]);
+        }
         if self.stays() {
             return self.stay();
         }

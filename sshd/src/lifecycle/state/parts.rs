@@ -89,6 +89,16 @@ impl std::fmt::Display for StopCause {
     }
 }
 
+/// Whether the disk is being copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Copying {
+    #[default]
+    No,
+    UnderWay,
+    /// And nobody is logged in any more: when it is over the machine may rest.
+    RestWaits,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Somebody has authenticated and will probably want the machine in a moment.
@@ -113,6 +123,10 @@ pub enum Event {
     Looked(Option<Work>),
     /// What an operator wants of an idle machine has changed.
     Reconsider,
+    /// Somebody wants a copy of the disk.
+    Copy,
+    /// The copy that [`Effect::Copy`] asked for is there, or will not be.
+    CopyOver,
 }
 
 /// What is being worked on in a machine, in words.
@@ -180,6 +194,10 @@ pub enum Effect {
     Look,
     /// The next shell is told what kept the machine awake.
     Greet(Awake),
+    /// Copy the disk while the machine runs; `CopyOver` follows.
+    Copy,
+    /// The machine is about to go: give the copy up.
+    CallOffCopy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -292,6 +292,44 @@ fn what_an_operator_changes_counts_at_once() {
 }
 
 #[test]
+fn an_idle_machine_rests_when_its_copy_is_over() {
+    let events = [Event::Login, Event::Forked, Event::Copy, Event::Leave, Event::TimerOver];
+    let (lifecycle, effects) = run(&events);
+    assert_eq!((&lifecycle.state, lifecycle.copying), (&State::Lingering, Copying::RestWaits));
+    assert!(effects.contains(&Effect::Copy) && !effects.contains(&Effect::Look));
+    // Somebody who comes meanwhile is let in at once, and lingers anew.
+    let (back, effects) = lifecycle.clone().step(Event::Login);
+    assert_eq!((back.copying, effects.last()), (Copying::UnderWay, Some(&Effect::Admit)));
+    assert_eq!(back.step(Event::CopyOver).1, []);
+    let (lifecycle, effects) = lifecycle.step(Event::CopyOver);
+    assert_eq!(effects, [Effect::Look]);
+    assert!(matches!(lifecycle.step(Event::Looked(None)).0.state, State::Saving(_)));
+}
+
+#[test]
+fn whatever_else_ends_the_machine_calls_its_copy_off_first() {
+    for end in [
+        Event::Stop(StopCause::Admin),
+        Event::Stop(StopCause::Reset),
+        Event::Stop(StopCause::OutOfTime),
+        Event::Dying("reset".into()),
+        Event::Ended("gone".into()),
+    ] {
+        let (lifecycle, effects) = run(&[Event::Login, Event::Forked, Event::Copy]);
+        assert_eq!(effects.last(), Some(&Effect::Copy));
+        let (lifecycle, effects) = lifecycle.step(end.clone());
+        assert_eq!(effects.first(), Some(&Effect::CallOffCopy), "{end:?}");
+        // What it comes to is nobody's business any more.
+        let state = lifecycle.state.clone();
+        let (lifecycle, effects) = lifecycle.step(Event::CopyOver);
+        assert_eq!((lifecycle.state, effects), (state, vec![]));
+    }
+    // There is nothing to copy without a machine.
+    assert_eq!(run(&[Event::Copy]).1, []);
+    assert_eq!(after_idle(&[Event::Copy]).0.copying, Copying::No);
+}
+
+#[test]
 fn after_a_failure_the_next_login_tries_again() {
     let (lifecycle, effects) =
         run(&[Event::Login, Event::StartFailed("no base".into()), Event::Login]);
@@ -319,6 +357,8 @@ fn event() -> impl Strategy<Value = Event> {
         2 => Just(Event::Looked(None)),
         2 => Just(Event::Looked(Some(work()))),
         1 => Just(Event::Reconsider),
+        2 => Just(Event::Copy),
+        1 => Just(Event::CopyOver),
     ]
 }
 
@@ -338,6 +378,9 @@ struct World {
     machine: bool,
     saving: bool,
     looking: bool,
+    /// A copy is being made; somebody has called it off.
+    copying: bool,
+    called_off: bool,
     /// The machine's memory is on the disk.
     saved: bool,
     /// Sessions that know that their machine goes away, or is gone.
@@ -358,6 +401,9 @@ impl World {
             Event::TimerOver => self.timer,
             Event::SaveOver(_) => self.saving,
             Event::Looked(_) => self.looking,
+            // The driver has the others wait.
+            Event::Copy => !self.copying,
+            Event::CopyOver => self.copying,
             Event::Reconsider | Event::Expected | Event::Login | Event::Stop(_) => true,
         }
     }
@@ -380,12 +426,24 @@ impl World {
                 self.saved |= *outcome == SaveOutcome::Done;
             }
             Event::Looked(_) => self.looking = false,
-            Event::Expected | Event::Stop(_) | Event::Reconsider => {}
+            Event::CopyOver => (self.copying, self.called_off) = (false, false),
+            Event::Expected | Event::Stop(_) | Event::Reconsider | Event::Copy => {}
         }
     }
 
     fn apply(&mut self, effect: &Effect) {
+        if matches!(effect, Effect::Save | Effect::PowerOff | Effect::Kill | Effect::Release) {
+            assert!(!self.copying || self.called_off, "a copy is under way");
+        }
         match effect {
+            Effect::Copy => {
+                assert!(self.machine && !self.copying && !self.saving);
+                self.copying = true;
+            }
+            Effect::CallOffCopy => {
+                assert!(self.copying && !self.called_off);
+                self.called_off = true;
+            }
             Effect::Start => {
                 assert!(!self.forking && !self.machine, "a second machine");
                 assert!(!self.saving, "what is being saved is resumed");
@@ -443,6 +501,7 @@ impl World {
         Some(match self {
             World { forking: true, .. } => Event::Forked,
             World { saving: true, .. } => done(),
+            World { copying: true, .. } => Event::CopyOver,
             World { looking: true, .. } => Event::Looked(Some(work())),
             World { told: 1.., .. } => Event::Leave,
             World { recorded: Some(Intent::Stopping), machine: true, .. }
@@ -486,7 +545,8 @@ proptest! {
             }
             // A machine without sessions always has something that ends it.
             if world.machine && world.admitted == 0 && world.waiting == 0 {
-                prop_assert!(world.timer || world.saving || world.looking, "nothing will stop {:?}", lifecycle.state);
+                let copying = world.copying && !world.called_off;
+                prop_assert!(world.timer || world.saving || world.looking || copying, "nothing will stop {:?}", lifecycle.state);
             }
         }
         // Left alone, and with no wish of an operator, it comes to rest, whatever works in it says:

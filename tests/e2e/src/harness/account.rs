@@ -40,6 +40,13 @@ impl<'a> Account<'a> {
         Ok(Self { story, name, key, id })
     }
 
+    /// An account that was made of this one, and has its key.
+    pub fn restored_as(&self, name: String) -> Result<Self> {
+        let shown = self.story.host().hermitage_json(&format!("account show {name}"))?;
+        let id = shown["id"].as_str().context("`account show --json` gave no id")?.to_owned();
+        Ok(Self { story: self.story, name, key: self.key.clone(), id })
+    }
+
     pub fn login(&self) -> Login<'a> {
         Login::with_key(self.story, &self.name, &self.key)
     }

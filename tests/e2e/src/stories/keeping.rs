@@ -1,15 +1,17 @@
 //! What an operator keeps of an account, and makes of it.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    harness::{Story, same, says},
+    harness::{Story, host::quote, same, says},
     runner::{Test, test},
+    stories::space::in_order,
 };
 
-pub const TESTS: [Test; 2] = [
+pub const TESTS: [Test; 3] = [
     test("checkpoint_brings_shell_and_files_back", 240, back_to_a_checkpoint),
     test("archive_becomes_an_account_of_another_name", 240, another_name),
+    test("an_account_in_use_is_exported_and_backed_up", 420, while_in_use),
 ];
 
 fn back_to_a_checkpoint(story: &Story) -> Result<()> {
@@ -50,4 +52,70 @@ fn another_name(story: &Story) -> Result<()> {
     let wanted = format!("{name}\nhers\nroot\n{name}\n");
     same("what bob finds", told.as_str(), wanted.as_str())?;
     same("and alice", alice.output("whoami; cat note")?.as_str(), &format!("{}\nhers", alice.name))
+}
+
+/// Writes for as long as it lives: files again and again, and in between a line to two logs, one after the other.
+const WRITER: &str = "
+i=0
+while :; do
+    i=$((i + 1))
+    head -c 200000 /dev/urandom > busy$((i % 40))
+    [ $((i % 7)) != 0 ] || rm -f busy$((i * 3 % 40))
+    echo $i >> first
+    echo $i >> second
+done";
+
+fn while_in_use(story: &Story) -> Result<()> {
+    let alice = story.account("alice")?;
+    let host = story.host();
+    alice.output("head -c 24000000 /dev/urandom > kept; sha256sum kept > sum; sync")?;
+    alice.output(&format!("printf %s {} > writer", quote(WRITER)))?;
+    let mut shell = alice.login().terminal(None, 80, 24)?;
+    shell.run("n=here; sh writer & echo")?;
+    let machine = alice.running_machine()?;
+    let lines = || -> Result<usize> { Ok(alice.output("wc -l < first")?.trim().parse()?) };
+    story.wait_for("her program to write", 60, || Ok((lines()? > 20).then_some(())))?;
+
+    let file = format!("/tmp/{}.hermitage", alice.name);
+    let dir = format!("/tmp/{}.backup", alice.name);
+    story.afterwards(format!("rm -rf {file} {dir}"));
+    let exported = format!("account export {} -o {file}", alice.name);
+    let restored = format!("account restore {file}");
+    let kept = format!("backup create {dir} --account {}", alice.name);
+    let brought = format!("backup restore {dir} {}", alice.name);
+    for (put_away, bring_back, told) in [
+        (exported, restored, "as its disk was while in use"),
+        (kept, brought, "1 copied while in use"),
+    ] {
+        let before = lines()?;
+        let said = host.run(&format!("hermitage {put_away}"))?;
+        says(&put_away, &said, told)?;
+        let after = lines()?;
+        // She is where she was, and so is her program.
+        same("her shell", shell.run("echo $n; kill -0 $! && echo lives")?.trim(), "here\nlives")?;
+        same("her machine", alice.running_machine()?, machine)?;
+        story.wait_for("her program to go on", 60, || Ok((lines()? > after).then_some(())))?;
+        let beside =
+            host.run(&format!("ls -A $(dirname {}) | grep -c '^.new-' || true", alice.disk()))?;
+        same("left in her folder", beside.trim(), "0")?;
+
+        let name = story.unique("bob");
+        story.afterwards(format!("hermitage account remove {name} --purge"));
+        host.run(&format!("hermitage {bring_back} --name {name}"))?;
+        let bob = alice.restored_as(name)?;
+        in_order(story, &bob)?;
+        let found = bob.login();
+        found.exec("sha256sum -c sum")?.success().context("what was synced before")?;
+        // Of one instant: nothing that was written by then is missing, though nobody had synced it, and of two
+        // lines one after the other the second is not there without the first.
+        let count = |name: &str| -> Result<usize> {
+            let script = format!("awk 'NR != $1 {{ exit 1 }} END {{ print NR }}' {name}");
+            Ok(found.exec(&script)?.success().context("a gap")?.trim().parse()?)
+        };
+        let (first, second) = (count("first")?, count("second")?);
+        ensure!((before..=after).contains(&first), "{first} lines, {before} before, {after} after");
+        ensure!(first == second || first == second + 1, "{first} and then {second} lines");
+    }
+    shell.run("kill $!")?;
+    shell.cut()
 }

@@ -105,7 +105,7 @@ fn full_host_disk(story: &Story) -> Result<()> {
 }
 
 /// The disk of an account without a machine, checked by the journal's replay and e2fsck on a copy.
-fn in_order(story: &Story, account: &Account<'_>) -> Result<()> {
+pub(super) fn in_order(story: &Story, account: &Account<'_>) -> Result<()> {
     let copy = format!("{}/e2e-space.img", story.world.options.state_dir.display());
     let checked = story.host().try_run(&format!(
         "trap 'rm -f {copy}' EXIT

@@ -47,6 +47,8 @@ impl Server<'_> {
         let Ok([file, pagemap]) = <[OwnedFd; 2]>::try_from(descriptors) else {
             return self.tell(&refuse("a save needs two descriptors, a file and a page map"));
         };
+        // Its thread has to come to rest, and a copy may take longer than a save may wait.
+        self.machine.devices.block.no_copy("the machine is being saved");
         let (file, pagemap) = (File::from(file), File::from(pagemap));
         let request = SaveRequest { file, pagemap, account, disk_tag: tag };
         let now = Instant::now();

@@ -9,9 +9,14 @@
 //! fdatasync (invariant 4). Only a write that finds no room on the host's disk steps aside until there
 //! is some ([`held`]); it is not complete, so no flush covers it.
 
+mod copy;
+mod copying;
 mod held;
 mod request;
+mod work;
 mod worker;
+
+pub use copying::{CopyNews, CopyOrder};
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -261,6 +266,23 @@ impl Transport<Block> {
     pub fn sync(&self) -> io::Result<()> {
         let disk = self.look(|block| block.disk.clone());
         disk.map_or(Ok(()), |disk| disk.sync_data())
+    }
+
+    /// Has a copy made of the disk as it is now, beside the guest's requests (docs/devices.md).
+    pub fn copy(&self, order: CopyOrder) -> Result<(), Fault> {
+        self.with(|block, context| {
+            block.worker(context.memory)?.copy(order);
+            Ok(())
+        })
+    }
+
+    /// Gives up the copy that is being made, if there is one.
+    pub fn no_copy(&self, reason: &str) {
+        self.look(|block| {
+            if let Some(worker) = &block.worker {
+                worker.no_copy(reason.to_owned());
+            }
+        });
     }
 
     pub fn add_stats(&self, stats: &mut Stats) {

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod copy;
 mod full;
 
 use super::*;

@@ -4,7 +4,6 @@ use std::{
     collections::VecDeque,
     fs::File,
     io,
-    os::unix::fs::FileExt,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -17,21 +16,17 @@ use vm_memory::Bytes;
 
 use super::{
     Block, BlockStats,
-    held::{Held, is_no_room},
-    request::{ID_BYTES, Range, Request, Status, Work},
+    copying::{CopyOrder, Copying},
+    held::Held,
+    request::{Request, Status, Work},
+    work::{Failure, attempt, attempt_without_disk, has_hole},
 };
 use crate::{
-    devices::virtio::{
-        chain::{Segment, total, window, write_prefix},
-        io as vio,
-        transport::Handle,
-    },
+    devices::virtio::{chain::total, transport::Handle},
     memory::GuestMemory,
 };
 
-/// Names the disk in the guest (`/dev/disk/by-id/virtio-…`).
-const SERIAL: &str = "hermitage-account";
-const _: () = assert!(SERIAL.len() <= ID_BYTES);
+const ONE_AT_A_TIME: &str = "a copy of the disk is being made already";
 
 /// A request that is over.
 pub struct Done {
@@ -57,6 +52,9 @@ struct Inbox {
     disk: Option<Arc<File>>,
     /// No write waits for room: it fails instead, at once.
     impatient: bool,
+    /// A copy that is to be begun, or to be given up, for this reason.
+    copy: Option<CopyOrder>,
+    no_copy: Option<String>,
     closed: bool,
 }
 
@@ -92,6 +90,27 @@ impl Worker {
         self.0.wake.notify_one();
     }
 
+    pub fn copy(&self, order: CopyOrder) {
+        let mut inbox = self.0.inbox();
+        match inbox.copy {
+            Some(_) => order.refuse(ONE_AT_A_TIME),
+            None => inbox.copy = Some(order),
+        }
+        drop(inbox);
+        self.0.wake.notify_one();
+    }
+
+    /// Gives up the copy that is being made, if there is one.
+    pub fn no_copy(&self, reason: String) {
+        let mut inbox = self.0.inbox();
+        if let Some(order) = inbox.copy.take() {
+            order.refuse(reason.clone());
+        }
+        inbox.no_copy = Some(reason);
+        drop(inbox);
+        self.0.wake.notify_one();
+    }
+
     /// Writes that wait for room.
     pub fn held(&self) -> usize {
         self.0.held.load(Ordering::Relaxed)
@@ -106,11 +125,16 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
-    let mut disk_work = DiskWork { memory, held: Held::new(), failures: 0, shortages: 0 };
-    let mut retried = false;
-    while let Some((turn, disk)) = next(shared, &mut disk_work.held, retried) {
-        retried = matches!(turn, Turn::Retry(_));
-        let done = disk_work.take_turn(turn, disk.as_deref());
+    let mut disk_work =
+        DiskWork { memory, held: Held::new(), copying: None, failures: 0, shortages: 0 };
+    let mut last = Last::Other;
+    while let Some(job) = next(shared, &mut disk_work, last) {
+        last = match job.turn {
+            Turn::Retry(_) => Last::Retry,
+            Turn::CopyStep => Last::CopyStep,
+            _ => Last::Other,
+        };
+        let done = disk_work.take_turn(job);
         shared.held.store(disk_work.held.len(), Ordering::Relaxed);
         if done.is_empty() {
             continue;
@@ -124,17 +148,32 @@ fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
 
 /// What the thread does next.
 enum Turn {
-    New {
-        request: Request,
-        may_wait: bool,
-    },
+    New(Request),
     Retry(Request),
     /// Answers what waits for room with an error.
     GiveUp(Vec<Request>),
+    BeginCopy(CopyOrder),
+    EndCopy(String),
+    CopyStep,
 }
 
-/// Waits for something to do. Held requests and new ones take turns. None: the thread's end.
-fn next(shared: &Shared, held: &mut Held, retried: bool) -> Option<(Turn, Option<Arc<File>>)> {
+struct Job {
+    turn: Turn,
+    disk: Option<Arc<File>>,
+    /// A write may wait for room.
+    may_wait: bool,
+}
+
+/// What was done last: what there may be much of alternates with the guest's requests.
+#[derive(Clone, Copy, PartialEq)]
+enum Last {
+    Retry,
+    CopyStep,
+    Other,
+}
+
+/// Waits for something to do. None: the thread's end.
+fn next(shared: &Shared, work: &mut DiskWork, last: Last) -> Option<Job> {
     let mut inbox = shared.inbox();
     loop {
         if inbox.closed {
@@ -142,21 +181,31 @@ fn next(shared: &Shared, held: &mut Held, retried: bool) -> Option<(Turn, Option
         }
         let now = Instant::now();
         let may_wait = !inbox.impatient;
-        if !may_wait && !held.is_empty() {
-            return Some((Turn::GiveUp(held.drain()), None));
-        }
-        let new = |inbox: &mut Inbox| {
-            inbox.requests.pop_front().map(|request| Turn::New { request, may_wait })
-        };
-        let turn = if retried {
-            new(&mut inbox).or_else(|| held.take(now).map(Turn::Retry))
+        let steps = work.copying.as_ref().and_then(|copying| copying.due_in(now));
+        let turn = if let Some(reason) = inbox.no_copy.take() {
+            Some(Turn::EndCopy(reason))
+        } else if let Some(order) = inbox.copy.take() {
+            Some(Turn::BeginCopy(order))
+        } else if !may_wait && work.copying.is_some() {
+            Some(Turn::EndCopy("the guest has reset its disk".into()))
+        } else if !may_wait && !work.held.is_empty() {
+            Some(Turn::GiveUp(work.held.drain()))
+        } else if steps.is_some_and(|due| due.is_zero())
+            && (last != Last::CopyStep || inbox.requests.is_empty())
+        {
+            Some(Turn::CopyStep)
         } else {
-            held.take(now).map(Turn::Retry).or_else(|| new(&mut inbox))
+            let new = |inbox: &mut Inbox| inbox.requests.pop_front().map(Turn::New);
+            if last == Last::Retry {
+                new(&mut inbox).or_else(|| work.held.take(now).map(Turn::Retry))
+            } else {
+                work.held.take(now).map(Turn::Retry).or_else(|| new(&mut inbox))
+            }
         };
         if let Some(turn) = turn {
-            return Some((turn, inbox.disk.clone()));
+            return Some(Job { turn, disk: inbox.disk.clone(), may_wait });
         }
-        inbox = match held.due_in(now) {
+        inbox = match work.held.due_in(now).into_iter().chain(steps).min() {
             None => shared.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner),
             Some(time) => {
                 let woken = shared.wake.wait_timeout(inbox, time);
@@ -169,6 +218,7 @@ fn next(shared: &Shared, held: &mut Held, retried: bool) -> Option<(Turn, Option
 struct DiskWork<'a> {
     memory: &'a GuestMemory,
     held: Held,
+    copying: Option<Copying>,
     /// Requests that failed, and times that the room ran out, for the log.
     failures: u64,
     shortages: u64,
@@ -176,24 +226,20 @@ struct DiskWork<'a> {
 
 impl DiskWork<'_> {
     /// The requests that are over after it.
-    fn take_turn(&mut self, turn: Turn, disk: Option<&File>) -> Vec<Done> {
+    fn take_turn(&mut self, Job { turn, disk, may_wait }: Job) -> Vec<Done> {
+        let disk = disk.as_ref();
         match turn {
             Turn::GiveUp(requests) => {
                 requests.iter().map(|request| self.answer(request, Status::IoError)).collect()
             }
-            // In vain: it would be slow and find nothing.
-            Turn::New { request, may_wait } if may_wait && self.is_in_vain(&request, disk) => {
-                self.held.push(request, Instant::now());
-                vec![]
+            Turn::New(request) => {
+                let copying = self.copying.as_mut().filter(|copying| copying.is_of(disk));
+                let passed = match copying {
+                    Some(copying) => copying.pass(request),
+                    None => Some(request),
+                };
+                passed.and_then(|request| self.begin(request, disk, may_wait)).into_iter().collect()
             }
-            Turn::New { request, may_wait } => match self.execute(&request, disk) {
-                Ok(done) => vec![done],
-                Err(error) if may_wait => {
-                    self.hold(request, &error);
-                    vec![]
-                }
-                Err(error) => vec![self.failed(&request, &error)],
-            },
             Turn::Retry(request) => match self.execute(&request, disk) {
                 Ok(done) => {
                     self.held.fitted(Instant::now());
@@ -207,6 +253,58 @@ impl DiskWork<'_> {
                     vec![]
                 }
             },
+            Turn::BeginCopy(order) => {
+                match (&self.copying, disk) {
+                    (Some(_), _) => order.refuse(ONE_AT_A_TIME),
+                    (None, None) => order.refuse("the machine has no disk"),
+                    (None, Some(disk)) => self.copying = order.begin(disk),
+                }
+                vec![]
+            }
+            Turn::EndCopy(reason) => self.end_copy(Err(reason), disk, may_wait),
+            Turn::CopyStep => match self.copying.as_mut().map(Copying::step) {
+                Some(Ok(step)) if step.whole => self.end_copy(Ok(()), disk, may_wait),
+                Some(Ok(step)) => {
+                    let free = step.free.into_iter();
+                    free.filter_map(|request| self.begin(request, disk, may_wait)).collect()
+                }
+                Some(Err(reason)) => self.end_copy(Err(reason), disk, may_wait),
+                None => vec![],
+            },
+        }
+    }
+
+    /// Requests that waited for it are done.
+    fn end_copy(
+        &mut self,
+        outcome: Result<(), String>,
+        disk: Option<&Arc<File>>,
+        may_wait: bool,
+    ) -> Vec<Done> {
+        let Some(copying) = self.copying.take() else { return vec![] };
+        let waited = copying.end(outcome);
+        waited.into_iter().filter_map(|request| self.begin(request, disk, may_wait)).collect()
+    }
+
+    /// Does a request, or has it wait for room.
+    fn begin(
+        &mut self,
+        request: Request,
+        disk: Option<&Arc<File>>,
+        may_wait: bool,
+    ) -> Option<Done> {
+        if may_wait && self.is_in_vain(&request, disk.map(Arc::as_ref)) {
+            // It would be slow and find nothing.
+            self.held.push(request, Instant::now());
+            return None;
+        }
+        match self.execute(&request, disk) {
+            Ok(done) => Some(done),
+            Err(error) if may_wait => {
+                self.hold(request, &error);
+                None
+            }
+            Err(error) => Some(self.failed(&request, &error)),
         }
     }
 
@@ -237,7 +335,8 @@ impl DiskWork<'_> {
 
     /// Does one request, whatever comes of it. An error means that it met the end of the host's room
     /// and can be tried again.
-    fn execute(&mut self, request: &Request, disk: Option<&File>) -> Result<Done, io::Error> {
+    fn execute(&mut self, request: &Request, disk: Option<&Arc<File>>) -> Result<Done, io::Error> {
+        self.copy_before(&request.work, disk);
         let mut stats = BlockStats::default();
         let result = match disk {
             // Without a disk the capacity is 0, so only what touches no data comes this far.
@@ -252,6 +351,19 @@ impl DiskWork<'_> {
             Err(Failure::Status(status)) => Ok(self.answer(request, status)),
             Err(Failure::NoRoom(error)) => Err(error),
             Err(Failure::Io(error)) => Ok(self.failed(request, &error)),
+        }
+    }
+
+    /// What a copy still needs of what this changes is copied. A copy that fails is none; the guest's request
+    /// is done all the same.
+    fn copy_before(&mut self, work: &Work, disk: Option<&Arc<File>>) {
+        let Some(copying) = &mut self.copying else { return };
+        let outcome = match copying.is_of(disk) {
+            true => copying.protect(work),
+            false => Err("another disk was put in its place".into()),
+        };
+        if let Err(reason) = outcome {
+            copying.fail(reason);
         }
     }
 
@@ -270,159 +382,4 @@ impl DiskWork<'_> {
         let errors = u64::from(status == Status::IoError);
         Done { head: request.head, written: 1, stats: BlockStats { errors, ..Default::default() } }
     }
-}
-
-enum Failure {
-    Status(Status),
-    /// May go better later; nothing is lost by doing all of it again.
-    NoRoom(io::Error),
-    Io(io::Error),
-}
-
-impl Failure {
-    /// Of what takes room on the host.
-    fn of_writing(error: io::Error) -> Self {
-        if is_no_room(&error) { Self::NoRoom(error) } else { Self::Io(error) }
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-fn attempt_without_disk(request: &Request, memory: &GuestMemory) -> Result<u32, Failure> {
-    match &request.work {
-        Work::Identify { into } => Ok(identify(memory, into)),
-        Work::Refuse(status) => Err(Failure::Status(*status)),
-        _ => Err(Failure::Status(Status::IoError)),
-    }
-}
-
-/// Bytes written to the guest, without the status.
-fn attempt(
-    work: &Work,
-    disk: &File,
-    memory: &GuestMemory,
-    stats: &mut BlockStats,
-) -> Result<u32, Failure> {
-    match work {
-        Work::Read { offset, into } => {
-            let read = |segments: &[Segment], at| vio::read_at(disk, memory, segments, at);
-            stats.read_bytes = transfer(into, *offset, read)?;
-            // A request is bounded to 126 MiB.
-            Ok(stats.read_bytes as u32)
-        }
-        Work::Write { offset, from } => {
-            let write = |segments: &[Segment], at| vio::write_at(disk, memory, segments, at);
-            stats.written_bytes = transfer(from, *offset, write).map_err(Failure::of_writing)?;
-            Ok(0)
-        }
-        Work::Flush => {
-            // Not to be tried again, not even for want of room: a second fdatasync forgets what the
-            // first could not write (fsync(2)).
-            disk.sync_data()?;
-            stats.flushes = 1;
-            Ok(0)
-        }
-        Work::Discard(ranges) => {
-            // A file system that can't give space back has kept the data, which is allowed. One that
-            // is full may need room to note a hole.
-            for range in ranges {
-                match punch(disk, range) {
-                    Err(error) if !is_unsupported(&error) && !is_no_room(&error) => {
-                        return Err(error.into());
-                    }
-                    _ => {}
-                }
-            }
-            Ok(0)
-        }
-        Work::WriteZeroes(ranges) => {
-            let mut zeroed = ranges.iter().map(|range| write_zeroes(disk, range));
-            zeroed.try_for_each(|result| result.map_err(Failure::of_writing))?;
-            Ok(0)
-        }
-        Work::Identify { into } => Ok(identify(memory, into)),
-        Work::Refuse(status) => Err(Failure::Status(*status)),
-    }
-}
-
-/// Goes on until everything is transferred: reads and writes may be short.
-fn transfer(
-    segments: &[Segment],
-    offset: u64,
-    mut step: impl FnMut(&[Segment], u64) -> io::Result<usize>,
-) -> io::Result<u64> {
-    let whole = total(segments);
-    let mut done = 0;
-    while done < whole {
-        let count = match done {
-            0 => step(segments, offset)?,
-            _ => step(&window(segments, done, u64::MAX), offset + done)?,
-        };
-        if count == 0 {
-            let at = offset + done;
-            let message = format!("the disk's file ends at {at}, before its capacity");
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, message));
-        }
-        done += count as u64;
-    }
-    Ok(done)
-}
-
-/// Where the file system can't tell, there is none: trying tells.
-fn has_hole(disk: &File, offset: u64, length: u64) -> bool {
-    rustix::fs::seek(disk, rustix::fs::SeekFrom::Hole(offset))
-        .is_ok_and(|hole| hole < offset.saturating_add(length))
-}
-
-fn punch(disk: &File, range: &Range) -> io::Result<()> {
-    if range.length == 0 {
-        return Ok(());
-    }
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    vio::allocate(disk, mode, range.offset, range.length)
-}
-
-fn write_zeroes(disk: &File, range: &Range) -> io::Result<()> {
-    if range.length == 0 {
-        return Ok(());
-    }
-    let zero_range = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-    let first = if range.unmap {
-        punch(disk, range)
-    } else {
-        vio::allocate(disk, zero_range, range.offset, range.length)
-    };
-    match first {
-        Err(error) if is_unsupported(&error) => write_zeroes_by_hand(disk, range),
-        result => result,
-    }
-}
-
-fn write_zeroes_by_hand(disk: &File, range: &Range) -> io::Result<()> {
-    const ZEROES: [u8; 16 * 1024] = [0; 16 * 1024];
-    let mut done = 0;
-    while done < range.length {
-        let count = (range.length - done).min(ZEROES.len() as u64);
-        disk.write_all_at(&ZEROES[..count as usize], range.offset + done)?;
-        done += count;
-    }
-    Ok(())
-}
-
-fn is_unsupported(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EOPNOTSUPP)
-}
-
-/// Writes the serial, padded with zeroes (§5.2.6).
-fn identify(memory: &GuestMemory, into: &[Segment]) -> u32 {
-    let mut id = [0; ID_BYTES];
-    for (to, from) in id.iter_mut().zip(SERIAL.bytes()) {
-        *to = from;
-    }
-    // The room was checked when the request was read.
-    if write_prefix(memory, into, &id) { ID_BYTES as u32 } else { 0 }
 }

@@ -15,7 +15,7 @@ fn dev_full() -> File {
 }
 
 /// Puts a file behind the device whatever its size is.
-fn put(guest: &Guest, file: File) {
+pub(super) fn put(guest: &Guest, file: File) {
     let put = |block: &mut Block, context: &mut Context<'_>| {
         block.put(file, DISK / 512, context);
         Ok(())
@@ -36,7 +36,7 @@ fn held(bytes: &[u8]) -> Guest {
     guest
 }
 
-fn until(what: &str, mut true_yet: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut true_yet: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !true_yet() {
         assert!(Instant::now() < deadline, "waited for: {what}");
@@ -46,7 +46,7 @@ fn until(what: &str, mut true_yet: impl FnMut() -> bool) {
 
 impl Guest {
     /// Turns to other buffers, so that those of a request under way stay as they are. Returns them.
-    fn turn_to_other_buffers(&mut self) -> [u64; 3] {
+    pub(super) fn turn_to_other_buffers(&mut self) -> [u64; 3] {
         let fresh = [64, 4096, 1].map(|length| self.driver.allocate(length));
         let former = [self.header, self.data, self.status];
         [self.header, self.data, self.status] = fresh;
@@ -54,7 +54,7 @@ impl Guest {
     }
 
     /// As `ask`, with other requests under way.
-    fn ask_meanwhile(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u8 {
+    pub(super) fn ask_meanwhile(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u8 {
         self.submit(kind, sector, data);
         let status = self.status;
         until("an answer meanwhile", || self.driver.bytes(status, 1) != [0xee]);
@@ -148,7 +148,7 @@ fn a_machine_that_waits_for_room_can_not_be_saved_but_can_end() {
 
 /// A file system of so many bytes that nobody else sees; it lives as long as its descriptors. None
 /// without the privilege to mount it.
-fn small_file_system(bytes: u64) -> Option<[File; 2]> {
+pub(super) fn small_file_system(bytes: u64) -> Option<[File; 2]> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
     // In a thread of its own, whose view of the mounts ends with it.
@@ -242,7 +242,7 @@ fn whatever_the_room_every_write_is_there_in_the_end() {
 }
 
 /// Takes room away until `left` bytes are free, or as nearly as it goes.
-fn fill(ballast: &File, left: i64) {
+pub(super) fn fill(ballast: &File, left: i64) {
     let stat = nix::sys::statvfs::fstatvfs(ballast).unwrap();
     let free = (stat.blocks_available() * stat.fragment_size()) as i64;
     let chunk = [0x55; 4096];

@@ -1,0 +1,60 @@
+//! Handing out a copy of a disk that is in use.
+
+use std::time::Duration;
+
+use hermitage_storage::publish::NewFile;
+use tokio::{io::AsyncReadExt, net::UnixStream, time::interval};
+
+use super::{answer, protocol::Reply, refused};
+use crate::{lifecycle::CopyNews, server::Server};
+
+/// How often the client hears something, so that it can tell a long copy from a service that is gone.
+const TELL: Duration = Duration::from_secs(1);
+
+pub(super) async fn copy_disk(
+    server: &Server,
+    name: &str,
+    mut stream: UnixStream,
+) -> std::io::Result<()> {
+    let account = match server.store.by_name(name).await {
+        Ok(Some(account)) => account,
+        Ok(None) => {
+            let reply = refused(format!("there is no account \"{name}\""));
+            return answer(&mut stream, &reply).await;
+        }
+        Err(error) => return answer(&mut stream, &refused(error.to_string())).await,
+    };
+    let mut news = server.registry.copy_disk(&account).await;
+    let mut tick = interval(TELL);
+    let (mut copied, mut of) = (0, 0);
+    let reply = loop {
+        tokio::select! {
+            one = news.recv() => match one {
+                Some(CopyNews::Copying { copied: now, of: all }) => (copied, of) = (now, all),
+                Some(CopyNews::NotRunning) => break Reply::NotRunning,
+                Some(CopyNews::Over(Ok(copy))) => return hand_out(copy, stream).await,
+                Some(CopyNews::Over(Err(reason))) => {
+                    break refused(format!("the disk of {name}'s machine can't be copied: {reason}"));
+                }
+                None => break refused(format!("copying the disk of {name}'s machine was cut off")),
+            },
+            _ = tick.tick() => answer(&mut stream, &Reply::Copying { copied, of }).await?,
+            // Dropping the channel gives the copy up.
+            () = closed(&mut stream) => return Ok(()),
+        }
+    };
+    answer(&mut stream, &reply).await
+}
+
+/// The copy goes with the connection.
+async fn hand_out(copy: NewFile, mut stream: UnixStream) -> std::io::Result<()> {
+    answer(&mut stream, &Reply::Copied { path: copy.path().to_owned() }).await?;
+    closed(&mut stream).await;
+    Ok(())
+}
+
+/// Waits until the client has closed; what it says is not listened to.
+async fn closed(stream: &mut UnixStream) {
+    let mut sink = [0; 64];
+    while let Ok(1..) = stream.read(&mut sink).await {}
+}
