@@ -48,10 +48,10 @@ impl Default for Config {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("can't read the configuration {path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("the configuration {path} is not right: {source}")]
-    Parse { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("can't read the configuration {path}: {error}")]
+    Read { path: PathBuf, error: std::io::Error },
+    #[error("the configuration {path} is not right: {error}")]
+    Parse { path: PathBuf, error: Box<toml::de::Error> },
     #[error("the configuration: {field} = {value} is out of range; {expected}")]
     Range { field: &'static str, value: u64, expected: &'static str },
     #[error("the configuration: {field} is not right; {expected}")]
@@ -85,10 +85,10 @@ impl Config {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
                 return Ok(Self::default());
             }
-            Err(source) => return Err(ConfigError::Read { path: path.into(), source }),
+            Err(error) => return Err(ConfigError::Read { path: path.into(), error }),
         };
         let config: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+            .map_err(|error| ConfigError::Parse { path: path.into(), error: Box::new(error) })?;
         config.check()?;
         Ok(config)
     }

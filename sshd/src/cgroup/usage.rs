@@ -47,6 +47,11 @@ impl Usage {
     }
 }
 
+/// Microseconds that a group stood still because of its cap.
+pub fn held_back(group: &Path) -> Option<u64> {
+    field(&read(group.join("cpu.stat"))?, "throttled_usec")
+}
+
 /// Memory that counts for a group.
 pub fn charged_to(group: &Path) -> Option<u64> {
     read(group.join("memory.current"))?.trim().parse().ok()
@@ -96,5 +101,6 @@ mod tests {
             threads: None,
         };
         assert_eq!(usage, wanted);
+        assert_eq!((held_back(dir.path()), charged_to(dir.path())), (Some(77), Some(4096)));
     }
 }

@@ -264,7 +264,8 @@ impl Driver {
                 self.take_wishes(&started.account);
                 self.former = Some(start::Former::default());
                 let pid = started.machine.pid;
-                let meter = Meter::new(self.context.watch.clone(), self.account, pid);
+                let group = started.machine.group_path();
+                let meter = Meter::new(self.context.watch.clone(), self.account, pid, group);
                 self.machine = Some(Attached {
                     machine: Arc::new(MachineCell(started.machine, meter)),
                     _promise: started.promise,

@@ -326,7 +326,7 @@ impl Registry {
         Some(cell.0.clone())
     }
 
-    /// Puts what all machines have used up to now into the ledger. Reads a small file for each.
+    /// Puts what all machines have used up to now into the ledger and the metrics. Reads two small files for each.
     pub fn settle(&self) {
         let cells: Vec<_> = self
             .accounts()

@@ -20,8 +20,10 @@ struct Memory {
     page_tables: u64,
 }
 
-/// All metrics, as text. Blocks: it reads files of `/proc`.
+/// All metrics, as text. Blocks: it reads files of `/proc` and of control groups.
 pub(super) fn text(server: &Server, watch: &Watch) -> String {
+    // For what their caps kept from machines up to now.
+    server.registry.settle();
     let now = &watch.metrics().now;
     let since = server.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     now.start_time.set(since.as_secs().try_into().unwrap_or(i64::MAX));

@@ -11,62 +11,14 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::{Event, Method};
+use super::{
+    Event, Method,
+    scales::{BYTES, SECONDS, SESSION_SECONDS, STAGE_SECONDS, STAGES},
+};
 use crate::server::Refusal;
 
 type Labels = Vec<(&'static str, &'static str)>;
 type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
-
-/// Upper bounds in seconds: from a fork on bare metal to a guest that hardly moves.
-const SECONDS: [f64; 14] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-
-/// Of stages, some of which take microseconds.
-const STAGE_SECONDS: [f64; 12] =
-    [0.00001, 0.000_025, 0.0001, 0.000_25, 0.001, 0.0025, 0.01, 0.025, 0.1, 0.25, 1.0, 10.0];
-
-/// Of sessions: a command, a look, a working day, a week.
-const SESSION_SECONDS: [f64; 9] =
-    [1.0, 10.0, 60.0, 600.0, 3600.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0];
-
-/// Of snapshots, in bytes.
-const BYTES: [f64; 9] = [
-    262_144.0,
-    1_048_576.0,
-    4_194_304.0,
-    16_777_216.0,
-    67_108_864.0,
-    268_435_456.0,
-    1_073_741_824.0,
-    4_294_967_296.0,
-    17_179_869_184.0,
-];
-
-/// What the stages of a fork, a resume and a save are called; a machine's process, which a guest may have
-/// taken over, gives no other names to series.
-const STAGES: [&str; 21] = [
-    "fork process",
-    "enter the control group",
-    "narrow the jail",
-    "create VM",
-    "map memory",
-    "create vCPUs",
-    "set KVM state",
-    "restore devices",
-    "start vCPUs",
-    "check snapshot",
-    "decode state",
-    "put pages in place",
-    "pause vCPUs",
-    "drain devices",
-    "take KVM state",
-    "sync disk",
-    "find pages",
-    "write pages",
-    "sync snapshot",
-    "freeze the guest",
-    "publish",
-];
 
 /// Kinds of sessions; `lobby`: the service answered itself.
 pub(super) const KINDS: [&str; 5] = ["shell", "exec", "sftp", "forward", "lobby"];
@@ -94,6 +46,7 @@ pub struct Metrics {
     save_seconds: Histogram,
     saved_bytes: Histogram,
     ends: Counter,
+    held_back: Counter<f64, AtomicU64>,
     admin_requests: Counter,
     reloads: Family<Labels, Counter>,
     pub(super) now: Gauges,
@@ -135,6 +88,7 @@ impl Default for Metrics {
             save_seconds: Histogram::new(SECONDS),
             saved_bytes: Histogram::new(BYTES),
             ends: Counter::default(),
+            held_back: Counter::default(),
             admin_requests: Counter::default(),
             reloads: Family::default(),
             now: Gauges::default(),
@@ -208,6 +162,11 @@ impl Metrics {
         );
         all.register("machine_saved_bytes", "What was saved of machines", self.saved_bytes.clone());
         all.register("machine_ends", "Machines whose process has ended", self.ends.clone());
+        all.register(
+            "machine_held_back_seconds",
+            "Time that machines stood still because of their caps of processor time",
+            self.held_back.clone(),
+        );
         all.register(
             "admin_requests",
             "Requests over the admin socket that are in the audit log",
@@ -359,6 +318,10 @@ impl Metrics {
             let took = Duration::from_nanos(*nanoseconds).as_secs_f64();
             self.stage_seconds.get_or_create(&labels).observe(took);
         }
+    }
+
+    pub fn held_back(&self, time: Duration) {
+        self.held_back.inc_by(time.as_secs_f64());
     }
 
     /// All of it, as text.

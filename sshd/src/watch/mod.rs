@@ -11,6 +11,7 @@ mod gather;
 mod ledger;
 mod live;
 mod metrics;
+mod scales;
 mod writer;
 
 use std::sync::Arc;

@@ -67,7 +67,9 @@ fn the_configuration_is_checked_and_shown() {
     with(&defaults);
     host.run(&["--config", &path, "config", "check"]).success();
     with("[ssh]\nmax_chanels = 7\n");
-    host.run(&["--config", &path, "config", "check"]).fails(1, "max_chanels");
+    let refused = host.run(&["--config", &path, "config", "check"]);
+    assert_eq!(refused.err.matches("unknown field").count(), 1, "said once: {}", refused.err);
+    refused.fails(1, "max_chanels");
     with("[ssh]\nbanner = \"/nowhere/banner\"\n");
     host.run(&["--config", &path, "config", "check"]).fails(1, "/nowhere/banner");
     with("[ssh]\nuser_ca_keys = \"/nowhere/keys\"\n");

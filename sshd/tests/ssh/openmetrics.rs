@@ -1,11 +1,13 @@
 //! Reads OpenMetrics text strictly (OpenMetrics 1.0 §3): what a scraper would refuse fails a test.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::Value;
 
 pub struct Metrics {
     samples: HashMap<String, f64>,
+    /// Family and type.
+    families: HashMap<String, String>,
 }
 
 impl Metrics {
@@ -20,6 +22,17 @@ impl Metrics {
                 names
             }),
         }
+    }
+
+    /// Names of all series, without labels; those of a histogram without the ends that make three of it.
+    pub fn names(&self) -> Vec<String> {
+        let name = |(family, kind): (&String, &String)| match kind.as_str() {
+            "histogram" => family.clone(),
+            kind => format!("{family}{}", suffixes(kind)[0]),
+        };
+        let mut names: Vec<_> = self.families.iter().map(name).collect();
+        names.sort();
+        names
     }
 
     /// Whether there is a series of that name.
@@ -41,7 +54,7 @@ fn suffixes(kind: &str) -> &'static [&'static str] {
 
 pub fn parse(text: &str) -> Metrics {
     let body = text.strip_suffix("# EOF\n").expect("it ends with # EOF");
-    let (mut samples, mut families) = (HashMap::new(), HashSet::new());
+    let (mut samples, mut families) = (HashMap::new(), HashMap::new());
     let (mut family, mut kind, mut help) = (String::new(), String::new(), false);
     for line in body.lines() {
         if let Some(rest) = line.strip_prefix("# ") {
@@ -49,13 +62,17 @@ pub fn parse(text: &str) -> Metrics {
             let [keyword, name, value] = [(); 3].map(|()| words.next().expect(line));
             match keyword {
                 "TYPE" | "HELP" if name != family => {
-                    assert!(families.insert(name.to_owned()), "{name} comes twice");
+                    let new = families.insert(name.to_owned(), String::new()).is_none();
+                    assert!(new, "{name} comes twice");
                     (family, kind, help) = (name.to_owned(), String::new(), false);
                 }
                 _ => {}
             }
             match keyword {
-                "TYPE" => kind = value.to_owned(),
+                "TYPE" => {
+                    kind = value.to_owned();
+                    families.insert(name.to_owned(), kind.clone());
+                }
                 "HELP" => help = !value.trim().is_empty(),
                 other => panic!("{other}: {line}"),
             }
@@ -86,7 +103,7 @@ pub fn parse(text: &str) -> Metrics {
         };
         assert_eq!(samples.get(&whole), Some(count), "{whole}");
     }
-    Metrics { samples }
+    Metrics { samples, families }
 }
 
 /// The metrics that a dashboard's queries name.

@@ -22,7 +22,7 @@ impl Layout {
         if !valid {
             bail!("lab name {name:?}: use 1 to 20 lower-case letters, digits and dashes");
         }
-        if ["machine", "image", "key", "results"].contains(&name) {
+        if ["machine", "image", "key", "python", "tools", "results"].contains(&name) {
             bail!("lab name {name:?} is the name of a folder of the lab's own; choose another");
         }
         let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
@@ -37,6 +37,12 @@ impl Layout {
             None => root.join("target"),
         };
         Ok(Self { name: name.to_owned(), root, target })
+    }
+
+    /// A lab beside this one, for another part of the same run.
+    pub fn beside(&self, part: &str) -> Result<Self> {
+        let start: String = self.name.chars().take(19 - part.len()).collect();
+        Self::new(&format!("{start}-{part}"))
     }
 
     pub fn name(&self) -> &str {
@@ -85,6 +91,11 @@ impl Layout {
         self.shared().join("python")
     }
 
+    /// Programs that the lab installs for itself.
+    pub fn tools(&self) -> PathBuf {
+        self.shared().join("tools")
+    }
+
     pub fn results(&self) -> PathBuf {
         self.shared().join("results")
     }
@@ -115,6 +126,9 @@ mod tests {
         }
         let lab = Layout::new("dev").unwrap();
         assert!(lab.own().ends_with("lab/dev"));
+        assert_eq!(lab.beside("package").unwrap().name(), "dev-package");
+        let long = Layout::new("a-name-of-20-letters").unwrap().beside("package").unwrap();
+        assert_eq!(long.name(), "a-name-of-20-package");
         assert!(lab.root().join("tests/lab/Cargo.toml").exists());
     }
 }

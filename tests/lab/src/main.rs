@@ -17,7 +17,9 @@ mod ssh;
 mod state;
 mod steps;
 mod suite;
+mod tally;
 mod tools;
+mod trial;
 mod up;
 
 use std::ffi::OsString;
@@ -27,6 +29,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
+use crate::emulator::{image::MachineImage, recipe::Recipe};
 use crate::layout::Layout;
 use crate::serving::Serving;
 use crate::state::{Claim, Place};
@@ -81,17 +84,23 @@ enum Verb {
         #[arg(short, long)]
         follow: bool,
     },
-    /// Run the tests: those that need no machine, then the end-to-end suite in a lab of its own
+    /// Run the tests: those that need no machine, the end-to-end suite, the package's trial
+    ///
+    /// The latter two each have a lab of their own, and run beside each other. Of --unit, --e2e and --package, what is
+    /// named is run; all three if none is.
     Test {
         #[command(flatten)]
         machine: MachineOptions,
-        /// Only the tests that need no machine
-        #[arg(long, conflicts_with = "e2e")]
+        /// The tests that need no machine
+        #[arg(long)]
         unit: bool,
-        /// Only the end-to-end suite
+        /// The end-to-end suite
         #[arg(long)]
         e2e: bool,
-        /// Leave the lab up afterwards, to look into it
+        /// The package's trial: from installation to purge in a fresh Debian with systemd
+        #[arg(long)]
+        package: bool,
+        /// Leave the labs up afterwards, to look into them
         #[arg(long)]
         keep: bool,
         /// Only tests whose name contains one of these
@@ -120,7 +129,7 @@ enum Verb {
     #[command(hide = true)]
     HoldKvm,
     #[command(hide = true)]
-    MakeMachine,
+    MakeMachine { recipe: String },
 }
 
 #[derive(Args, Clone, Debug, Default)]
@@ -189,11 +198,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let _claim = Claim::take(&layout)?;
             up::sync(&mut Serving::find(&layout)?, !no_build)?;
         }
-        Verb::Test { machine, unit, e2e, keep, filter, options } => {
+        Verb::Test { machine, unit, e2e, package, keep, filter, options } => {
+            let all = !(unit || e2e || package);
             let selection = suite::Selection {
                 filters: filter,
-                unit: !e2e,
-                end_to_end: !unit,
+                unit: all || unit,
+                end_to_end: all || e2e,
+                package: all || package,
                 arguments: options,
                 keep,
             };
@@ -209,8 +220,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let _claim = Claim::take(&layout)?;
             up::down(&layout)?;
         }
-        Verb::MakeMachine => {
-            emulator::image::MachineImage::current(&layout).build(&layout)?;
+        Verb::MakeMachine { recipe } => {
+            let recipe = Recipe::named(&recipe)
+                .with_context(|| format!("there is no recipe {recipe:?} for a machine"))?;
+            MachineImage::current(&layout, recipe).build(&layout)?;
         }
     }
     Ok(ExitCode::SUCCESS)

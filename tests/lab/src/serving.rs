@@ -223,6 +223,14 @@ impl Serving {
         self.layout.own().join("native/bin")
     }
 
+    /// Ends the machine where it stands; for one that nobody will look into again.
+    pub fn discard(self) -> Result<()> {
+        if let Place::Emulated { process, ssh_port, .. } = &self.state.place {
+            emulator::discard(&self.layout, *process, *ssh_port)?;
+        }
+        State::remove(&self.layout)
+    }
+
     /// Ends the machine; the service must have stopped.
     pub fn end(self) -> Result<()> {
         if let Place::Emulated { process, ssh_port, .. } = &self.state.place {

@@ -1,13 +1,14 @@
 //! `cargo lab test`: unit and property tests here, then the end-to-end suite against a lab of its own,
-//! whose data is thrown away; the logs come back to `target/lab/results`.
+//! whose data is thrown away, and beside it the package's trial (`trial.rs`); the logs come back to
+//! `target/lab/results`.
 
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::MachineOptions;
 use crate::emulator;
@@ -18,7 +19,9 @@ use crate::serving::Serving;
 use crate::ssh::quote;
 use crate::state::Claim;
 use crate::steps::{note, step};
+use crate::tally::{Tally, closing_line, counted, libtest};
 use crate::tools;
+use crate::trial;
 use crate::up;
 
 /// Emulated, an ssh login takes seven times as long and a nested fork ten.
@@ -30,24 +33,18 @@ pub struct Selection {
     pub filters: Vec<String>,
     pub unit: bool,
     pub end_to_end: bool,
+    pub package: bool,
     /// Given to the end-to-end suite as they are.
     pub arguments: Vec<String>,
-    /// Leave the lab up for looking into it.
+    /// Leave the labs up for looking into them.
     pub keep: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    passed: u32,
-    failed: u32,
-    skipped: u32,
-}
-
-impl Tally {
-    fn add(&mut self, other: Tally) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
+impl Selection {
+    /// The trial is one story, whose checks come one after the other.
+    fn has_trial(&self) -> bool {
+        let named = |filter: &String| trial::NAME.contains(filter.as_str());
+        self.package && (self.filters.is_empty() || self.filters.iter().any(named))
     }
 }
 
@@ -56,20 +53,27 @@ pub fn run(layout: &Layout, machine: &MachineOptions, selection: &Selection) -> 
     fs::create_dir_all(layout.own())?;
     // Some unit tests use an ssh client or make a file system, too.
     tools::install_missing(false, &layout.step_log())?;
-    let mut total = Tally::default();
-    let mut whole = true;
+    let mut parts = Vec::new();
     if selection.unit {
-        let (tally, ok) = unit(layout, &selection.filters)?;
-        total.add(tally);
-        whole &= ok;
+        parts.push(unit(layout, &selection.filters)?);
     }
     if selection.end_to_end {
-        let (tally, ok) = end_to_end(layout, machine, selection)?;
-        total.add(tally);
-        whole &= ok;
+        remove_tree(&layout.results())?;
+        let beside = match selection.has_trial() {
+            true => Some(trial::Beside::start(layout, selection.keep)?),
+            false => None,
+        };
+        let told = end_to_end(layout, machine, selection);
+        let tried = beside.map(trial::Beside::finish).transpose();
+        parts.push(told?);
+        parts.extend(tried?);
+    } else if selection.has_trial() {
+        parts.push(trial::run(layout, selection.keep)?);
     }
-    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
-    Ok(whole && total.failed == 0)
+    let mut total = Tally::default();
+    parts.iter().for_each(|(tally, _)| total.add(*tally));
+    println!("{total}");
+    Ok(parts.iter().all(|(_, whole)| *whole) && total.failed == 0)
 }
 
 fn unit(layout: &Layout, filters: &[String]) -> Result<(Tally, bool)> {
@@ -109,7 +113,6 @@ fn end_to_end(
     drop(claim);
 
     let results = layout.results();
-    remove_tree(&results)?;
     fs::create_dir_all(&results).with_context(|| format!("make {}", results.display()))?;
     let lab = std::env::current_exe().context("find this program")?;
     let exec = format!("{} --lab {} exec --", quote(&lab.to_string_lossy()), layout.name());
@@ -140,61 +143,6 @@ fn end_to_end(
     Ok(outcome)
 }
 
-/// Runs a test program, passing its output on and adding up what it says.
-fn counted(command: &mut Command, read: fn(&str) -> Option<Tally>) -> Result<(Tally, bool)> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("start {name}"))?;
-    let output = child.stdout.take().context("the tests' output")?;
-    let mut tally = Tally::default();
-    let mut lines = BufReader::new(output);
-    let mut line = Vec::new();
-    while lines.read_until(b'\n', &mut line).with_context(|| format!("read what {name} says"))? > 0
-    {
-        let text = String::from_utf8_lossy(&line);
-        print!("{text}");
-        if let Some(said) = read(text.trim_end()) {
-            tally.add(said);
-        }
-        line.clear();
-    }
-    let status = child.wait()?;
-    if !status.success() && tally.failed == 0 {
-        bail!("{name} ended with {status} without saying that a test failed");
-    }
-    Ok((tally, status.success()))
-}
-
-/// `test result: ok. 7 passed; 0 failed; 1 ignored; …`
-fn libtest(line: &str) -> Option<Tally> {
-    let rest = line.strip_prefix("test result: ")?.split_once(". ")?.1;
-    let number = |what: &str| {
-        rest.split("; ")
-            .find_map(|part| part.strip_suffix(what))
-            .and_then(|n| n.trim().parse().ok())
-    };
-    Some(Tally {
-        passed: number(" passed")?,
-        failed: number(" failed")?,
-        skipped: number(" ignored")?,
-    })
-}
-
-/// `7 passed, 0 failed, 1 skipped`
-fn closing_line(line: &str) -> Option<Tally> {
-    let mut parts = line.split(", ");
-    let mut number = |what: &str| parts.next()?.strip_suffix(what)?.parse().ok();
-    let tally = Tally {
-        passed: number(" passed")?,
-        failed: number(" failed")?,
-        skipped: number(" skipped")?,
-    };
-    parts.next().is_none().then_some(tally)
-}
-
 fn bring_logs(serving: &Serving, results: &Path) -> Result<()> {
     if !serving.is_native() {
         fs::copy(serving.layout().serial_log(), results.join("serial.log"))
@@ -216,29 +164,11 @@ fn remove(file: &Path) -> Result<()> {
     }
 }
 
-fn remove_tree(dir: &Path) -> Result<()> {
+pub fn remove_tree(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove {}", dir.display()))
         }
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_are_read() {
-        let line = "test result: FAILED. 7 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.03s";
-        assert_eq!(libtest(line), Some(Tally { passed: 7, failed: 2, skipped: 1 }));
-        assert_eq!(libtest("test a ... ok"), None);
-        assert_eq!(
-            closing_line("3 passed, 0 failed, 2 skipped"),
-            Some(Tally { passed: 3, failed: 0, skipped: 2 })
-        );
-        assert_eq!(closing_line("3 passed, 0 failed"), None);
-        assert_eq!(closing_line("3 passed, 0 failed, 2 skipped, 1 lost"), None);
     }
 }

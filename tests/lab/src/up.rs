@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use crate::MachineOptions;
-use crate::emulator::{self, image::MachineImage};
+use crate::emulator::image::MachineImage;
+use crate::emulator::recipe::{BARE, DEBIAN, Recipe};
+use crate::emulator::{self, Shape};
 use crate::guest_image::GuestImage;
 use crate::layout::Layout;
 use crate::process::{privileged, run_captured};
@@ -96,14 +98,14 @@ pub fn down(layout: &Layout) -> Result<()> {
     stopped.and(ended)
 }
 
-fn make_folder(layout: &Layout) -> Result<()> {
+pub fn make_folder(layout: &Layout) -> Result<()> {
     std::fs::create_dir_all(layout.own())
         .with_context(|| format!("make {}", layout.own().display()))?;
     // What is kept is what this run's failure will point at.
     std::fs::write(layout.step_log(), "").context("empty the log of steps")
 }
 
-fn guest_image(layout: &Layout) -> Result<GuestImage> {
+pub fn guest_image(layout: &Layout) -> Result<GuestImage> {
     let _claim = Claim::images(layout)?;
     let image = GuestImage::current(layout)?;
     if image.exists() {
@@ -182,16 +184,33 @@ fn emulated(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
         skip("start the lab machine", "it runs");
         return Ok(serving);
     }
+    start_machine(layout, &BARE, options)
+}
+
+/// A machine with a fresh Debian and nothing of Hermitage's; one that an earlier run left goes.
+pub fn fresh_debian(layout: &Layout, options: &MachineOptions) -> Result<Serving> {
+    if let Ok(left) = Serving::find(layout) {
+        left.discard()?;
+    }
+    start_machine(layout, &DEBIAN, options)
+}
+
+fn start_machine(
+    layout: &Layout,
+    recipe: &'static Recipe,
+    options: &MachineOptions,
+) -> Result<Serving> {
     tools::install_missing(true, &layout.step_log())?;
     let claim = Claim::images(layout)?;
-    let image = MachineImage::current(layout);
+    let image = MachineImage::current(layout, recipe);
+    let what = format!("build the lab machine ({}, once)", recipe.what);
     if image.exists() {
-        skip("build the lab machine", "up to date");
+        skip(&what, "up to date");
     } else {
-        step("build the lab machine (Debian, once)", || image.build(layout))?;
+        step(&what, || image.build(layout))?;
     }
     drop(claim);
-    let shape = emulator::Shape {
+    let shape = Shape {
         memory_mib: options.memory.unwrap_or(DEFAULT_MEMORY_MIB),
         cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
         port: options.port.unwrap_or(DEFAULT_PORT),

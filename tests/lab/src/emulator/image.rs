@@ -1,5 +1,4 @@
-//! The emulated lab machine's own kernel, initrd and root disk: stock Debian, put together by
-//! `mmdebstrap`, with a start-up of a few shell lines instead of systemd (emulated, that matters).
+//! An emulated machine's own kernel, initrd and root disk: stock Debian, put together by `mmdebstrap`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,33 +7,22 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::recipe::Recipe;
 use crate::layout::Layout;
 use crate::process::{is_root, privileged, run_captured, run_logged};
 use crate::tools::tool;
 
 const SUITE: &str = "trixie";
-const ROOT_DISK_MIB: u64 = 2048;
-const PACKAGES: &str = include_str!("../../machine/packages.txt");
 const INITRD_INIT: &str = include_str!("../../machine/initrd-init");
 
 /// Modules the initrd needs before the root disk is there, and what they depend on.
 const EARLY_MODULES: &[&str] = &["virtio_pci", "virtio_blk"];
 
-/// Files put into the root disk: path, mode, content.
-const FILES: &[(&str, u32, &str)] = &[
-    ("etc/inittab", 0o644, include_str!("../../machine/inittab")),
-    ("etc/lab/rc", 0o755, include_str!("../../machine/rc")),
-    ("etc/lab/down", 0o755, include_str!("../../machine/down")),
-    ("etc/lab/hold-kvm", 0o755, include_str!("../../machine/hold-kvm")),
-    ("etc/ssh/sshd_config", 0o644, include_str!("../../machine/sshd_config")),
-    ("etc/hostname", 0o644, "lab\n"),
-    ("etc/hosts", 0o644, "127.0.0.1 localhost\n127.0.1.1 lab\n"),
-];
-
 /// A machine image on disk; its folder's name is the digest of what it was made from.
 #[derive(Clone, Debug)]
 pub struct MachineImage {
     dir: PathBuf,
+    recipe: &'static Recipe,
 }
 
 impl MachineImage {
@@ -59,17 +47,29 @@ impl MachineImage {
             .to_owned())
     }
 
+    /// What the kernel is told besides what every machine of the lab is.
+    pub fn arguments(&self) -> &'static str {
+        self.recipe.arguments
+    }
+
     /// The image for this checkout; whether it is there already is `exists`.
-    pub fn current(layout: &Layout) -> Self {
+    pub fn current(layout: &Layout, recipe: &'static Recipe) -> Self {
         let mut hasher = blake3::Hasher::new();
-        for part in
-            [SUITE, PACKAGES, INITRD_INIT].into_iter().chain(FILES.iter().map(|(_, _, text)| *text))
-        {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            hasher.update(part.as_bytes());
+        let mut part = |text: &str| {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        };
+        [SUITE, recipe.packages, INITRD_INIT].into_iter().for_each(&mut part);
+        for (path, mode, text) in recipe.files {
+            [*path, mode.to_string().as_str(), *text].into_iter().for_each(&mut part);
         }
+        for (path, target) in recipe.links {
+            [*path, *target].into_iter().for_each(&mut part);
+        }
+        recipe.left_out.iter().copied().for_each(&mut part);
+        part(&recipe.disk_mib.to_string());
         let key = hasher.finalize().to_hex();
-        Self { dir: layout.shared().join("machine").join(&key[..16]) }
+        Self { dir: layout.shared().join("machine").join(&key[..16]), recipe }
     }
 
     pub fn exists(&self) -> bool {
@@ -81,24 +81,20 @@ impl MachineImage {
         let log = layout.step_log();
         if !is_root() {
             let me = std::env::current_exe().context("find this program")?;
-            return run_logged(privileged(me).arg("make-machine"), &log);
+            return run_logged(privileged(me).args(["make-machine", self.recipe.name]), &log);
         }
         let parent = self.dir.parent().context("the machine folder has a parent")?;
         fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
         let part = self.dir.with_extension("part");
         remove_tree(&part)?;
         fs::create_dir(&part).with_context(|| format!("make {}", part.display()))?;
-        make(&part, &log)?;
+        make(self.recipe, &part, &log)?;
         fs::rename(&part, &self.dir).with_context(|| format!("rename {}", part.display()))
     }
 }
 
-fn make(dir: &Path, log: &Path) -> Result<()> {
-    let packages: Vec<&str> = PACKAGES
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .collect();
+fn make(recipe: &Recipe, dir: &Path, log: &Path) -> Result<()> {
+    let packages: Vec<&str> = recipe.package_names().collect();
     let archive = dir.join("root.tar");
     run_logged(
         tool("mmdebstrap")
@@ -107,7 +103,9 @@ fn make(dir: &Path, log: &Path) -> Result<()> {
             .args(["--quiet", "--variant=minbase"])
             .arg(format!("--include={}", packages.join(",")))
             .args(
-                ["doc", "man", "locale"]
+                recipe
+                    .left_out
+                    .iter()
                     .map(|dir| format!("--dpkgopt=path-exclude=/usr/share/{dir}/*")),
             )
             .arg(SUITE)
@@ -119,20 +117,17 @@ fn make(dir: &Path, log: &Path) -> Result<()> {
     run_logged(tool("tar").arg("-xpf").arg(&archive).arg("-C").arg(&root), log)?;
     fs::remove_file(&archive)?;
 
-    for (path, mode, content) in FILES {
+    for (path, mode, content) in recipe.files {
         let path = root.join(path);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)?;
-        }
+        make_way(&path)?;
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
     }
-    for name in ["init", "poweroff", "reboot", "halt"] {
-        let link = root.join("usr/sbin").join(name);
-        if link.symlink_metadata().is_ok() {
-            fs::remove_file(&link)?;
-        }
-        std::os::unix::fs::symlink("../bin/busybox", &link)?;
+    for (path, target) in recipe.links {
+        let path = root.join(path);
+        make_way(&path)?;
+        std::os::unix::fs::symlink(target, &path)
+            .with_context(|| format!("link {}", path.display()))?;
     }
     fs::copy(root.join("etc/ssh/ssh_host_ed25519_key.pub"), dir.join("host-key.pub"))
         .context("the machine image has no ssh host key")?;
@@ -145,7 +140,7 @@ fn make(dir: &Path, log: &Path) -> Result<()> {
     }
 
     let disk = dir.join("root.ext4");
-    fs::File::create(&disk)?.set_len(ROOT_DISK_MIB << 20)?;
+    fs::File::create(&disk)?.set_len(recipe.disk_mib << 20)?;
     run_logged(
         tool("mke2fs")
             .args([
@@ -165,6 +160,17 @@ fn make(dir: &Path, log: &Path) -> Result<()> {
         log,
     )?;
     remove_tree(&root)
+}
+
+/// Its folder is there, and nothing in its place: what is there may be a link to somewhere outside.
+fn make_way(path: &Path) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
+    }
+    if path.symlink_metadata().is_ok() {
+        fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// busybox, the few modules and one script, as a newc archive.

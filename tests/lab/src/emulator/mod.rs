@@ -2,6 +2,7 @@
 //! kernel then has a working `/dev/kvm` (design: "the lab, KVM anywhere").
 
 pub mod image;
+pub mod recipe;
 
 use std::fs;
 use std::net::TcpListener;
@@ -126,6 +127,13 @@ pub fn stop(layout: &Layout, process: Process, ssh_port: u16) -> Result<()> {
     Ok(())
 }
 
+/// Ends a machine that nobody will look into again, with all that it has.
+pub fn discard(layout: &Layout, process: Process, ssh_port: u16) -> Result<()> {
+    Ssh::new(layout, ssh_port).disconnect();
+    process.signal(Signal::SIGKILL)?;
+    process.wait_end("the killed lab machine", Duration::from_secs(10))
+}
+
 /// Why the machine is no more, as far as the console tells.
 pub fn last_words(layout: &Layout) -> String {
     process::tail(&layout.serial_log(), 30)
@@ -147,7 +155,8 @@ fn qemu(
     qemu.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initrd());
     // nx_huge_pages: with it KVM_CREATE_VM takes 24 ms here, without 0.75.
     qemu.arg("-append").arg(format!(
-        "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable kvm.nx_huge_pages=never hermitage_lab_key={key}"
+        "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable kvm.nx_huge_pages=never hermitage_lab_key={key} {}",
+        image.arguments()
     ));
     // What is installed in the running machine goes with it: each boot starts from the same root disk.
     drive(&mut qemu, "root", &image.root_disk(), "snapshot=on,cache=unsafe");
