@@ -7,6 +7,7 @@ use std::{
 
 mod copy;
 mod full;
+mod instant;
 
 use super::*;
 use crate::devices::virtio::{
