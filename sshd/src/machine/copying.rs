@@ -58,6 +58,9 @@ impl Machine {
                 return Err(format!("the machine did not begin within {} s", ANSWER_TIMEOUT.as_secs()));
             }
         };
+        if bytes == 0 {
+            tracing::info!(machine = self.label, "the disk's copy shares its blocks");
+        }
         Ok(DiskCopy { machine: self, bytes, stand })
     }
 

@@ -23,6 +23,7 @@ mod other_clients;
 mod pressure;
 mod resume;
 mod session;
+mod sharing;
 mod sizes;
 mod sleep;
 mod space;
@@ -60,6 +61,7 @@ pub fn all() -> Vec<Test> {
     all.extend(keys::TESTS);
     all.extend(keeping::TESTS);
     all.extend(limits::TESTS);
+    all.extend(sharing::TESTS);
     all.extend(sizes::TESTS);
     all
 }
