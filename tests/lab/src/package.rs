@@ -36,17 +36,18 @@ pub struct Pair {
 pub fn build(layout: &Layout) -> Result<PathBuf> {
     let dir = prepare(layout)?;
     let package = dir.join("hermitage.deb");
-    step("put the package together", || put_together(layout, &package, None))?;
+    step("put the package together", || put_together(layout, &package, &[]))?;
     Ok(package)
 }
 
 pub fn build_pair(layout: &Layout) -> Result<Pair> {
     let dir = prepare(layout)?;
-    let pair = Pair { former: dir.join("hermitage.deb"), next: dir.join("hermitage-next.deb") };
+    let pair = Pair { former: dir.join("trial-former.deb"), next: dir.join("trial-next.deb") };
     step("put the package and a later version of it together", || {
-        put_together(layout, &pair.former, None)?;
-        let version = field(&pair.former, "Version")?;
-        put_together(layout, &pair.next, Some(&format!("{version}+next")))
+        // They go nowhere, so they may be large.
+        put_together(layout, &pair.former, &["--fast"])?;
+        let next = format!("{}+next", field(&pair.former, "Version")?);
+        put_together(layout, &pair.next, &["--fast", "--deb-version", &next])
     })?;
     Ok(pair)
 }
@@ -105,12 +106,9 @@ fn prepare(layout: &Layout) -> Result<PathBuf> {
     Ok(dir)
 }
 
-fn put_together(layout: &Layout, package: &Path, version: Option<&str>) -> Result<()> {
+fn put_together(layout: &Layout, package: &Path, options: &[&str]) -> Result<()> {
     let mut deb = cargo_deb(layout)?;
-    deb.args(["-p", "hermitage", "--no-build", "--strip"]);
-    if let Some(version) = version {
-        deb.args(["--deb-version", version]);
-    }
+    deb.args(["-p", "hermitage", "--no-build", "--strip"]).args(options);
     run_logged(deb.arg("--output").arg(package), &layout.step_log())
 }
 

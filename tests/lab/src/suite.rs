@@ -64,9 +64,9 @@ pub fn run(layout: &Layout, machine: &MachineOptions, selection: &Selection) -> 
             false => None,
         };
         let told = end_to_end(layout, machine, selection);
-        let tried = beside.map(trial::Beside::finish).transpose();
+        let tried = beside.map(trial::Beside::finish);
         parts.push(told?);
-        parts.extend(tried?);
+        parts.extend(tried);
     } else if selection.has_trial() {
         parts.push(trial::run(layout, selection.keep)?);
     }

@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result};
 
@@ -24,7 +24,7 @@ use crate::up;
 /// What a filter is compared with, and the end of its lab's name.
 pub const NAME: &str = "package";
 
-/// Seconds, for a script that takes some five minutes when nothing else runs.
+/// Seconds, for a script that takes some four minutes when nothing else runs.
 const BOUND: &str = "2400";
 
 const FORMER: &str = "/srv/trial/former.deb";
@@ -126,14 +126,24 @@ impl Beside {
         Ok(Self { child, output })
     }
 
-    /// Waits for it and shows what it said.
-    pub fn finish(mut self) -> Result<(Tally, bool)> {
-        let status = match self.child.try_wait()? {
-            Some(status) => status,
-            None => step("wait for the package's trial", || Ok(self.child.wait()?))?,
-        };
-        let output =
-            File::open(&self.output).with_context(|| format!("open {}", self.output.display()))?;
-        judge(add_up(output, "the trial", closing_line)?, status, "the package's trial")
+    /// Waits for it and shows what it said. A trial that could not be held is one that failed: the other tests'
+    /// results are to be told all the same.
+    pub fn finish(mut self) -> (Tally, bool) {
+        let outcome = self.wait().and_then(|status| {
+            let output = File::open(&self.output)
+                .with_context(|| format!("open {}", self.output.display()))?;
+            judge(add_up(output, "the trial", closing_line)?, status, "the package's trial")
+        });
+        outcome.unwrap_or_else(|error| {
+            println!("FAILED the package's trial: {error:#}");
+            (Tally { failed: 1, ..Tally::default() }, false)
+        })
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        match self.child.try_wait()? {
+            Some(status) => Ok(status),
+            None => step("wait for the package's trial", || Ok(self.child.wait()?)),
+        }
     }
 }

@@ -75,7 +75,8 @@ pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Star
             }
             Ok(says(&serial, "lab: ready"))
         });
-    if let Err(error) = up.and_then(|()| ssh.connect()) {
+    // The first may time out where everything else starts at the same time.
+    if let Err(error) = up.and_then(|()| ssh.connect().or_else(|_| ssh.connect())) {
         let log = process::tail(&serial, 40);
         process.signal(Signal::SIGKILL)?;
         return Err(
