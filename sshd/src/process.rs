@@ -1,8 +1,22 @@
-//! What the kernel counts of a machine's process.
+//! Processes: this one, and what the kernel counts of machines'.
 
 use std::{fs, sync::OnceLock};
 
-use nix::unistd::{SysconfVar, sysconf};
+use nix::{
+    sys::{
+        prctl::set_dumpable,
+        resource::{Resource, setrlimit},
+    },
+    unistd::{SysconfVar, sysconf},
+};
+
+/// Passwords and keys of a process that crashes stay out of files. The limit is for programs that it starts as well; a
+/// program that takes cores from the kernel (core(5)) gets them whatever the limit, and none of a process that can't be
+/// dumped. What does not work is no reason to do nothing.
+pub fn leave_no_core() {
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    let _ = set_dumpable(false);
+}
 
 /// Time that a process had on processors, of user and system, in milliseconds (proc_pid_stat(5), fields 14 and 15). A
 /// guest's time is in the former. `None`: it is gone.

@@ -47,7 +47,7 @@ mod top;
 
 use clap::{Parser, Subcommand};
 use context::Context;
-use hermitage::{size, span, time};
+use hermitage::{process, size, span, time};
 use hermitage_storage::accounts::AccountsError;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -208,6 +208,7 @@ struct Taken(String);
 struct Said;
 
 pub fn main() -> ExitCode {
+    process::leave_no_core();
     let cli = Cli::parse();
     let json = cli.global.json;
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());

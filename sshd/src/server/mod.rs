@@ -51,6 +51,7 @@ use crate::{
     lifecycle::{self, Registry, StopCause},
     lobby::Desk,
     machine::ForkServers,
+    process,
     promises::Promises,
     room::{self, Floor},
     store::Store,
@@ -88,6 +89,7 @@ pub struct Server {
 /// Runs the service until SIGTERM or SIGINT, or until something it can't do without fails. At SIGHUP it has
 /// the configuration read again.
 pub fn run(config: Config, reader: Reader) -> anyhow::Result<()> {
+    process::leave_no_core();
     if faults::arm()? {
         tracing::warn!("{} is set: this service is under a test of crashes", faults::VARIABLE);
     }

@@ -1,11 +1,14 @@
 //! The service among services: reading its configuration again, and what it tells its manager.
 
-use std::{os::unix::net::UnixDatagram, time::Duration};
+use std::{
+    os::unix::{net::UnixDatagram, process::ExitStatusExt as _},
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
 
 use crate::{
-    harness::{Options, PASSWORD, Service, stdout, wait_for},
+    harness::{Options, PASSWORD, Service, at, stdout, wait_for},
     terminals::Shell,
 };
 
@@ -104,4 +107,25 @@ fn its_manager_hears_that_it_is_ready_lives_and_stops() {
         hear("STOPPING=1");
         assert!(service.wait().success());
     }
+}
+
+/// A crash would leave the host key and passwords that are being checked, for whoever reads cores.
+#[test]
+fn the_service_and_what_it_starts_leave_no_core() {
+    let mut service = Service::start();
+    service.account("alice");
+    let mut ssh = service.ssh_with(&[&at("alice"), "sleep 60"]);
+    let mut shell = ssh.spawn().unwrap();
+    let machine = wait_for("a machine", || service.account_status("alice")?.machine_pid);
+    for pid in [service.pid(), machine] {
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        let values: Vec<_> = cores.split_whitespace().skip(4).take(2).collect();
+        assert_eq!(values, ["0", "0"], "{pid}: {cores}");
+    }
+    shell.kill().unwrap();
+    shell.wait().unwrap();
+    service.signal(Signal::SIGABRT);
+    let status = service.wait();
+    assert_eq!((status.signal(), status.core_dumped()), (Some(Signal::SIGABRT as i32), false));
 }
