@@ -14,7 +14,7 @@ use bench::{
     machines::server::ForkServer,
     progress,
     report::{Report, Section},
-    resume::{self, Extent},
+    resume::{self, Extent, Size},
     sleep, transfer,
 };
 use clap::{Parser, ValueEnum};
@@ -41,6 +41,9 @@ struct Options {
     /// With --prove-resume: MiB that the program in the machine holds.
     #[arg(long, value_name = "MIB", default_value_t = 64, requires = "prove_resume")]
     program_mib: u64,
+    /// With --prove-resume: MiB and CPUs of the machine, if not its base's least.
+    #[arg(long, value_name = "MIB,CPUS", requires = "prove_resume")]
+    machine: Option<Size>,
     /// With --prove-resume: bytes of a snapshot to damage, one after another.
     #[arg(long, value_name = "N", default_value_t = 100, requires = "prove_resume")]
     flips: u64,
@@ -123,7 +126,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let _idle = kvm.create_vm().context("create a VM to hold")?;
     if let Some(rounds) = options.prove_resume {
         let base = Base::current(&options.state_dir, options.disks.as_deref())?;
-        let extent = Extent { rounds, memory: options.program_mib, flips: options.flips };
+        let (memory, flips, size) = (options.program_mib, options.flips, options.machine);
+        let extent = Extent { rounds, memory, flips, size };
         return resume::prove(&base, &bench.libexec.join("hermitage-vmm"), extent);
     }
     bench.machines();

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use hermitage_guest_proto::{
-    AgentMessage, Attach, Decoder, HostMessage, OpenTerminal, WallClock, Window, encode,
+    AgentMessage, Attach, Decoder, HostMessage, OpenTerminal, Resources, WallClock, Window, encode,
 };
 use hermitage_vmm_proto::{
     End, MachineEvent, MachineId, MachineRequest, Stage, receive, send, stream_pair,
@@ -84,6 +84,19 @@ impl Machine {
                     other => bail!("the agent said {other:?} instead of Attached"),
                 }
             }
+        }
+    }
+
+    /// Waits for the answer to [`take`], which is to have given it all of that.
+    pub fn took(&mut self, wanted: Resources) -> anyhow::Result<()> {
+        loop {
+            if let Some(message) = self.decoder.message().context("the agent's message")? {
+                match message {
+                    AgentMessage::Took { in_use, fault: None } if in_use == wanted => return Ok(()),
+                    other => bail!("the agent said {other:?} instead of Took, with {wanted:?}"),
+                }
+            }
+            self.hear("answer from the agent")?;
         }
     }
 
@@ -223,6 +236,11 @@ pub fn attach(n: u64, disk_size: u64) -> anyhow::Result<Vec<u8>> {
         disk_size,
     });
     Ok(encode(&attach)?)
+}
+
+/// For an agent whose machine has more than its base's least.
+pub fn take(resources: Resources) -> anyhow::Result<Vec<u8>> {
+    Ok(encode(&HostMessage::Take(resources))?)
 }
 
 #[cfg(test)]

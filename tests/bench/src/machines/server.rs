@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use command_fds::{CommandFdExt as _, FdMapping};
 use hermitage_vmm_proto::{
-    ForkEvent, ForkRequest, MachineId, VERSION, message_pair, receive, send, stream_pair,
+    ForkEvent, ForkRequest, MachineId, Shape, VERSION, message_pair, receive, send, stream_pair,
 };
 
 use super::{Died, Machine};
@@ -28,6 +28,8 @@ pub struct ForkServer {
     /// None: told to end.
     socket: Option<OwnedFd>,
     last: MachineId,
+    /// What its machines are to have, if not the base's least.
+    pub shape: Option<Shape>,
 }
 
 /// What a fork is made with.
@@ -51,7 +53,7 @@ impl ForkServer {
             .context("pass the socket as descriptor 3")?
             .spawn()
             .with_context(|| format!("start {}", vmm.display()))?;
-        let server = Self { child, socket: Some(ours), last: 0 };
+        let server = Self { child, socket: Some(ours), last: 0, shape: None };
         match server.event(Deadline::after(READY_LIMIT), "Ready from the fork server")? {
             ForkEvent::Ready { version: VERSION, .. } => Ok(server),
             ForkEvent::Ready { version, .. } => bail!(
@@ -82,7 +84,7 @@ impl ForkServer {
         let request = ForkRequest::Fork {
             machine: self.last,
             label: format!("b{}", self.last),
-            shape: None,
+            shape: self.shape,
             cgroup: false,
         };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), parts.disk.as_fd()];
@@ -99,7 +101,7 @@ impl ForkServer {
         let request = ForkRequest::Resume {
             machine: self.last,
             label: format!("b{}", self.last),
-            shape: None,
+            shape: self.shape,
             cgroup: false,
         };
         let descriptors = [their_control.as_fd(), their_agent.as_fd(), disk, snapshot];

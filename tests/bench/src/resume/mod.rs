@@ -19,8 +19,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use hermitage_guest_proto::Resources;
 use hermitage_storage::snapshot::Snapshot;
-use hermitage_vmm_proto::Stage;
+use hermitage_vmm::memory::layout::Layout;
+use hermitage_vmm_proto::{Shape, Stage};
 
 use crate::{
     base::{Base, DISK_BYTES},
@@ -46,6 +48,32 @@ pub struct Extent {
     pub memory: u64,
     /// Bytes of a snapshot that are flipped, one after another.
     pub flips: u64,
+    /// What the machine has, if not its base's least.
+    pub size: Option<Size>,
+}
+
+/// Memory and CPUs of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    pub mib: u64,
+    pub vcpus: u8,
+}
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once(',');
+        let numbers = parts.and_then(|(mib, vcpus)| Some((mib.parse().ok()?, vcpus.parse().ok()?)));
+        let (mib, vcpus) = numbers.ok_or("MIB,CPUS: 1024,2")?;
+        Ok(Self { mib, vcpus })
+    }
+}
+
+impl Size {
+    fn resources(self) -> Resources {
+        Resources { memory_bytes: self.mib << 20, vcpus: self.vcpus }
+    }
 }
 
 /// Rounds from one visit of another account's machine to the next. Fewer than these are for a look at a
@@ -67,9 +95,17 @@ pub fn prove(base: &Base, vmm: &Path, extent: Extent) -> anyhow::Result<()> {
         mappings: Vec::new(),
         snapshot: base.scratch().join("resume.snap"),
         figures: Figures::default(),
+        size: extent.size,
+        layout: match extent.size {
+            None => base.layout.clone(),
+            Some(size) => {
+                let (most, root) = (base.layout.max_ram_bytes(), base.layout.root.length);
+                Layout::new(size.mib << 20, most, root)?
+            }
+        },
     };
-    let ram = base.layout.ram_bytes() >> 20;
-    println!("machine: {} MiB, {} vCPUs", ram, base.state.vcpus.len());
+    let vcpus = extent.size.map_or(base.state.vcpus.len(), |size| size.vcpus.into());
+    println!("machine: {} MiB, {vcpus} vCPUs", proof.layout.ram_bytes() >> 20);
     proof.tell(|proof, server| proof.idle_shell(server))?;
     if extent.rounds >= NEIGHBOUR {
         proof.tell(|proof, server| proof.twins(server))?;
@@ -83,6 +119,9 @@ struct Proof<'a> {
     mappings: Vec<Mapping>,
     snapshot: PathBuf,
     figures: Figures,
+    size: Option<Size>,
+    /// Of the machine that is proved.
+    layout: Layout,
 }
 
 /// A machine of ours and what is outside of it.
@@ -102,7 +141,9 @@ impl Proof<'_> {
         let mut told = false;
         loop {
             let mut server = ForkServer::start(self.vmm, &self.base.dir)?;
-            self.mappings = compare::mappings(server.pid(), &self.base.layout)?;
+            server.shape =
+                self.size.map(|size| Shape { memory_bytes: size.mib << 20, vcpus: size.vcpus });
+            self.mappings = compare::mappings(server.pid(), &self.layout)?;
             self.figures = Figures::default();
             match part(self, &mut server) {
                 Err(error) if !told && error.downcast_ref::<Died>().is_some() => {
@@ -118,8 +159,6 @@ impl Proof<'_> {
     fn idle_shell(&mut self, server: &mut ForkServer) -> anyhow::Result<()> {
         let template = fork::used_disk(self.base, server)?;
         let mut alive = self.fork(server, &template)?;
-        alive.machine.running()?;
-        alive.machine.attached()?;
         alive.machine.open_terminal()?;
         for what in ["saved", "saved again after a resume"] {
             let saved = self.save(&mut alive)?;
@@ -136,8 +175,6 @@ impl Proof<'_> {
 
     fn rounds(&mut self, server: &mut ForkServer, extent: Extent) -> anyhow::Result<()> {
         let mut alive = self.fork(server, &self.base.new_disk)?;
-        alive.machine.running()?;
-        alive.machine.attached()?;
         let mut program = Program::start(&mut alive.machine, extent.memory)?;
         let mut neighbour = match extent.rounds >= NEIGHBOUR {
             true => Some(Neighbour::start(self, server)?),
@@ -180,12 +217,21 @@ impl Proof<'_> {
         server.end(alive.machine)
     }
 
+    /// A machine that runs and has its account, and all that it may have.
     fn fork(&self, server: &mut ForkServer, template: &Path) -> anyhow::Result<Alive> {
         let disk = self.base.disk(template)?;
         let ours = disk.try_clone().context("duplicate a descriptor")?;
-        let for_agent = machines::attach(1, DISK_BYTES)?;
-        let machine = server.fork(Parts { disk, for_agent })?;
+        let mut for_agent = machines::attach(1, DISK_BYTES)?;
+        if let Some(size) = self.size {
+            for_agent.extend(machines::take(size.resources())?);
+        }
+        let mut machine = server.fork(Parts { disk, for_agent })?;
         let pid = server.forked(&machine, Deadline::after(STEP_LIMIT))?;
+        machine.running()?;
+        machine.attached()?;
+        if let Some(size) = self.size {
+            machine.took(size.resources())?;
+        }
         Ok(Alive { machine, pid, disk: ours })
     }
 
@@ -201,7 +247,7 @@ impl Proof<'_> {
         ensure!(snapshot.header.file_bytes() == saved.bytes, "the sizes differ: {saved:?}");
         let memory = &self.base.memory;
         let pages = compare::compare(alive.pid, &self.mappings, memory, &snapshot)?;
-        ensure!(pages * 4096 == self.base.layout.ram_bytes(), "only {pages} pages were compared");
+        ensure!(pages * 4096 == self.layout.ram_bytes(), "only {pages} pages were compared");
         compare::is_minimal(memory, &snapshot)?;
         Ok(saved)
     }

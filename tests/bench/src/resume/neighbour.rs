@@ -22,8 +22,6 @@ impl Neighbour {
     /// Starts it, has it work, and saves it.
     pub fn start(proof: &mut Proof<'_>, server: &mut ForkServer) -> anyhow::Result<Self> {
         let mut alive = proof.fork(server, &proof.base.new_disk)?;
-        alive.machine.running()?;
-        alive.machine.attached()?;
         let mut program = Program::start(&mut alive.machine, MEMORY)?;
         program.work(&mut alive.machine, 0)?;
         let snapshot = proof.base.scratch().join("neighbour.snap");

@@ -33,8 +33,6 @@ impl Proof<'_> {
     pub(super) fn twins(&mut self, server: &mut ForkServer) -> anyhow::Result<()> {
         let template = fork::used_disk(self.base, server)?;
         let mut alive = self.fork(server, &template)?;
-        alive.machine.running()?;
-        alive.machine.attached()?;
         let command = format!("stty -echo; exec python3 -c '{PROGRAM}'");
         alive.machine.run_on_terminal(command.into_bytes())?;
         alive.machine.ask("", "@@ ready")?;
