@@ -125,8 +125,10 @@ fn a_command_that_is_killed_leaves_a_sound_database() {
         (&["account", "remove", "bob", "--purge"], ""),
     ];
     let mut killed = 0;
+    let whole = time_of_a_command(&host);
+    let moments = commands.len() as u32 * 3;
     for (number, (arguments, input)) in commands.iter().enumerate() {
-        // Moments all over what such a command takes, others in each command.
+        // Moments all over what such a command takes here, others in each command.
         for round in 0..3 {
             let mut child = host
                 .command(arguments)
@@ -137,7 +139,7 @@ fn a_command_that_is_killed_leaves_a_sound_database() {
                 .unwrap();
             let begun = Instant::now();
             let _ = std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes());
-            let moment = Duration::from_micros(2_000 + round * 7_000 + number as u64 * 911);
+            let moment = whole * (round * commands.len() as u32 + number as u32 + 1) / moments;
             std::thread::sleep(moment.saturating_sub(begun.elapsed()));
             child.kill().unwrap();
             killed += usize::from(child.wait().unwrap().code().is_none());
@@ -163,6 +165,16 @@ fn a_command_that_is_killed_leaves_a_sound_database() {
     assert!(killed >= commands.len(), "{killed} were killed: the others were quicker");
     let left = fs::read_dir(host.state().accounts_dir()).unwrap().count();
     assert_eq!(left, host.accounts().list(false).unwrap().len(), "folders that are nobody's");
+}
+
+/// That reads the database and writes nothing: those that write take longer.
+fn time_of_a_command(host: &Host) -> Duration {
+    let time = |_| {
+        let begun = Instant::now();
+        host.run(&["account", "show", "alice"]).success();
+        begun.elapsed()
+    };
+    (0..5).map(time).min().unwrap()
 }
 
 /// So many rows that the middle of them is met.

@@ -26,9 +26,12 @@ const TOOLS: &[(&str, &str)] = &[
 /// Only for the emulated machine.
 const EMULATOR: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
 
-/// What `mmdebstrap` checks the packages' signatures with.
-const KEYRING: (&str, &str) =
-    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring");
+/// What is no program on the path, by its file: what `mmdebstrap` checks the packages' signatures with, and what
+/// stands in for a guest's sftp in tests of the service.
+const FILES: &[(&str, &str)] = &[
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    ("/usr/lib/openssh/sftp-server", "openssh-sftp-server"),
+];
 
 pub fn install_missing(emulated: bool, log: &Path) -> Result<()> {
     let mut missing: Vec<&str> = TOOLS
@@ -37,9 +40,8 @@ pub fn install_missing(emulated: bool, log: &Path) -> Result<()> {
         .filter(|(tool, _)| find(tool).is_none())
         .map(|(_, package)| *package)
         .collect();
-    if !Path::new(KEYRING.0).exists() {
-        missing.push(KEYRING.1);
-    }
+    let files = FILES.iter().filter(|(file, _)| !Path::new(file).exists());
+    missing.extend(files.map(|(_, package)| *package));
     if missing.is_empty() {
         return Ok(());
     }
