@@ -10,8 +10,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use anyhow::{Context, Result};
 
 use crate::MachineOptions;
+use crate::guest_image::GuestImage;
 use crate::layout::Layout;
-use crate::package;
+use crate::package::{self, Pair};
 use crate::process::{run_captured, tail};
 use crate::programs::digest;
 use crate::serving::Serving;
@@ -48,6 +49,21 @@ pub fn run(layout: &Layout, keep: bool) -> Result<(Tally, bool)> {
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let options = MachineOptions { port: Some(port), ..MachineOptions::default() };
     let mut serving = up::fresh_debian(&layout, &options)?;
+    let outcome = try_in(&layout, &mut serving, &pair, &image);
+    if keep {
+        note(&format!("lab {} stays up: `cargo lab --lab {0} shell`", layout.name()));
+    } else {
+        serving.discard()?;
+    }
+    outcome
+}
+
+fn try_in(
+    layout: &Layout,
+    serving: &mut Serving,
+    pair: &Pair,
+    image: &GuestImage,
+) -> Result<(Tally, bool)> {
     step("bring the packages and the guest image", || {
         let script = layout.root().join("tests/lab/machine/try-package");
         let lab = std::env::current_exe().context("find this program")?;
@@ -64,13 +80,7 @@ pub fn run(layout: &Layout, keep: bool) -> Result<(Tally, bool)> {
     })?;
     let script = ["timeout", "-k", "10", BOUND, "sh", SCRIPT, FORMER, NEXT, IMAGE];
     let outcome = counted(&mut serving.command(&script, false), check);
-    let logs = bring_logs(&serving, &outcome);
-    if keep {
-        note(&format!("lab {} stays up: `cargo lab --lab {0} shell`", layout.name()));
-    } else {
-        serving.discard()?;
-    }
-    logs?;
+    bring_logs(serving, &outcome)?;
     outcome
 }
 

@@ -22,7 +22,7 @@ use image::MachineImage;
 const DATA_DISK_BYTES: u64 = 40 << 30;
 const EXCHANGE_DISK_BYTES: u64 = 8 << 30;
 /// Under load of everything else on a two-core host; alone it takes about five seconds.
-const BOOT_BOUND: Duration = Duration::from_secs(120);
+const BOOT_BOUND: Duration = Duration::from_secs(240);
 const DOWN_BOUND: Duration = Duration::from_secs(90);
 
 /// The exchange disk as the machine sees it (third in the order of [`qemu`]'s drives).
