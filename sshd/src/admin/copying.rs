@@ -3,13 +3,23 @@
 use std::time::Duration;
 
 use hermitage_storage::publish::NewFile;
-use tokio::{io::AsyncReadExt, net::UnixStream, time::interval};
+use tokio::{
+    io::AsyncReadExt,
+    net::UnixStream,
+    time::{interval, timeout},
+};
 
 use super::{answer, protocol::Reply, refused};
-use crate::{lifecycle::CopyNews, server::Server};
+use crate::{
+    lifecycle::{CopyNews, discard},
+    server::Server,
+};
 
 /// How often the client hears something, so that it can tell a long copy from a service that is gone.
 const TELL: Duration = Duration::from_secs(1);
+
+/// How long it may leave that unread.
+const UNREAD: Duration = Duration::from_secs(60);
 
 pub(super) async fn copy_disk(
     server: &Server,
@@ -38,7 +48,8 @@ pub(super) async fn copy_disk(
                 }
                 None => break refused(format!("copying the disk of {name}'s machine was cut off")),
             },
-            _ = tick.tick() => answer(&mut stream, &Reply::Copying { copied, of }).await?,
+            // One that does not read holds its machine's rest up, and others' copies.
+            _ = tick.tick() => timeout(UNREAD, answer(&mut stream, &Reply::Copying { copied, of })).await??,
             // Dropping the channel gives the copy up.
             () = closed(&mut stream) => return Ok(()),
         }
@@ -48,9 +59,12 @@ pub(super) async fn copy_disk(
 
 /// The copy goes with the connection.
 async fn hand_out(copy: NewFile, mut stream: UnixStream) -> std::io::Result<()> {
-    answer(&mut stream, &Reply::Copied { path: copy.path().to_owned() }).await?;
-    closed(&mut stream).await;
-    Ok(())
+    let told = answer(&mut stream, &Reply::Copied { path: copy.path().to_owned() }).await;
+    if told.is_ok() {
+        closed(&mut stream).await;
+    }
+    discard(copy);
+    told
 }
 
 /// Waits until the client has closed; what it says is not listened to.

@@ -78,7 +78,7 @@ pub fn take_with_memory(context: &Context, account: &Account) -> anyhow::Result<
 /// The account as it is: at rest, or else a copy of the disk that its machine goes on with.
 pub fn take_or_copy(context: &Context, account: &Account) -> anyhow::Result<Held> {
     let name = &account.name;
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut deadline = None;
     loop {
         match AtRest::take(&context.state, account.id) {
             Ok(at_rest) => return Ok(Held::Rest(at_rest)),
@@ -88,8 +88,11 @@ pub fn take_or_copy(context: &Context, account: &Account) -> anyhow::Result<Held
         }
         match admin::copy_disk(context, name)? {
             Copied::Copy(disk) => return Ok(Held::Copy(disk)),
-            // It is on its way out, or a former service's.
-            Copied::NotRunning if Instant::now() < deadline => {
+            // It is on its way out, or a former service's. The answer may have taken as long as a save.
+            Copied::NotRunning
+                if Instant::now()
+                    < *deadline.get_or_insert_with(|| Instant::now() + Duration::from_secs(10)) =>
+            {
                 thread::sleep(Duration::from_millis(100));
             }
             Copied::NotRunning => bail!(

@@ -2,14 +2,22 @@
 //! programs have written on the disk, only until the machine's process has noted the instant; it makes the copy
 //! while the guest goes on. Nothing that happens here ends the machine.
 
-use std::{fs::File, path::Path, sync::Arc, time::Instant};
+use std::{
+    fs::File,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hermitage_storage::publish::{self, NewFile};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::driver::Context;
+use super::{driver::Context, save::STAND_TIMEOUT};
 use crate::{
     machine::{DiskCopy, Machine},
     room,
@@ -32,6 +40,9 @@ pub type Asker = mpsc::Sender<CopyNews>;
 /// Words that may wait for whoever asked.
 pub const NEWS: usize = 4;
 
+/// How long a copy may get nowhere: others wait for their turn.
+const STALLED: Duration = Duration::from_secs(600);
+
 pub(super) async fn copy(
     context: Arc<Context>,
     account: Uuid,
@@ -46,7 +57,17 @@ pub(super) async fn copy(
         Ok(_) => tracing::info!(%account, ms = millis(begun), "disk copied while in use"),
         Err(reason) => tracing::warn!(%account, reason, "no copy of the disk"),
     }
-    let _ = copy.asker.send(CopyNews::Over(outcome)).await;
+    if let Err(unsent) = copy.asker.send(CopyNews::Over(outcome)).await
+        && let CopyNews::Over(Ok(file)) = unsent.0
+    {
+        discard(file);
+    }
+}
+
+/// Deletes a copy. That of a large disk takes the file system seconds, which is nothing for a thread that others
+/// wait for.
+pub fn discard(copy: NewFile) {
+    tokio::task::spawn_blocking(move || drop(copy));
 }
 
 struct Copy {
@@ -59,21 +80,37 @@ struct Copy {
 
 impl Copy {
     async fn run(&self) -> Result<NewFile, String> {
+        // One at a time on this host: each takes as much room as there is, and reads as fast as it can.
+        let _turn = tokio::select! {
+            turn = self.context.copies.acquire() => turn.map_err(|error| error.to_string())?,
+            reason = self.unwanted() => return Err(reason),
+        };
         let (file, room) = self.file().await?;
-        let mut copying = self.begin(file.file(), room).await?;
+        match self.copy_into(file.file(), room).await {
+            Ok(()) => Ok(file),
+            Err(reason) => {
+                discard(file);
+                Err(reason)
+            }
+        }
+    }
+
+    async fn copy_into(&self, file: &File, room: u64) -> Result<(), String> {
+        let mut copying = self.begin(file, room).await?;
         let of = copying.bytes;
         let mut copied = 0;
         loop {
             // Where it goes too fast for who asked, the next figure is as good.
             let _ = self.asker.try_send(CopyNews::Copying { copied, of });
             let reason = tokio::select! {
-                progress = copying.progress() => match progress {
-                    Ok(bytes) => {
+                progress = timeout(STALLED, copying.progress()) => match progress {
+                    Ok(Ok(bytes)) => {
                         copied = bytes;
                         continue;
                     }
-                    Err(Ok(_)) => return Ok(file),
-                    Err(Err(reason)) => return Err(reason),
+                    Ok(Err(Ok(_))) => return Ok(()),
+                    Ok(Err(Err(reason))) => return Err(reason),
+                    Err(_) => format!("nothing was copied for {} s", STALLED.as_secs()),
                 },
                 reason = self.unwanted() => reason,
             };
@@ -87,6 +124,9 @@ impl Copy {
         let standing = tokio::select! {
             standing = self.machine.stand() => standing,
             reason = self.unwanted() => return Err(reason),
+            () = sleep(STAND_TIMEOUT) => {
+                return Err("its agent has not gone on since the last time it was to stand still".into());
+            }
         };
         let begun = Instant::now();
         if let Err(reason) = self.machine.freeze().await {

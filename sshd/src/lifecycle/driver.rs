@@ -18,7 +18,7 @@ use hermitage_storage::{
     saved,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Semaphore, mpsc, oneshot, watch},
     task::JoinHandle,
     time::Instant,
 };
@@ -60,6 +60,8 @@ pub struct Context {
     pub cgroups: Cgroups,
     /// Whether room for disks is scarce.
     pub scarce: watch::Receiver<bool>,
+    /// Whose turn it is to have a disk copied.
+    pub copies: Semaphore,
 }
 
 pub(super) enum Request {

@@ -29,7 +29,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine, watch::Meter};
-pub use copy::CopyNews;
+pub use copy::{CopyNews, discard};
 pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;

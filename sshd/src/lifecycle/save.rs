@@ -15,7 +15,7 @@ use super::{driver::Context, state::SaveOutcome};
 use crate::machine::Machine;
 
 /// How long a guest that stands still for something else is waited for.
-const STAND_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const STAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(super) struct SaveOver {
     pub outcome: SaveOutcome,

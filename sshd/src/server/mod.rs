@@ -35,7 +35,10 @@ use hermitage_storage::{StateDir, faults};
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
-    sync::watch::{Sender, channel},
+    sync::{
+        Semaphore,
+        watch::{Sender, channel},
+    },
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -189,6 +192,7 @@ impl Service {
             promises: Promises::default(),
             cgroups: cgroups.clone(),
             scarce: watched,
+            copies: Semaphore::new(1),
         });
         let ssh = &config.ssh;
         let authenticator = Authenticator::new(

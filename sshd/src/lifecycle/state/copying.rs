@@ -17,7 +17,9 @@ impl Lifecycle {
     pub(super) fn copy(mut self) -> Step {
         match (&self.state, self.copying) {
             (State::Running | State::Lingering, Copying::No) => {
-                self.copying = Copying::UnderWay;
+                // The agent forgets what it was asked about work when it is told to go on; it is asked again.
+                let looking = std::mem::take(&mut self.looking);
+                self.copying = if looking { Copying::RestWaits } else { Copying::UnderWay };
                 (self, vec![Effect::Copy])
             }
             _ => (self, vec![]),

@@ -15,7 +15,7 @@
 
 use hermitage_storage::accounts::Policy;
 
-use super::{Awake, Effect, Intent, Lifecycle, State, Step, StopCause, Timer, Work};
+use super::{Awake, Copying, Effect, Intent, Lifecycle, State, Step, StopCause, Timer, Work};
 
 impl Lifecycle {
     /// After a save that came to nothing.
@@ -66,6 +66,11 @@ impl Lifecycle {
         match self.state {
             // The look's answer meets what is wanted now.
             State::Lingering if self.looking => (self, vec![]),
+            // The timer that is set now has the word, not the one that was over.
+            State::Lingering if self.copying == Copying::RestWaits => {
+                self.copying = Copying::UnderWay;
+                self.reconsider()
+            }
             State::Lingering if self.stays() => self.stay(),
             State::Lingering => {
                 self.awake = None;

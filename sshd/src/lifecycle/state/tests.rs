@@ -306,6 +306,26 @@ fn an_idle_machine_rests_when_its_copy_is_over() {
     assert!(matches!(lifecycle.step(Event::Looked(None)).0.state, State::Saving(_)));
 }
 
+/// The agent has forgotten the question by the time it goes on: no answer must not pass for idleness.
+#[test]
+fn a_look_that_a_copy_cuts_off_is_taken_again_after_it() {
+    let (looking, _) = lingering(|_| (), &[Event::TimerOver]);
+    let (lifecycle, effects) = looking.step(Event::Copy);
+    assert_eq!(effects, [Effect::Copy]);
+    let (lifecycle, effects) = lifecycle.step(Event::Looked(None));
+    assert_eq!((&lifecycle.state, effects), (&State::Lingering, vec![]));
+    assert_eq!(lifecycle.step(Event::CopyOver).1, [Effect::Look]);
+}
+
+#[test]
+fn a_linger_that_is_set_anew_during_a_copy_counts_after_it() {
+    let events = [Event::Login, Event::Forked, Event::Copy, Event::Leave, Event::TimerOver];
+    let (lifecycle, effects) = run(&events).0.step(Event::Reconsider);
+    assert_eq!(effects, [Effect::SetTimer(Timer::Linger)]);
+    let (lifecycle, effects) = lifecycle.step(Event::CopyOver);
+    assert_eq!((lifecycle.state, effects), (State::Lingering, vec![]));
+}
+
 #[test]
 fn whatever_else_ends_the_machine_calls_its_copy_off_first() {
     for end in [

@@ -37,6 +37,10 @@ pub struct DiskCopy {
     next: u64,
     /// Bytes of data.
     copied: u64,
+    /// Data up to a hole, as last looked for: to find where data ends the file system goes through all of its
+    /// extents, of which a guest can make millions. True of clusters that are not copied for as long as the copy
+    /// takes, as nothing has changed them.
+    run: Span,
     buffer: Vec<u8>,
 }
 
@@ -68,8 +72,9 @@ impl DiskCopy {
         let cluster = cluster_for(length);
         let words = length.div_ceil(cluster).div_ceil(64);
         let done = vec![0; usize::try_from(words).map_err(io::Error::other)?];
+        let buffer = vec![0; BUFFER];
         let copy =
-            Self { disk, side, length, cluster, done, next: 0, copied: 0, buffer: vec![0; BUFFER] };
+            Self { disk, side, length, cluster, done, next: 0, copied: 0, run: 0..0, buffer };
         Ok(Begun::Copying(Box::new(copy), data))
     }
 
@@ -138,12 +143,24 @@ impl DiskCopy {
     }
 
     /// The first cluster from this one on that has data, or their number.
-    fn data_from(&self, cluster: u64) -> io::Result<u64> {
-        let data = next_data(&self.disk, cluster.saturating_mul(self.cluster), self.length)?;
+    fn data_from(&mut self, cluster: u64) -> io::Result<u64> {
+        let data = self.data(cluster.saturating_mul(self.cluster), self.length)?;
         Ok(match data {
-            Some((data, _)) => data / self.cluster,
+            Some(data) => data.start / self.cluster,
             None => self.length.div_ceil(self.cluster),
         })
+    }
+
+    /// The first data in that range.
+    fn data(&mut self, start: u64, end: u64) -> io::Result<Option<Span>> {
+        if !self.run.contains(&start) {
+            match next_data(&self.disk, start, self.length)? {
+                Some((data, hole)) => self.run = data..hole,
+                None => return Ok(None),
+            }
+        }
+        let data = start.max(self.run.start)..end.min(self.run.end);
+        Ok(Some(data).filter(|data| !data.is_empty()))
     }
 
     fn copy(&mut self, cluster: u64) -> io::Result<()> {
@@ -153,10 +170,10 @@ impl DiskCopy {
         let start = cluster * self.cluster;
         let end = self.length.min(start + self.cluster);
         let mut at = start;
-        while let Some((data, hole)) = next_data(&self.disk, at, end)? {
-            at = data;
-            while at < hole {
-                let part = &mut self.buffer[..((hole - at) as usize).min(BUFFER)];
+        while let Some(data) = self.data(at, end)? {
+            at = data.start;
+            while at < data.end {
+                let part = &mut self.buffer[..((data.end - at) as usize).min(BUFFER)];
                 self.disk.read_exact_at(part, at)?;
                 self.side.write_all_at(part, at)?;
                 at += part.len() as u64;

@@ -191,7 +191,9 @@ fn next(shared: &Shared, work: &mut DiskWork, last: Last) -> Option<Job> {
         } else if !may_wait && !work.held.is_empty() {
             Some(Turn::GiveUp(work.held.drain()))
         } else if steps.is_some_and(|due| due.is_zero())
-            && (last != Last::CopyStep || inbox.requests.is_empty())
+            && (last != Last::CopyStep
+                || inbox.requests.is_empty()
+                    && !work.held.due_in(now).is_some_and(|due| due.is_zero()))
         {
             Some(Turn::CopyStep)
         } else {
