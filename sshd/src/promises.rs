@@ -13,7 +13,7 @@ use std::{
 
 use hermitage_storage::{
     StateDir,
-    base::{self, Base},
+    base::{self, Base, BaseId},
 };
 
 use crate::config::Machines;
@@ -65,18 +65,21 @@ struct Host {
 }
 
 impl Promises {
-    /// Promises a machine of the current base what it needs: the memory that its account is to have, or what
-    /// it had when it was saved. `free` is the room for saves. Reads small files.
+    /// Promises a machine what it needs: the memory that its account is to have, as far as its base has it, or what
+    /// it `had` when it was saved, and on which base. `free` is the room for saves. Reads small files.
     pub fn make(
         &self,
         state: &StateDir,
         limits: &Machines,
         wanted: Option<u64>,
-        had: u64,
+        had: Option<(BaseId, u64)>,
         free: u64,
     ) -> Result<Promise, Full> {
         // If it can't be told, the start that follows says why, better than this could.
-        let fit = self.sizes(state).map_or(0, |sizes| sizes.fit(wanted, None).memory_bytes);
+        let (base, had) = had.map_or((None, 0), |(base, bytes)| (Some(base), bytes));
+        let base = base.or_else(|| state.current_base().ok()?);
+        let sizes = base.and_then(|base| self.sizes(state, &base));
+        let fit = sizes.map_or(0, |sizes| sizes.fit(wanted, None).memory_bytes);
         let bytes = fit.max(had);
         // Without /proc nothing can be judged, and little else works.
         let (memory, available) = memory().unwrap_or((u64::MAX, u64::MAX));
@@ -91,12 +94,11 @@ impl Promises {
         Ok(Promise { promises: self.clone(), bytes })
     }
 
-    fn sizes(&self, state: &StateDir) -> Option<base::Machine> {
-        let id = state.current_base().ok()??;
+    fn sizes(&self, state: &StateDir, id: &BaseId) -> Option<base::Machine> {
         if let Some(sizes) = self.table().sizes_of.get(id.as_str()) {
             return Some(*sizes);
         }
-        let sizes = Base::manifest(&state.base(&id)).ok()?.content.machine;
+        let sizes = Base::manifest(&state.base(id)).ok()?.content.machine;
         let mut table = self.table();
         // Bases come with the years; old ones may be looked up again.
         if table.sizes_of.len() >= 64 {

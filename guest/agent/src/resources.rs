@@ -58,6 +58,9 @@ fn take_memory(dir: &Path, wanted: u64, in_use: &mut u64) -> Result<()> {
         *in_use += size;
         movable += if is_movable { size } else { 0 };
     }
+    if in_use.saturating_add(size) <= wanted {
+        bail!("the kernel knows of {} MiB of memory, not of {}", *in_use >> 20, wanted >> 20);
+    }
     Ok(())
 }
 
@@ -173,7 +176,8 @@ mod tests {
         machine.block(0, "online", "DMA32");
         (1..10).for_each(|n| machine.block(n, "offline", "Normal Movable"));
         let mut in_use = 0;
-        take_memory(&machine.0, u64::MAX, &mut in_use).unwrap();
+        let error = take_memory(&machine.0, 12 * BLOCK, &mut in_use).unwrap_err();
+        assert!(error.to_string().contains("of 1280 MiB of memory, not of 1536"), "{error}");
         assert_eq!(in_use, 10 * BLOCK);
         let kernel =
             (1..10).filter(|n| machine.says(&format!("memory{n}/state")) == "online_kernel");

@@ -27,7 +27,7 @@ use crate::{
 };
 pub use ceilings::Ceilings;
 pub use group::Group;
-pub use usage::{Usage, charged_to, held_back};
+pub use usage::{Usage, charged_to, held_back, kept_by};
 
 /// The controllers whose files are written.
 pub const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];

@@ -52,6 +52,12 @@ pub fn held_back(group: &Path) -> Option<u64> {
     field(&read(group.join("cpu.stat"))?, "throttled_usec")
 }
 
+/// Memory that counts for a group and can't be given back: not what is cached of files.
+pub fn kept_by(group: &Path) -> Option<u64> {
+    let stat = read(group.join("memory.stat"))?;
+    Some(field(&stat, "anon")?.saturating_add(field(&stat, "shmem").unwrap_or(0)))
+}
+
 /// Memory that counts for a group.
 pub fn charged_to(group: &Path) -> Option<u64> {
     read(group.join("memory.current"))?.trim().parse().ok()

@@ -11,13 +11,16 @@ use anyhow::bail;
 use hermitage::cgroup;
 use hermitage::limits::{Limits, Resources};
 use hermitage_storage::accounts::{Account, Changes};
-use hermitage_storage::base::{Base, Machine, Size};
+use hermitage_storage::base::{Base, BaseId, Machine, Size};
 use hermitage_storage::snapshot;
 
 /// What machines of the current base can have. `None`: there is none that could be read; `doctor` says why.
 pub fn of_base(context: &Context) -> Option<Machine> {
-    let id = context.state.current_base().ok()??;
-    Some(Base::manifest(&context.state.base(&id)).ok()?.content.machine)
+    sizes_of(context, &context.state.current_base().ok()??)
+}
+
+fn sizes_of(context: &Context, base: &BaseId) -> Option<Machine> {
+    Some(Base::manifest(&context.state.base(base)).ok()?.content.machine)
 }
 
 /// `1 GiB of memory, 2 CPUs`
@@ -29,36 +32,44 @@ pub fn words(of: Size) -> String {
 pub fn check_base(context: &Context, wanted: &Wanted) -> anyhow::Result<()> {
     let Some(sizes) = of_base(context) else { return Ok(()) };
     let (least, most) = (sizes.least(), sizes.most());
+    // All of the line: what is left out would be as a base has it of which nothing is said.
+    let build = |least: Size, most: Size| {
+        format!(
+            "hermitage base build --memory-mib {} --vcpus {} --max-memory-mib {} --max-vcpus {}",
+            least.memory_bytes >> 20,
+            least.vcpus,
+            most.memory_bytes >> 20,
+            most.vcpus,
+        )
+    };
     if let Some(Own::Value(bytes)) = wanted.memory {
         if bytes > most.memory_bytes {
             bail!(
-                "machines of the current base have at most {}, not {}: hermitage base build --max-memory-mib {} makes \
-                 a base that has more",
+                "machines of the current base have at most {}, not {}; for a base that has more: {}",
                 size::show(most.memory_bytes),
                 size::show(bytes),
-                bytes >> 20,
+                build(least, Size { memory_bytes: bytes, ..most }),
             );
         }
         if bytes < least.memory_bytes {
             bail!(
-                "machines of the current base have at least {}, not {}: hermitage base build --memory-mib {} makes a \
-                 base that has less",
+                "machines of the current base have at least {}, not {}; for a base that has less: {}",
                 size::show(least.memory_bytes),
                 size::show(bytes),
-                bytes >> 20,
+                build(Size { memory_bytes: bytes, ..least }, most),
             );
         }
     }
-    if let Some(Own::Value(vcpus)) = wanted.vcpus {
-        let (least, most) = (least.vcpus, most.vcpus);
-        if !(least..=most).contains(&vcpus) {
-            let option = if vcpus > most { "max-vcpus" } else { "vcpus" };
-            bail!(
-                "machines of the current base have {least} to {}, not {vcpus}: hermitage base build --{option} \
-                 {vcpus} makes a base that has so many",
-                count(most.into(), "CPU"),
-            );
-        }
+    if let Some(Own::Value(vcpus)) = wanted.vcpus
+        && !(least.vcpus..=most.vcpus).contains(&vcpus)
+    {
+        let fewer = Size { vcpus: least.vcpus.min(vcpus), ..least };
+        bail!(
+            "machines of the current base have {} to {}, not {vcpus}; for a base that has so many: {}",
+            least.vcpus,
+            count(most.vcpus.into(), "CPU"),
+            build(fewer, Size { vcpus: most.vcpus.max(vcpus), ..most }),
+        );
     }
     Ok(())
 }
@@ -69,15 +80,19 @@ struct There {
     /// Bytes of its memory that it uses; `None`: nobody counts.
     used: Option<u64>,
     runs: bool,
+    /// What machines of its base can have, which is its own for as long as it keeps its memory.
+    sizes: Option<Machine>,
 }
 
 fn there(context: &Context, account: &Account) -> Option<There> {
     let status = status::query(context).ok().flatten();
     let running = status.into_iter().flat_map(|status| status.accounts);
     let running = running.filter(|status| status.account == account.name);
-    if let Some((size, group)) = running.filter_map(|now| Some((now.size?, now.cgroup))).next() {
-        let used = group.and_then(|group| cgroup::charged_to(Path::new(&group)));
-        return Some(There { size, used, runs: true });
+    if let Some((size, now)) = running.filter_map(|now| Some((now.size?, now))).next() {
+        let used = now.cgroup.and_then(|group| cgroup::kept_by(Path::new(&group)));
+        let base = now.base.as_deref().and_then(BaseId::parse);
+        let sizes = base.and_then(|base| sizes_of(context, &base));
+        return Some(There { size, used, runs: true, sizes });
     }
     let saved = File::open(context.state.snapshot(account.id)).ok()?;
     let header = snapshot::read_header(&saved).ok()?;
@@ -86,6 +101,7 @@ fn there(context: &Context, account: &Account) -> Option<There> {
         size: Size { memory_bytes: header.description.ram, vcpus },
         used: Some(header.data_pages.saturating_mul(snapshot::PAGE as u64)),
         runs: false,
+        sizes: sizes_of(context, &header.description.base),
     })
 }
 
@@ -127,6 +143,14 @@ pub fn check(
             "{name}'s machine has {} and keeps it until it next starts from its disk: ssh {name}+fresh@…, or \
              hermitage account reset {name}",
             words(has),
+        )));
+    }
+    let can = there.sizes.map_or(wanted, |sizes| sizes.fit(after.memory, after.vcpus));
+    if can != wanted {
+        return Ok(Some(format!(
+            "{name}'s machine is of a former base, which has at most {}; it has more when it next starts from its \
+             disk: ssh {name}+fresh@…, or hermitage account reset {name}",
+            words(can),
         )));
     }
     if wanted == has || !there.runs {

@@ -70,6 +70,7 @@ pub(super) async fn resume(
         // Ours stays open for a start from the disk, should that be necessary.
         disk: disk.try_clone().map_err(interrupted)?.into(),
         snapshot: file.into(),
+        bytes,
         had: Size {
             memory_bytes: header.description.ram,
             // No base has so many.
@@ -107,6 +108,7 @@ pub(super) async fn resume(
         // The host's trouble, not the snapshot's.
         Err(ResumeError::Launch(
             error @ (LaunchError::Fork(_)
+            | LaunchError::Unread { .. }
             | LaunchError::Sockets(_)
             | LaunchError::Attach(_)
             | LaunchError::Cgroup(_)),

@@ -275,7 +275,7 @@ async fn promise(context: &Arc<Context>, account: &Account) -> Result<Promise, S
         // One that was saved with more than its account may have now still has it.
         let had = File::open(context.state_dir.snapshot(id)).ok();
         let had = had.and_then(|file| snapshot::read_header(&file).ok());
-        let had = had.map_or(0, |header| header.description.ram);
+        let had = had.map(|header| (header.description.base, header.description.ram));
         Ok(context.promises.make(&context.state_dir, limits, wanted.memory, had, free)?)
     });
     judged.await.map_err(|error| StartError::Interrupted(error.to_string()))?

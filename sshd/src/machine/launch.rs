@@ -51,6 +51,8 @@ pub enum LaunchError {
     Ended(String),
     #[error("the machine was not ready within {after:?}: {seen}")]
     Timeout { after: Duration, seen: Seen },
+    #[error("what was saved of the machine was not read and checked within {after:?}")]
+    Unread { after: Duration },
     #[error("no control group for the machine: {0}")]
     Cgroup(#[from] CgroupError),
 }
@@ -104,7 +106,7 @@ pub async fn launch(
     let (control, control_far) = message_pair(false)?;
     let (agent, agent_far) = stream_pair(true)?;
     let server = forks.server().await?;
-    let given = Given::of(server.sizes, spec.admission.resources, None);
+    let given = Given::of(server.sizes, &spec.admission, None);
     // Before the fork, so that it is there when the guest looks; it fits any socket buffer.
     let mut frames = encode(&HostMessage::Attach(spec.attach))?;
     if let Some(take) = given.message() {
@@ -145,6 +147,8 @@ pub struct Sleeper {
     pub snapshot: OwnedFd,
     /// What it had.
     pub had: Size,
+    /// Of the snapshot.
+    pub bytes: u64,
     /// The terminals that wait for their user, the one left last first.
     pub left: Vec<u8>,
     pub timeout: Duration,
@@ -187,10 +191,27 @@ pub async fn resume(
     let agent = std::os::unix::net::UnixStream::from(agent);
     agent.set_nonblocking(true)?;
     let agent = UnixStream::from_std(agent)?;
-    let Sleeper { label, base, disk, snapshot, had, left, timeout: limit, scarce, admission } =
-        sleeper;
+    let Sleeper {
+        label,
+        base,
+        disk,
+        snapshot,
+        had,
+        bytes,
+        left,
+        timeout: limit,
+        scarce,
+        admission,
+    } = sleeper;
     let server = forks.server_of(&base).await?;
-    let given = Given::of(server.sizes, admission.resources, Some(had));
+    if server.sizes.is_some_and(|sizes| !sizes.allows(had)) {
+        let mib = had.memory_bytes >> 20;
+        let words = format!("it has {mib} MiB and {} CPUs, which its base can't have", had.vcpus);
+        return Err(ResumeError::Refused(words));
+    }
+    let given = Given::of(server.sizes, &admission, Some(had));
+    // All of it is read and checked first, as fast as the machine may read.
+    let limit = limit + given.time_for(bytes);
     let group = cgroups.admit(&admission, given.size).await.map_err(LaunchError::from)?;
     let descriptors = [control_far, agent_far, disk, snapshot];
     let forked =
@@ -201,6 +222,7 @@ pub async fn resume(
         machine.when_restored()
     });
     let (machine, restored) = machine;
+    let consumed = AtomicBool::new(false);
     let come_back = async {
         tokio::select! {
             restored = restored => match restored {
@@ -209,15 +231,20 @@ pub async fn resume(
             },
             reason = machine.ended() => return Err(LaunchError::Ended(reason).into()),
         }
+        consumed.store(true, Ordering::Relaxed);
         consume.await.map_err(|error| {
             ResumeError::Refused(format!("it can't be marked as used: {error}"))
         })?;
         machine.run_restored().await.map_err(LaunchError::Ended)?;
         machine.wake().await.map_err(|reason| LaunchError::Ended(reason).into())
     };
-    let outcome = timeout(limit, come_back)
-        .await
-        .unwrap_or_else(|_| Err(machine.not_ready_within(limit).into()));
+    let outcome = timeout(limit, come_back).await.unwrap_or_else(|_| {
+        // Nothing has become of it: it can be tried again.
+        Err(match consumed.load(Ordering::Relaxed) {
+            true => machine.not_ready_within(limit).into(),
+            false => LaunchError::Unread { after: limit }.into(),
+        })
+    });
     if let Err(error) = outcome {
         machine.kill().await;
         let _ = timeout(REAP_TIMEOUT, machine.gone()).await;
@@ -272,6 +299,7 @@ fn supervise_with<T>(
         woken: watch::channel(0).0,
         server: forked.server,
         agent_spoke: AtomicBool::new(false),
+        taking: AtomicBool::new(given.message().is_some()),
         given,
         unused: Default::default(),
         attached: watch::channel(None).0,

@@ -30,7 +30,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hermitage_guest_proto::{AgentMessage, ExitStatus, HostMessage, SessionId, TERMINALS};
@@ -79,6 +79,8 @@ pub struct Machine {
     /// A first sign of it, which comes before it has the account.
     agent_spoke: AtomicBool,
     given: given::Given,
+    /// Its agent was told to take it into use.
+    taking: AtomicBool,
     /// Why its guest does not use all of that.
     unused: Mutex<Option<String>>,
     attached: watch::Sender<Option<Result<(), String>>>,
@@ -143,8 +145,10 @@ impl Machine {
     /// Asks the guest to power off.
     pub async fn power_off(&self, grace: Duration) {
         // Programs that stand still for a copy of the disk could not take their leave.
+        let asked = Instant::now();
         let _standing = timeout(STANDING_TIMEOUT, self.standing.lock()).await;
-        let grace_ms = grace.as_millis().try_into().unwrap_or(u32::MAX);
+        let grace_ms =
+            grace.saturating_sub(asked.elapsed()).as_millis().try_into().unwrap_or(u32::MAX);
         self.tell(HostMessage::PowerOff { grace_ms }).await;
     }
 

@@ -20,7 +20,7 @@ use super::{Machine, Waiting, printable, terminals::TerminalState};
 /// How long a guest may take to stop its processes and sync its disk.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long writing the snapshot may take: as much as there is memory, on a slow medium.
+/// How long writing the snapshot may take, beside the time that a slow medium needs for as much as there is memory.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// How long a guest may take to go on after a save.
@@ -106,7 +106,8 @@ impl Machine {
         self.request(&request, &[file.as_fd(), pagemap.as_fd()])
             .await
             .map_err(|error| format!("the machine does not answer: {error}"))?;
-        self.step(saved, SAVE_TIMEOUT, "its memory was not written").await?
+        let limit = SAVE_TIMEOUT + self.time_to_save();
+        self.step(saved, limit, "its memory was not written").await?
     }
 
     /// A save that was called off: the paused machine runs on.

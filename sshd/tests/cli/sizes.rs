@@ -49,10 +49,14 @@ fn what_no_machine_can_have_is_refused_with_what_to_do() {
     let host = with_alice();
     let set = |option: &str, value: &str| host.run(&["account", "set", "alice", option, value]);
     set("--memory", "100M").fails(2, "multiple of 128 MiB");
-    set("--memory", "4GiB").fails(1, "hermitage base build --max-memory-mib 4096");
-    set("--memory", "128M").fails(1, "hermitage base build --memory-mib 128");
+    set("--memory", "4GiB").fails(
+        1,
+        "hermitage base build --memory-mib 512 --vcpus 1 --max-memory-mib 4096 --max-vcpus 4",
+    );
+    set("--memory", "128M")
+        .fails(1, "hermitage base build --memory-mib 128 --vcpus 1 --max-memory-mib 2048");
     set("--vcpus", "0").fails(2, "1 to 32");
-    set("--vcpus", "5").fails(1, "hermitage base build --max-vcpus 5");
+    set("--vcpus", "5").fails(1, "--max-memory-mib 2048 --max-vcpus 5");
     host.run(&["account", "add", "bob", "--vcpus", "5"]).fails(1, "have 1 to 4 CPUs, not 5");
     let list = "name,memory,vcpus\nbob,1GiB,2\ncarol,1,2\n";
     host.run_with(&["account", "import", "-"], list).fails(1, "memory: \"1\"");
@@ -70,7 +74,9 @@ fn less_memory_than_is_in_use_is_refused_and_the_rest_is_for_the_next_start() {
     host.run(&["account", "set", "alice", "--memory", "2GiB", "--vcpus", "2"]).success();
     let group = tempfile::tempdir().unwrap();
     let used = |mib: u64| {
-        std::fs::write(group.path().join("memory.current"), (mib << 20).to_string()).unwrap();
+        // Of what is cached the kernel gives back what is wanted.
+        let text = format!("anon {}\nfile 1999999999\nshmem 4096\n", (mib << 20) - 4096);
+        std::fs::write(group.path().join("memory.stat"), text).unwrap();
     };
     std::fs::write(group.path().join("cpu.stat"), "usage_usec 5\n").unwrap();
     let folder = group.path().display().to_string();

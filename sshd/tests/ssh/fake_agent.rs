@@ -19,7 +19,7 @@ use std::{
 
 use hermitage_guest_proto::{
     Activity, AgentMessage, Busy, Decoder, Exec, ExitStatus, HostMessage, LiveSession,
-    OpenTerminal, Program, WaitsFor, Window, encode,
+    OpenTerminal, Program, Resources, WaitsFor, Window, encode,
 };
 use hermitage_vmm_proto::End;
 use nix::{
@@ -146,6 +146,10 @@ fn attached(guest: &Guest, account: &str) {
     }
     if account == "hanging" && guest.machine.is_first() {
         guest.hangs.store(true, Ordering::Relaxed);
+    }
+    if account == "liar" {
+        let fault = Some("of what nobody asked".into());
+        guest.say(&AgentMessage::Took { in_use: Resources::default(), fault });
     }
     guest.say(&AgentMessage::Attached);
     if account == "hostile" {

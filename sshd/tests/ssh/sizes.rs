@@ -75,3 +75,18 @@ fn more_than_the_base_has_is_what_the_base_has_and_a_guests_excuse_is_shown() {
     shell.kill().unwrap();
     shell.wait().unwrap();
 }
+
+#[test]
+fn what_an_agent_says_of_nothing_that_it_was_asked_is_not_heard() {
+    let service = service();
+    service.account("liar");
+    let mut ssh = service.ssh_with(&[&crate::harness::at("liar"), "sleep 60"]);
+    let mut shell = ssh.spawn().unwrap();
+    let status = wait_for("a session", || {
+        service.account_status("liar").filter(|status| status.sessions == 1)
+    });
+    assert_eq!((status.size, status.unused), (Some(LEAST), None));
+    assert!(!service.log().contains("of what nobody asked"), "{}", service.log());
+    shell.kill().unwrap();
+    shell.wait().unwrap();
+}

@@ -51,7 +51,7 @@ print(sum(b[::4096]))
 
     let refused =
         story.host().try_run(&format!("hermitage account set {} --memory 32GiB", alice.name))?;
-    says("a refusal", &refused.err(), "hermitage base build --max-memory-mib 32768")
+    says("a refusal", &refused.err(), "--max-memory-mib 32768")
 }
 
 fn raised(story: &Story) -> Result<()> {
