@@ -65,7 +65,7 @@ pub struct Build {
     /// Memory that an account can be given at most [default: 4096, or --memory-mib if that is more]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(128..=62 << 10))]
     max_memory_mib: Option<u64>,
-    /// Virtual CPUs that an account can be given at most [default: 4, or --vcpus if that is more]
+    /// Virtual CPUs that an account can be given at most [default: 2, or --vcpus if that is more]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
     max_vcpus: Option<u8>,
     /// Write what the guest says while it boots to this file
@@ -73,9 +73,10 @@ pub struct Build {
     serial_log: Option<PathBuf>,
 }
 
-/// What accounts can be given where the operator says nothing.
+/// What accounts can be given where the operator says nothing. Memory that there may be costs the others nothing;
+/// CPUs cost each machine what its kernel keeps for every one that there may be (docs/bench.md).
 const MAX_MEMORY_MIB: u64 = 4096;
-const MAX_VCPUS: u8 = 4;
+const MAX_VCPUS: u8 = 2;
 
 impl Build {
     /// Of each of its machines, and at most.

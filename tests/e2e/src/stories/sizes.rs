@@ -67,13 +67,13 @@ fn raised(story: &Story) -> Result<()> {
         let script = format!("hermitage account set {} {what} 2>&1", carol.name);
         story.host().run(&script)
     };
-    set("--memory 1GiB --vcpus 3")?;
+    set("--memory 1GiB --vcpus 2")?;
 
     let mut shell = back(&carol)?;
     shell.expect("resumed from ", 90)?;
     shell.expect(" ms)", 30)?;
     same("what a program holds", shell.run("ask")?, hash.clone())?;
-    Has::of(&carol)?.check(3, 900..1024)?;
+    Has::of(&carol)?.check(2, 900..1024)?;
     // And once more, with memory and CPUs that the first save did not have.
     same(
         "300 MiB",
@@ -86,7 +86,7 @@ fn raised(story: &Story) -> Result<()> {
     shell.expect("resumed from ", 90)?;
     shell.expect(" ms)", 30)?;
     same("what it holds after a second time", shell.run("ask")?, hash)?;
-    Has::of(&carol)?.check(3, 900..1024)?;
+    Has::of(&carol)?.check(2, 900..1024)?;
 
     // Less is for the next start from the disk.
     let said = set("--memory default --vcpus default")?;
