@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use hermitage_storage::{
     accounts::{Account, DEFAULT_DISK_BYTES, DEFAULT_MAX_SESSIONS, MAX_CPU_WEIGHT, Policy},
-    base::MEMORY_BLOCK,
+    base::{MAX_MEMORY, MAX_VCPUS, MEMORY_BLOCK},
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -176,12 +176,12 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
 // Below these a machine stands still rather than being slow. What is wrong with a value, if anything.
 
 pub fn memory_fault(bytes: u64) -> Option<&'static str> {
-    let fine = (MEMORY_BLOCK..=62 << 30).contains(&bytes) && bytes.is_multiple_of(MEMORY_BLOCK);
+    let fine = (MEMORY_BLOCK..=MAX_MEMORY).contains(&bytes) && bytes.is_multiple_of(MEMORY_BLOCK);
     (!fine).then_some("it has to be a multiple of 128 MiB, up to 62 GiB")
 }
 
 pub fn vcpus_fault(vcpus: u8) -> Option<&'static str> {
-    (!(1..=32).contains(&vcpus)).then_some("it has to be 1 to 32")
+    (!(1..=MAX_VCPUS).contains(&vcpus)).then_some("it has to be 1 to 32")
 }
 
 pub fn weight_fault(weight: u32) -> Option<&'static str> {

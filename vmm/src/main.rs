@@ -72,10 +72,10 @@ struct BuildBase {
     #[arg(long)]
     max_memory_mib: Option<u64>,
     /// Virtual CPUs of a machine of which nothing else is said: none has fewer
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(base::MAX_VCPUS)))]
     vcpus: u8,
     /// Virtual CPUs that a machine of this base can have at most
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(base::MAX_VCPUS)))]
     max_vcpus: Option<u8>,
     /// Added to the kernel's command line
     #[arg(long, default_value = "")]

@@ -30,6 +30,10 @@ pub fn words(of: Size) -> String {
 
 /// Refuses what the current base can't give, which would else count for nothing.
 pub fn check_base(context: &Context, wanted: &Wanted) -> anyhow::Result<()> {
+    // Lists are checked line by line.
+    if wanted.memory.is_none() && wanted.vcpus.is_none() {
+        return Ok(());
+    }
     let Some(sizes) = of_base(context) else { return Ok(()) };
     let (least, most) = (sizes.least(), sizes.most());
     // All of the line: what is left out would be as a base has it of which nothing is said.
@@ -96,9 +100,8 @@ fn there(context: &Context, account: &Account) -> Option<There> {
     }
     let saved = File::open(context.state.snapshot(account.id)).ok()?;
     let header = snapshot::read_header(&saved).ok()?;
-    let vcpus = header.description.vcpus.try_into().unwrap_or(u8::MAX);
     Some(There {
-        size: Size { memory_bytes: header.description.ram, vcpus },
+        size: header.description.size(),
         used: Some(header.data_pages.saturating_mul(snapshot::PAGE as u64)),
         runs: false,
         sizes: sizes_of(context, &header.description.base),

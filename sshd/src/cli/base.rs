@@ -21,7 +21,7 @@ pub enum Command {
 New machines are forked from the new base; running ones go on as they are. Files of accounts stay.
 
 A machine has --memory-mib and --vcpus unless its account or class is given more (account set --memory, --vcpus),
-which it can have up to --max-memory-mib and --max-vcpus. What is there to be given and is not takes nothing.
+which it can have up to --max-memory-mib and --max-vcpus. Memory that is there to be given and is not takes nothing.
 
 Examples:
   hermitage base build
@@ -60,13 +60,13 @@ pub struct Build {
     #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(128..=1 << 20))]
     memory_mib: u64,
     /// Virtual CPUs of machines of which nothing else is said
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(base::MAX_VCPUS)))]
     vcpus: u8,
     /// Memory that an account can be given at most [default: 4096, or --memory-mib if that is more]
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(128..=62 << 10))]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(128..=base::MAX_MEMORY >> 20))]
     max_memory_mib: Option<u64>,
     /// Virtual CPUs that an account can be given at most [default: 2, or --vcpus if that is more]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(base::MAX_VCPUS)))]
     max_vcpus: Option<u8>,
     /// Write what the guest says while it boots to this file
     #[arg(long, value_name = "FILE")]
@@ -75,8 +75,8 @@ pub struct Build {
 
 /// What accounts can be given where the operator says nothing. Memory that there may be costs the others nothing;
 /// CPUs cost each machine what its kernel keeps for every one that there may be (docs/bench.md).
-const MAX_MEMORY_MIB: u64 = 4096;
-const MAX_VCPUS: u8 = 2;
+const USUAL_MEMORY_MIB: u64 = 4096;
+const USUAL_VCPUS: u8 = 2;
 
 impl Build {
     /// Of each of its machines, and at most.
@@ -87,9 +87,9 @@ impl Build {
         let can_grow = least.memory_bytes.is_multiple_of(MEMORY_BLOCK);
         let most = size(
             self.max_memory_mib
-                .unwrap_or(if can_grow { MAX_MEMORY_MIB } else { 0 })
+                .unwrap_or(if can_grow { USUAL_MEMORY_MIB } else { 0 })
                 .max(self.memory_mib),
-            self.max_vcpus.unwrap_or(MAX_VCPUS).max(self.vcpus),
+            self.max_vcpus.unwrap_or(USUAL_VCPUS).max(self.vcpus),
         );
         for (option, wanted, least) in [
             ("memory-mib", self.max_memory_mib, self.memory_mib),

@@ -110,7 +110,10 @@ impl Copy {
                     }
                     Ok(Err(Ok(_))) => return Ok(()),
                     Ok(Err(Err(reason))) => return Err(reason),
-                    Err(_) => format!("nothing was copied for {} s", STALLED.as_secs()),
+                    Err(_) => format!(
+                        "nothing was copied for {} s; look at the host's disk, or give --stop",
+                        STALLED.as_secs()
+                    ),
                 },
                 reason = self.unwanted() => reason,
             };
@@ -125,7 +128,7 @@ impl Copy {
             standing = self.machine.stand() => standing,
             reason = self.unwanted() => return Err(reason),
             () = sleep(STAND_TIMEOUT) => {
-                return Err("its agent has not gone on since the last time it was to stand still".into());
+                return Err("its agent has not gone on since the last time it was to stand still; stop the machine, or give --stop".into());
             }
         };
         let begun = Instant::now();

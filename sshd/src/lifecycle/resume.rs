@@ -12,7 +12,6 @@ use std::{
 
 use hermitage_storage::{
     accounts::Account,
-    base::Size,
     saved::{self, Found},
 };
 
@@ -71,11 +70,7 @@ pub(super) async fn resume(
         disk: disk.try_clone().map_err(interrupted)?.into(),
         snapshot: file.into(),
         bytes,
-        had: Size {
-            memory_bytes: header.description.ram,
-            // No base has so many.
-            vcpus: header.description.vcpus.try_into().unwrap_or(u8::MAX),
-        },
+        had: header.description.size(),
         left,
         timeout: context.config.machines.start_timeout(),
         scarce: scarce(),

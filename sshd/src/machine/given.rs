@@ -18,7 +18,7 @@ pub struct Given {
     pub size: Option<Size>,
     /// It is more than its guest has taken into use by itself.
     is_more: bool,
-    /// Bytes a second that its disk may take at least, where it has no cap or is worse than most.
+    /// Bytes a second to reckon with on the way between its memory and its disk.
     pace: u64,
 }
 

@@ -51,7 +51,10 @@ pub enum LaunchError {
     Ended(String),
     #[error("the machine was not ready within {after:?}: {seen}")]
     Timeout { after: Duration, seen: Seen },
-    #[error("what was saved of the machine was not read and checked within {after:?}")]
+    #[error(
+        "what was saved of the machine was not read and checked within {after:?}; it is kept, and the next login tries \
+         again. A faster disk, a higher io_rate of the account's or a longer machines.start_timeout helps"
+    )]
     Unread { after: Duration },
     #[error("no control group for the machine: {0}")]
     Cgroup(#[from] CgroupError),

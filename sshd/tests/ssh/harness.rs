@@ -12,7 +12,7 @@ use hermitage::admin::protocol::{AccountStatus, Reply, Request, Status};
 use hermitage_storage::{
     StateDir,
     accounts::{Account, AccountName, Accounts, NewAccount, hash_password, parse_keys},
-    base::BaseId,
+    base::{BaseId, BaseWriter, Description, HostKind, Machine},
 };
 use tempfile::TempDir;
 
@@ -132,6 +132,24 @@ impl Service {
     }
 
     /// An account with the test's key and [`PASSWORD`].
+    /// Makes a base of nothing, with machines of those sizes, the current one.
+    pub fn install_base(&self, machine: Machine) {
+        let unnamed = self.path("state/bases/.new-test");
+        let writer = BaseWriter::create(&unnamed, machine.most().memory_bytes).unwrap();
+        let root = self.path("root.erofs");
+        std::fs::write(&root, "nothing").unwrap();
+        let description = Description {
+            image: "00112233445566778899aabbccddeeff".into(),
+            agent_protocol: hermitage_guest_proto::VERSION,
+            guest_kernel: "6.12".into(),
+            machine,
+            restorable_on: HostKind::here(1, "digest".into()).unwrap(),
+        };
+        let id = writer.finish(description, b"state", &root).unwrap();
+        std::fs::rename(&unnamed, self.state().base(&id)).unwrap();
+        self.state().set_current_base(&id).unwrap();
+    }
+
     pub fn account(&self, name: &str) -> Account {
         let line = std::fs::read_to_string(self.path("id.pub")).unwrap();
         let mut new = NewAccount::new(AccountName::parse(name).unwrap());

@@ -273,7 +273,7 @@ fn nothing_remains_of_ended_sessions() {
 /// Promised are machines of the base's size, a hundred gigabytes here; nothing of it is used.
 #[test]
 fn a_full_host_refuses_machines_with_words_and_keeps_those_that_run() {
-    use hermitage_storage::base::{BaseWriter, Description, HostKind, Machine};
+    use hermitage_storage::base::Machine;
     let text = std::fs::read_to_string("/proc/meminfo").unwrap();
     let kib: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
     // Two fit into a host's memory twice, a third does not.
@@ -281,19 +281,8 @@ fn a_full_host_refuses_machines_with_words_and_keeps_those_that_run() {
         ssh: "",
         machines: "memory_overcommit = 2\nsave_overcommit = 0\nlinger = 0\nmin_available_mib = 0",
     });
-    let unnamed = service.path("state/bases/.new-test");
-    let writer = BaseWriter::create(&unnamed, kib * 1000 / 4096 * 4096).unwrap();
-    std::fs::write(service.path("root.erofs"), "nothing").unwrap();
-    let description = Description {
-        image: "00112233445566778899aabbccddeeff".into(),
-        agent_protocol: 1,
-        guest_kernel: "6.12".into(),
-        machine: Machine { memory_bytes: kib * 1000 / 4096 * 4096, vcpus: 1, most: None },
-        restorable_on: HostKind::here(1, "digest".into()).unwrap(),
-    };
-    let id = writer.finish(description, b"state", &service.path("root.erofs")).unwrap();
-    std::fs::rename(&unnamed, service.state().base(&id)).unwrap();
-    service.state().set_current_base(&id).unwrap();
+    let memory_bytes = kib * 1000 / 4096 * 4096;
+    service.install_base(Machine { memory_bytes, vcpus: 1, most: None });
     service.run();
     for name in ["alice", "bob", "carol"] {
         service.account(name);

@@ -2,7 +2,7 @@
 
 use hermitage::admin::protocol::{Reply, Request};
 use hermitage_storage::accounts::Changes;
-use hermitage_storage::base::{BaseWriter, Description, HostKind, MEMORY_BLOCK, Machine, Size};
+use hermitage_storage::base::{MEMORY_BLOCK, Machine, Size};
 
 use crate::harness::{Options, Service, wait_for};
 
@@ -12,19 +12,7 @@ const MOST: Size = Size { memory_bytes: 32 * MEMORY_BLOCK, vcpus: 4 };
 /// A service whose current base has machines between these two.
 fn service() -> Service {
     let mut service = Service::prepare(Options { ssh: "", machines: "linger = 0" });
-    let unnamed = service.path("state/bases/.new-test");
-    let writer = BaseWriter::create(&unnamed, MOST.memory_bytes).unwrap();
-    std::fs::write(service.path("root.erofs"), "nothing").unwrap();
-    let description = Description {
-        image: "00112233445566778899aabbccddeeff".into(),
-        agent_protocol: hermitage_guest_proto::VERSION,
-        guest_kernel: "6.12".into(),
-        machine: Machine::new(LEAST, MOST),
-        restorable_on: HostKind::here(1, "digest".into()).unwrap(),
-    };
-    let id = writer.finish(description, b"state", &service.path("root.erofs")).unwrap();
-    std::fs::rename(&unnamed, service.state().base(&id)).unwrap();
-    service.state().set_current_base(&id).unwrap();
+    service.install_base(Machine::new(LEAST, MOST));
     service.run();
     service
 }

@@ -99,6 +99,12 @@ pub struct Size {
 /// use and out of it at once (a memory block of Linux on x86-64 with less than 64 GiB).
 pub const MEMORY_BLOCK: u64 = 128 << 20;
 
+/// Most that a machine whose memory can grow has; with more, Linux's blocks may be larger.
+pub const MAX_MEMORY: u64 = 62 << 30;
+
+/// Most virtual processors of a machine.
+pub const MAX_VCPUS: u8 = 32;
+
 impl Machine {
     pub fn new(least: Size, most: Size) -> Self {
         let most = (most != least).then_some(most);

@@ -10,8 +10,8 @@ mod remove;
 mod writer;
 
 pub use manifest::{
-    BaseId, Content, FORMAT_VERSION, FileSeal, Files, HostKind, MANIFEST, MEMORY, MEMORY_BLOCK,
-    Machine, Manifest, ROOT, STATE, Size,
+    BaseId, Content, FORMAT_VERSION, FileSeal, Files, HostKind, MANIFEST, MAX_MEMORY, MAX_VCPUS,
+    MEMORY, MEMORY_BLOCK, Machine, Manifest, ROOT, STATE, Size,
 };
 pub use open::{Base, BaseError, Listed, MAX_STATE, list};
 pub use remove::Removal;

@@ -1,7 +1,7 @@
 //! The first page: what the snapshot is of, and the length and checksum of everything else.
 
 use super::{MAX_RUNS, PAGE, SnapshotError, index};
-use crate::base::BaseId;
+use crate::base::{BaseId, Size};
 use crate::disk::Tag;
 use twox_hash::XxHash3_128;
 use uuid::Uuid;
@@ -37,6 +37,14 @@ pub struct Description {
     pub vcpus: u32,
     /// Version of the state's encoding: the vmm's, opaque here.
     pub state_version: u32,
+}
+
+impl Description {
+    /// What the machine had.
+    pub fn size(&self) -> Size {
+        // No base has more CPUs than fit.
+        Size { memory_bytes: self.ram, vcpus: self.vcpus.try_into().unwrap_or(u8::MAX) }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -53,10 +53,7 @@ pub struct Range {
     pub file_offset: u64,
 }
 
-pub use hermitage_storage::base::MEMORY_BLOCK;
-
-/// Most RAM that a machine whose RAM can grow has; with more, Linux's blocks may be larger.
-const MAX_GROWN: u64 = 62 << 30;
+pub use hermitage_storage::base::{MAX_MEMORY, MEMORY_BLOCK};
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
@@ -88,7 +85,7 @@ impl Layout {
         let in_blocks = |bytes: u64| bytes.is_multiple_of(MEMORY_BLOCK);
         let grows = in_blocks(ram_bytes)
             && in_blocks(max_ram_bytes)
-            && (ram_bytes..=MAX_GROWN).contains(&max_ram_bytes);
+            && (ram_bytes..=MAX_MEMORY).contains(&max_ram_bytes);
         if max_ram_bytes != ram_bytes && !grows {
             return Err(LayoutError::Growth { ram: ram_bytes, most: max_ram_bytes });
         }

@@ -118,8 +118,7 @@ fn check_fit(header: &Header, from: &From<'_>) -> Result<Size, ResumeError> {
     if found != expected {
         return Err(ResumeError::Other { what: "state's version", found, expected });
     }
-    let vcpus = u8::try_from(about.vcpus).unwrap_or(u8::MAX);
-    let had = Size { memory_bytes: about.ram, vcpus };
+    let had = about.size();
     if !from.sizes.allows(had) {
         return Err(ResumeError::Size { ram: about.ram, vcpus: about.vcpus });
     }

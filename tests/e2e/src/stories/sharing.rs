@@ -36,7 +36,6 @@ for _ in $(seq 600); do ! grep -q listening "$1/log" || break; sleep 0.1; done
 
 /// Its end, however far it came.
 const END: &str = r#"
-kill $(sed -n 's/.*/&/p' "$1/run/pid" 2>/dev/null) 2>/dev/null
 pkill -f -- "[c]onfig $1/toml serve"
 for _ in $(seq 600); do pgrep -f -- "[c]onfig $1/toml serve" > /dev/null || break; sleep 0.1; done
 for _ in $(seq 300); do umount "$1" 2>/dev/null && break; sleep 0.1; done
@@ -55,13 +54,14 @@ fn shares(story: &Story) -> Result<()> {
     let private = std::fs::read_to_string(&key)?;
     host.run(&call(SERVICE, &quote(&public)))?;
     host.run(&format!("(umask 77; printf %s {} > {dir}/key)", quote(&private)))?;
-    let ssh = |script: &str| {
+    let ssh_as = |user: &str, script: &str| {
         host.run(&format!(
             "ssh -i {dir}/key -p 2299 -o BatchMode=yes -o StrictHostKeyChecking=no \
-             -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR alice@127.0.0.1 {}",
+             -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR {user}@127.0.0.1 {}",
             quote(script)
         ))
     };
+    let ssh = |script: &str| ssh_as("alice", script);
     let hermitage = |words: &str| host.run(&format!("hermitage --config {dir}/toml {words} 2>&1"));
     // Bytes that the file system has given to files; blocks that two share count once.
     let taken = || -> Result<u64> {
@@ -90,9 +90,5 @@ fn shares(story: &Story) -> Result<()> {
     hermitage("checkpoint restore alice one --stop")?;
     same("the file at the checkpoint", ssh("sha256sum f")?, sum.clone())?;
     hermitage(&format!("account restore {dir}/alice.hermitage --name bob"))?;
-    let bob = host.run(&format!(
-        "ssh -i {dir}/key -p 2299 -o BatchMode=yes -o StrictHostKeyChecking=no \
-         -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR bob@127.0.0.1 sha256sum f"
-    ))?;
-    same("the file in the archive", bob, sum)
+    same("the file in the archive", ssh_as("bob", "sha256sum f")?, sum)
 }
