@@ -7,6 +7,7 @@
 //! Whoever reads one takes every byte as hostile: it was written by a process that a guest may have
 //! taken over.
 
+mod append;
 mod header;
 mod index;
 mod reader;

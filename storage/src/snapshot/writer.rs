@@ -1,24 +1,20 @@
 //! Writing a snapshot: data first, header last, in one pass.
 
+use super::append::Appender;
 use super::index::Runs;
 use super::{Description, HEADER_BYTES, Header, MAX_STATE, PAGE, SnapshotError, failed};
 use crate::faults::{self, Point};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use twox_hash::XxHash3_128;
-
-/// Written at once: data of scattered pages is contiguous in the file.
-const BUFFER: usize = 64 * PAGE;
 
 /// Takes a machine's pages in ascending order.
 pub struct Writer<'f> {
     file: &'f File,
     runs: Runs,
     data_sum: XxHash3_128,
-    buffer: Vec<u8>,
-    /// Where the buffer goes.
-    at: u64,
+    /// Data of scattered pages is contiguous in the file.
+    data: Appender<'f>,
 }
 
 impl<'f> Writer<'f> {
@@ -33,16 +29,17 @@ impl<'f> Writer<'f> {
             file,
             runs: Runs::default(),
             data_sum: XxHash3_128::new(),
-            buffer: Vec::with_capacity(BUFFER),
-            at: HEADER_BYTES as u64,
+            data: Appender::new(file, HEADER_BYTES as u64),
         })
     }
 
     /// A page that differs from the base's. `data` is a page long.
     pub fn data(&mut self, page: u64, data: &[u8; PAGE]) -> Result<(), SnapshotError> {
         self.runs.push(page, false)?;
-        self.buffer.extend_from_slice(data);
-        if self.buffer.len() >= BUFFER { self.flush() } else { Ok(()) }
+        self.data_sum.write(data);
+        // The buffer holds whole pages.
+        self.data.take(data);
+        if self.data.is_full() { self.flush() } else { Ok(()) }
     }
 
     /// A page that is zero and in the base is not.
@@ -50,19 +47,15 @@ impl<'f> Writer<'f> {
         self.runs.push(page, true)
     }
 
-    /// Bytes from the file's beginning that are written, but for the header.
-    pub fn at(&self) -> u64 {
-        self.at
+    /// Bytes from the file's beginning that wait in the host's page cache for the sync, but for the header.
+    pub fn cached(&self) -> u64 {
+        if self.data.is_direct() { 0 } else { self.data.written() }
     }
 
     fn flush(&mut self) -> Result<(), SnapshotError> {
-        self.data_sum.write(&self.buffer);
         faults::at(Point::SavePages)
-            .and_then(|()| self.file.write_all_at(&self.buffer, self.at))
-            .map_err(failed("write page data"))?;
-        self.at += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
+            .and_then(|()| self.data.flush())
+            .map_err(failed("write page data"))
     }
 
     /// Adds the machine's state and the header. The file is on the medium on return.
@@ -90,11 +83,10 @@ impl<'f> Writer<'f> {
         };
         header.check()?;
         faults::at(Point::SaveIndex)
-            .and_then(|()| self.file.write_all_at(&index, header.index_at()))
-            .map_err(failed("write the index"))?;
-        self.file.write_all_at(state, header.state_at()).map_err(failed("write the state"))?;
+            .and_then(|()| self.data.end(&[&index, state].concat()))
+            .map_err(failed("write the index and the state"))?;
         faults::at(Point::SaveHeader)
-            .and_then(|()| self.file.write_all_at(&header.encode(), 0))
+            .and_then(|()| self.data.first(&header.encode()))
             .map_err(failed("write the header"))?;
         faults::at(Point::SaveSync)
             .and_then(|()| self.file.sync_all())

@@ -109,9 +109,9 @@ pub fn save(
     let mut written_out = 0;
     for piece in &pieces {
         copier.copy(piece, &mut writer)?;
-        if writer.at() - written_out >= WRITE_OUT {
-            write_out(&request.file, written_out..writer.at());
-            written_out = writer.at();
+        if writer.cached() > written_out + WRITE_OUT {
+            write_out(&request.file, written_out..writer.cached());
+            written_out = writer.cached();
         }
     }
     stages.done("write pages");
