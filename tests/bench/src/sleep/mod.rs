@@ -8,7 +8,7 @@ mod running;
 
 use std::{
     fs::{self, File},
-    io::{Seek as _, Write as _},
+    io::{Read as _, Seek as _, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     time::Duration,
@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::{
     base::{Base, DISK_BYTES},
     clock,
+    exits::Exits,
     fork::{self, Deaths, bring_to_prompt},
     machines::{
         self, Machine, STEP_LIMIT,
@@ -38,9 +39,9 @@ const DIFF_GOAL: u64 = 4 << 20;
 const SAVE_GOAL: f64 = 2.0;
 const RESUME_GOAL: f64 = 1.2;
 
-/// How long a shell is left alone before it is saved: longer than its file system takes to commit what the
-/// login wrote (5 s), shorter than any linger.
-const IDLE: Duration = Duration::from_secs(6);
+/// How long a shell is left alone before it is saved: longer than its file system takes to write and commit what the
+/// login wrote (3 + 1 + 5 s), shorter than the usual linger.
+const IDLE: Duration = Duration::from_secs(12);
 
 /// Written at once by the peer of a save.
 const CHUNK: usize = 256 * 1024;
@@ -49,6 +50,8 @@ const CHUNK: usize = 256 * 1024;
 struct Figures {
     bytes: Samples,
     pages: Samples,
+    freeze_exits: Samples,
+    freeze_faults: Samples,
     fork: Samples,
     write: Samples,
     save: Samples,
@@ -142,9 +145,16 @@ impl Home {
         getrandom::fill(&mut tag).context("get random bytes")?;
         let pagemap = format!("/proc/{pid}/pagemap");
 
+        let before = Exits::of(pid);
         let mut laps = Laps::start();
         machine.freeze()?;
         laps.end("freeze in the guest", &mut figures.save_stages);
+        let after = Exits::of(pid);
+        if let (Some(before), Some(after)) = (before, after) {
+            figures.freeze_exits.push(after.all - before.all);
+            figures.freeze_faults.push(after.page_faults - before.page_faults);
+        }
+        laps.leave_out();
         let file = saved::create(&self.state, self.account).context("make a file")?;
         let pagemap = File::open(&pagemap).with_context(|| format!("open {pagemap}"))?;
         let saved = machine.save(&file, &pagemap, tag)?;
@@ -163,7 +173,13 @@ impl Home {
 
     /// As many bytes as the snapshot has, and no more to it than that.
     fn write_peer(&self, figures: &mut Figures) -> anyhow::Result<()> {
-        let bytes = fs::read(self.state.snapshot(self.account)).context("read a snapshot")?;
+        let mut snapshot =
+            File::open(self.state.snapshot(self.account)).context("open a snapshot")?;
+        let mut bytes = Vec::new();
+        snapshot.read_to_end(&mut bytes).context("read a snapshot")?;
+        // It was written past the page cache: what is measured next finds it as it was.
+        rustix::fs::fadvise(&snapshot, 0, None, rustix::fs::Advice::DontNeed)
+            .context("drop a snapshot from the page cache")?;
         let path = self.state.account_dir(self.account).join("peer");
         let laps = Laps::start();
         let mut file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
@@ -208,6 +224,8 @@ impl Figures {
         for (all, new) in [
             (&mut self.bytes, &one.bytes),
             (&mut self.pages, &one.pages),
+            (&mut self.freeze_exits, &one.freeze_exits),
+            (&mut self.freeze_faults, &one.freeze_faults),
             (&mut self.write, &one.write),
             (&mut self.save, &one.save),
             (&mut self.first_byte, &one.first_byte),
@@ -228,6 +246,10 @@ impl Figures {
         section.time("as many bytes written and synced", &self.write);
         for (name, samples) in self.save_stages.iter() {
             section.time(format!("save: {name}"), samples).over(write, "write");
+        }
+        if self.freeze_exits.count() > 0 {
+            section.count("exits of the guest while it freezes", &self.freeze_exits);
+            section.count("of that, page faults", &self.freeze_faults);
         }
         section.time("save, from the word to freeze", &self.save).over(write, "write");
         let fork = Some(self.fork.p50());
@@ -268,6 +290,13 @@ impl Laps {
     /// The time since the last is somebody else's.
     fn skip(&mut self) {
         self.last = clock::now();
+    }
+
+    /// The time since the last is nobody's.
+    fn leave_out(&mut self) {
+        let now = clock::now();
+        self.begun += now - self.last;
+        self.last = now;
     }
 
     fn all(&self) -> u64 {
