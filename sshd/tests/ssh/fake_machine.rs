@@ -226,12 +226,12 @@ impl Machine {
             .filter_map(|(n, t)| Some((t.session?, n as u8, t.shown.clone())))
             .collect();
         let description = Description {
-            base: BaseId::parse(&"0f".repeat(16)).unwrap(),
+            base: BaseId::parse(&std::env::var("HERMITAGE_BASE").unwrap()).unwrap(),
             account: uuid::Uuid::from_bytes(account),
             disk_tag,
             created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
                 as i64,
-            ram: 1 << 20,
+            ram: std::env::var("HERMITAGE_RAM").map_or(1 << 20, |bytes| bytes.parse().unwrap()),
             vcpus: 1,
             state_version: 1,
         };
