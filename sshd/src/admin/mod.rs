@@ -112,9 +112,8 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
     };
     if !looks_only(&request) {
         tracing::info!(?request, "admin request");
-        let who = stream.peer_cred().map(|peer| Who::of(peer.uid(), peer.pid().unwrap_or(0)));
         server.watch.tell(Event::AdminRequest {
-            who: who.unwrap_or_default(),
+            who: asker(&stream),
             request: serde_json::to_value(&request)?,
         });
     }
@@ -167,6 +166,12 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
 /// Such requests change nothing and show nothing of what is in a machine: they are not worth a word.
 fn looks_only(request: &Request) -> bool {
     matches!(request, Request::Status | Request::Sessions { .. } | Request::CountProcesses { .. })
+}
+
+/// Who is at the other end, as the kernel says.
+fn asker(stream: &UnixStream) -> Who {
+    let who = stream.peer_cred().map(|peer| Who::of(peer.uid(), peer.pid().unwrap_or(0)));
+    who.unwrap_or_default()
 }
 
 /// A line without its newline; None if it is too long or cut short. Byte by byte, because what follows

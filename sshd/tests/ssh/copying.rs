@@ -13,6 +13,7 @@ use crate::{
     harness::{Options, Service, finish_child, stderr, stdout, wait_for},
     keeping::{done, hermitage},
     terminals::Shell,
+    watching::audited,
 };
 
 const LINGERS: Options = Options { ssh: "", machines: "linger = 60" };
@@ -61,6 +62,16 @@ fn an_account_is_exported_while_she_works() {
         sparse::digest(&File::open(service.state().disk(id)).unwrap()).unwrap()
     };
     assert_eq!(digest("again"), digest("alice"));
+    // Whose disk was copied, for whom: the command says what for.
+    let copies = wait_for("the audit log", || {
+        let copies = audited(&service, "copy");
+        copies.iter().any(|copy| copy["what"] == "disk").then_some(copies)
+    });
+    let of = |what: &str| copies.iter().find(|copy| copy["what"] == what).unwrap();
+    let (disk, export) = (of("disk"), of("export"));
+    assert_eq!((&disk["account"], &disk["pid"]), (&"alice".into(), &export["pid"]));
+    assert!(disk["bytes"].is_u64() && disk["error"].is_null(), "{disk}");
+    assert_eq!(export["place"], file.as_str());
     shell.run("echo -$kept-", "-yes-");
     // As JSON, into a pipe, and again: nothing of the first is in the way.
     let output = hermitage(&service, &["account", "export", "alice", "-o", "-"]);
@@ -107,6 +118,11 @@ fn a_copy_that_can_not_be_made_is_told_and_nothing_comes_of_it() {
         assert!(!service.path("out.hermitage").exists());
         nothing_remains(&service, &account);
         shell.run("echo -$kept-", "-yes-");
+        let copies = wait_for("the audit log", || {
+            Some(audited(&service, "copy")).filter(|copies| copies.len() == 2)
+        });
+        let told = |copy: &serde_json::Value| copy["error"].as_str().unwrap().contains(reason);
+        assert!(copies.iter().all(told), "{copies:?}");
     }
 }
 
