@@ -126,6 +126,21 @@ fn a_copy_that_can_not_be_made_is_told_and_nothing_comes_of_it() {
     }
 }
 
+/// The answers to one that took too long come when nobody waits for them any more.
+#[test]
+fn what_is_said_of_a_former_copy_is_not_taken_for_this_one() {
+    let service = Service::with(LINGERS);
+    let account = service.account("mixedcopy");
+    let mut shell = Shell::open(&service, "mixedcopy");
+    shell.run("echo he''re", "here");
+    for _ in 0..2 {
+        let made = hermitage(&service, &["account", "export", "mixedcopy", "-o", "-"]);
+        assert!(made.status.success(), "{}", stderr(&made));
+    }
+    nothing_remains(&service, &account);
+    shell.run("echo st''ill", "still");
+}
+
 #[test]
 fn stopping_the_machine_calls_the_copy_off() {
     let service = Service::with(LINGERS);
