@@ -7,7 +7,8 @@ use std::{
 };
 
 use hermitage::admin::protocol::{Reply, Request};
-use hermitage_storage::{accounts::Account, publish, sparse};
+use hermitage_storage::{accounts::Account, disk, publish, sparse};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     harness::{Options, Service, finish_child, stderr, stdout, wait_for},
@@ -198,6 +199,43 @@ fn an_export_that_is_killed_leaves_nothing_behind() {
         stderr(&output)
     );
     shell.run("echo st''ill", "still");
+}
+
+#[test]
+fn a_killed_services_half_copy_is_gone_soon_after_the_next_ones_start() {
+    let mut service = Service::with(LINGERS);
+    let account = service.account("slowcopy");
+    let mut shell = Shell::open(&service, "slowcopy");
+    shell.run("echo he''re", "here");
+    let export = export_of(&service, "slowcopy");
+    wait_copying(&service, &account);
+    service.signal(nix::sys::signal::Signal::SIGKILL);
+    service.wait();
+    assert!(!finish_child(export).status.success());
+    let dir = service.state().account_dir(account.id);
+    let halves = || {
+        let files = fs::read_dir(&dir).unwrap().flatten();
+        files.filter(|file| publish::is_beside(&file.file_name())).count()
+    };
+    assert_eq!(halves(), 1);
+    // What another one left, and what a command writes at this moment.
+    let checkpoints = service.state().checkpoints_dir(service.account("bob").id);
+    fs::create_dir_all(&checkpoints).unwrap();
+    let left = checkpoints.join(".new-left");
+    fs::write(&left, "half a checkpoint").unwrap();
+    let held = publish::NewFile::create(&checkpoints.join("one"), 0o600).unwrap();
+    // Her machine is not gone yet: it has its disk, and what it was writing.
+    let disk = wait_for("her disk", || disk::open_locked(&service.state().disk(account.id)).ok());
+    let side = File::create(dir.join(".new-side")).unwrap();
+    let side = Flock::lock(side, FlockArg::LockExclusiveNonblock).unwrap();
+    service.run();
+    wait_for("the rest to be gone", || (!left.exists() && halves() == 1).then_some(()));
+    drop(side);
+    drop(disk);
+    nothing_remains(&service, &account);
+    assert!(held.path().exists());
+    let words = "deleted what was left half-made";
+    wait_for("words of it", || (service.log().matches(words).count() == 3).then_some(()));
 }
 
 #[test]
