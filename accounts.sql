@@ -147,3 +147,8 @@ ALTER TABLE accounts ADD COLUMN io_operations INTEGER CHECK (io_operations >= 0)
 -- the base says.
 ALTER TABLE accounts ADD COLUMN memory_bytes INTEGER CHECK (memory_bytes > 0);
 ALTER TABLE accounts ADD COLUMN vcpus INTEGER CHECK (vcpus BETWEEN 1 AND 255);
+
+-- section 10
+-- Most processes and threads of the user's in the account's machine (0: as many as its kernel has); NULL: as its class
+-- or the configuration says.
+ALTER TABLE accounts ADD COLUMN processes INTEGER CHECK (processes >= 0);

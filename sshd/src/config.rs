@@ -137,6 +137,11 @@ impl Config {
                 machines.io_operations.into(),
                 limits::operations_fault(machines.io_operations),
             ),
+            (
+                "machines.processes",
+                machines.processes.into(),
+                limits::processes_fault(machines.processes),
+            ),
         ];
         for (field, value, fault) in shares {
             if let Some(expected) = fault {

@@ -45,6 +45,8 @@ pub struct Class {
     #[serde(deserialize_with = "bytes", serialize_with = "as_bytes")]
     pub io_rate: Option<u64>,
     pub io_operations: Option<u32>,
+    /// Of the user's in her machine.
+    pub processes: Option<u32>,
 }
 
 /// What counts for an account.
@@ -59,6 +61,8 @@ pub struct Limits {
     pub quota: Option<u64>,
     pub resources: Resources,
     pub share: Share,
+    /// Processes and threads in its machine; `None`: as many as its kernel has.
+    pub processes: Option<u32>,
 }
 
 /// What a machine is to have of its own. `None`: the least that machines of its base have. The base has the last
@@ -129,6 +133,7 @@ impl Limits {
                     machines.io_operations,
                 ),
             },
+            processes: cap(account.processes, class.processes, machines.processes),
         }
     }
 }
@@ -165,6 +170,7 @@ pub fn fault(classes: &Classes) -> Option<(String, &'static str)> {
             (".cpu_percent", class.cpu_percent.and_then(percent_fault)),
             (".io_rate", class.io_rate.and_then(rate_fault)),
             (".io_operations", class.io_operations.and_then(operations_fault)),
+            (".processes", class.processes.and_then(processes_fault)),
         ];
         if let Some((field, expected)) = share.into_iter().find_map(|(f, e)| Some((f, e?))) {
             return fault(field, expected);
@@ -202,6 +208,12 @@ pub fn rate_fault(bytes: u64) -> Option<&'static str> {
 pub fn operations_fault(operations: u32) -> Option<&'static str> {
     let fine = operations == 0 || operations >= 10;
     (!fine).then_some("it has to be 10 or more (a second), or 0 for no cap")
+}
+
+pub fn processes_fault(processes: u32) -> Option<&'static str> {
+    // With fewer a shell and what it starts by itself may not do; there are no more process ids.
+    let fine = processes == 0 || (20..=1 << 22).contains(&processes);
+    (!fine).then_some("it has to be 20 to 4194304, or 0 for no limit")
 }
 
 fn is_name(name: &str) -> bool {
@@ -273,6 +285,7 @@ mod tests {
             quota: Some(8 << 30),
             resources: Resources::default(),
             share: Share::default(),
+            processes: None,
         };
         assert_eq!(Limits::of(&config, &plain), everybodys);
         let student = Account { class: Some("student".into()), ..plain.clone() };
@@ -334,6 +347,23 @@ mod tests {
         assert_eq!(resources(&own), Resources { memory: Some(1 << 30), vcpus: Some(4) });
     }
 
+    #[test]
+    fn processes_are_limited_by_the_account_its_class_or_for_everybody() {
+        let config = load("[machines]\nprocesses = 900\n[class.small]\nprocesses = 100\n").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut accounts = Accounts::open(&dir.path().join("accounts.db")).unwrap();
+        let plain =
+            accounts.create(&NewAccount::new(AccountName::parse("alice").unwrap())).unwrap();
+        let processes = |account: &Account| Limits::of(&config, account).processes;
+        assert_eq!(processes(&plain), Some(900));
+        let small = Account { class: Some("small".into()), ..plain };
+        assert_eq!(processes(&small), Some(100));
+        let own = Account { processes: Some(60), ..small };
+        assert_eq!(processes(&own), Some(60));
+        let none = Account { processes: Some(0), ..own };
+        assert_eq!(processes(&none), None);
+    }
+
     /// Reading the configuration again compares and merges it as JSON, where what is not said is null.
     #[test]
     fn a_class_of_few_words_survives_being_read_again() {
@@ -360,6 +390,8 @@ mod tests {
             ("[class.a]\npolicy = \"sleep\"\n", "save, keep or discard"),
             ("[class.a]\nmemory = \"100MiB\"\n", "class.a.memory"),
             ("[class.a]\nvcpus = 0\n", "class.a.vcpus"),
+            ("[class.a]\nprocesses = 19\n", "class.a.processes"),
+            ("[machines]\nprocesses = 4194305\n", "machines.processes = 4194305"),
             ("[class.a]\nram = 5\n", "ram"),
         ] {
             let error = load(text).unwrap_err();

@@ -19,6 +19,8 @@ pub mod footprint;
 pub mod image;
 #[cfg(feature = "accounts")]
 pub mod incoming;
+#[cfg(feature = "accounts")]
+pub mod leftovers;
 pub mod publish;
 pub mod rest;
 pub mod saved;

@@ -27,7 +27,7 @@ use crate::streams::{PATIENCE, Streams};
 use crate::sys::{self, Poller, Readiness};
 use crate::terminal::{Pty, Terminal};
 use crate::work::{self, Work};
-use crate::{log, poweroff, resources, signals};
+use crate::{log, poweroff, processes, resources, signals};
 
 /// Sessions at once; terminals are fewer. A bound for a host that loses count.
 const SESSIONS_MAX: usize = 1024;
@@ -256,6 +256,11 @@ impl Agent {
                 let (in_use, fault) = resources::take(wanted);
                 self.control.send(&AgentMessage::Took { in_use, fault })?;
             }
+            HostMessage::LimitProcesses { question, most } => {
+                let fault = self.limit_processes(most);
+                self.tell_processes(question, fault)?;
+            }
+            HostMessage::CountProcesses { question } => self.tell_processes(question, None)?,
             HostMessage::LookAtWork(question) => {
                 self.work.ask(question, &self.booted.cgroups, Instant::now());
             }
@@ -272,6 +277,17 @@ impl Agent {
         attach::take_disk(attach, stages)?;
         self.account = Some(attach.account.clone());
         Ok(())
+    }
+
+    /// What went wrong, if anything did.
+    fn limit_processes(&self, most: Option<u32>) -> Option<String> {
+        let error = processes::limit(&self.booted.cgroups, most).err()?;
+        Some(format!("{error:#}"))
+    }
+
+    fn tell_processes(&mut self, question: u64, fault: Option<String>) -> Result<()> {
+        let seen = processes::look(&self.booted.cgroups, question, fault);
+        self.control.send(&AgentMessage::Processes(seen))
     }
 
     fn session(&mut self, id: SessionId) -> Option<&mut Session> {

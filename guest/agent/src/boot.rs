@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use hermitage_guest_proto::{CONTROL_PORT, STREAM_PORT};
 use nix::errno::Errno;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
 use crate::clock::HostClock;
 use crate::freeze::Home;
-use crate::{log, mounts, ports, sys, warm};
+use crate::{log, mounts, ports, processes, sys, warm};
 
 /// The persistent-memory device that holds root.erofs.
 const ROOT_DEVICE: &str = "/dev/pmem0";
@@ -56,6 +56,10 @@ pub fn boot() -> Result<Booted> {
     log::open();
     // What systemd gives a login: 1024 for programs that use select(2), more for those that ask.
     setrlimit(Resource::RLIMIT_NOFILE, 1024, 524_288).context("setting RLIMIT_NOFILE")?;
+    // Counted by user, half of what the kernel can have, and met it ends her next login: no program can be run then.
+    // Her cgroup's limit takes its place.
+    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY)
+        .context("setting RLIMIT_NPROC")?;
     load_modules(Path::new("/modules"))?;
 
     wait_for("the root file system's device", || {
@@ -91,6 +95,9 @@ pub fn boot() -> Result<Booted> {
     )
     .context("opening the cgroups' root")?;
     let home = Home::open(&cgroups)?;
+    if let Err(error) = processes::begin(&cgroups) {
+        log::warn(format_args!("nothing bounds processes: {error:#}"));
+    }
 
     if let Err(error) = warm::warm() {
         log::warn(format_args!("warming up: {error:#}"));

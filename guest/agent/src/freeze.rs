@@ -23,7 +23,7 @@ use crate::{log, sys};
 
 /// Where sessions start, because the root cgroup can't be frozen. What has got into that one all the
 /// same is moved here before a save.
-const HOME: &str = "hermitage";
+pub const HOME: &str = "hermitage";
 
 /// How long processes may take to stop: they do at once, unless they wait for something in the kernel
 /// that can't be interrupted.
@@ -186,7 +186,7 @@ impl Home {
     }
 }
 
-fn open(cgroups: impl AsFd, path: &str, access: OFlag) -> Result<File> {
+pub fn open(cgroups: impl AsFd, path: &str, access: OFlag) -> Result<File> {
     openat(cgroups, path, access | OFlag::O_CLOEXEC, Mode::empty())
         .map(File::from)
         .with_context(|| format!("opening {path} of the cgroups"))

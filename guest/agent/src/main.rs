@@ -24,6 +24,7 @@ mod modes;
 mod mounts;
 mod ports;
 mod poweroff;
+mod processes;
 mod resources;
 mod room;
 mod session;

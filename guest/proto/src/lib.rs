@@ -17,11 +17,16 @@ pub use frame::{Decoder, FrameError, encode};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages. A base says which one its agent speaks, so there is no negotiation.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Versions of agents that the host can deal with: what is in machines that were saved before an upgrade.
-/// 4 does not know [`HostMessage::Take`], which machines whose base has nothing to take are never sent.
+/// 4 does not know [`HostMessage::Take`], which machines whose base has nothing to take are never sent;
+/// before [`KNOWS_PROCESSES`] nothing bounds processes.
 pub const SPOKEN: std::ops::RangeInclusive<u16> = 4..=VERSION;
+
+/// First version that knows [`HostMessage::LimitProcesses`] and [`HostMessage::CountProcesses`]. Others are never sent
+/// them.
+pub const KNOWS_PROCESSES: u16 = 6;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -83,6 +88,11 @@ pub enum HostMessage {
     /// After `Attach` or `Resume`: this is what the machine may have; take into use what is not in use of it.
     /// Nothing is taken out of use. Answered by `Took`.
     Take(Resources),
+    /// From now on so many processes and threads of the user's, at most; `None`: as many as leave the kernel some for
+    /// logins. Also before `Resume`, which it counts with: before processes go on. Answered by `Processes`.
+    LimitProcesses { question: u64, most: Option<u32> },
+    /// How many are there? Answered by `Processes` with the same number.
+    CountProcesses { question: u64 },
 }
 
 /// Memory and processors of a machine.
@@ -257,6 +267,19 @@ pub enum AgentMessage {
         in_use: Resources,
         fault: Option<String>,
     },
+    /// How many processes there are, and what bounds them.
+    Processes(Processes),
+}
+
+/// The user's processes, as the kernel counts them: threads, too.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processes {
+    pub question: u64,
+    pub count: u32,
+    /// How many there may be; `None`: nothing bounds them.
+    pub most: Option<u32>,
+    /// Why that is not what was asked for.
+    pub fault: Option<String>,
 }
 
 /// The user's processes between two looks, `over_ms` apart.

@@ -1,6 +1,6 @@
 //! Handing out a copy of a disk that is in use.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hermitage_storage::publish::NewFile;
 use tokio::{
@@ -9,10 +9,11 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use super::{answer, protocol::Reply, refused};
+use super::{answer, asker, protocol::Reply, refused};
 use crate::{
     lifecycle::{CopyNews, discard},
     server::Server,
+    watch::{Copied, Event},
 };
 
 /// How often the client hears something, so that it can tell a long copy from a service that is gone.
@@ -34,6 +35,19 @@ pub(super) async fn copy_disk(
         }
         Err(error) => return answer(&mut stream, &refused(error.to_string())).await,
     };
+    let (begun, who) = (Instant::now(), asker(&stream));
+    let tell = |bytes: u64, error: Option<String>| {
+        server.watch.tell(Event::Copy {
+            who: Some(who.clone()),
+            what: Copied::Disk,
+            account: account.name.clone(),
+            id: Some(account.id),
+            place: None,
+            bytes: error.is_none().then_some(bytes),
+            milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+            error,
+        });
+    };
     let mut news = server.registry.copy_disk(&account).await;
     let mut tick = interval(TELL);
     let (mut copied, mut of) = (0, 0);
@@ -42,16 +56,33 @@ pub(super) async fn copy_disk(
             one = news.recv() => match one {
                 Some(CopyNews::Copying { copied: now, of: all }) => (copied, of) = (now, all),
                 Some(CopyNews::NotRunning) => break Reply::NotRunning,
-                Some(CopyNews::Over(Ok(copy))) => return hand_out(copy, stream).await,
+                Some(CopyNews::Over(Ok(copy))) => {
+                    tell(of, None);
+                    return hand_out(copy, stream).await;
+                }
                 Some(CopyNews::Over(Err(reason))) => {
+                    tell(0, Some(reason.clone()));
                     break refused(format!("the disk of {name}'s machine can't be copied: {reason}"));
                 }
-                None => break refused(format!("copying the disk of {name}'s machine was cut off")),
+                None => {
+                    tell(0, Some("cut off".into()));
+                    break refused(format!("copying the disk of {name}'s machine was cut off"));
+                }
             },
             // One that does not read holds its machine's rest up, and others' copies.
-            _ = tick.tick() => timeout(UNREAD, answer(&mut stream, &Reply::Copying { copied, of })).await??,
+            _ = tick.tick() => {
+                let reply = Reply::Copying { copied, of };
+                let told = timeout(UNREAD, answer(&mut stream, &reply)).await;
+                if !matches!(told, Ok(Ok(()))) {
+                    tell(0, Some("whoever wanted it does not read".into()));
+                    return told?;
+                }
+            }
             // Dropping the channel gives the copy up.
-            () = closed(&mut stream) => return Ok(()),
+            () = closed(&mut stream) => {
+                tell(0, Some("nobody wants it any more".into()));
+                return Ok(());
+            }
         }
     };
     answer(&mut stream, &reply).await

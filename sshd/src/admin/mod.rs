@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     closing,
     lifecycle::StopCause,
+    machine::Counted,
     server::Server,
     watch::{Event, Who},
 };
@@ -109,11 +110,10 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             return answer(&mut stream, &refused(words)).await;
         }
     };
-    if !matches!(request, Request::Status | Request::Sessions { .. }) {
+    if !looks_only(&request) {
         tracing::info!(?request, "admin request");
-        let who = stream.peer_cred().map(|peer| Who::of(peer.uid(), peer.pid().unwrap_or(0)));
         server.watch.tell(Event::AdminRequest {
-            who: who.unwrap_or_default(),
+            who: asker(&stream),
             request: serde_json::to_value(&request)?,
         });
     }
@@ -152,11 +152,26 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
         }
         Request::Console { account } => console(server, &account, stream).await,
         Request::CopyDisk { account } => copying::copy_disk(server, &account, stream).await,
+        Request::CountProcesses { account } => {
+            let reply = count_processes(server, &account).await;
+            answer(&mut stream, &reply).await
+        }
         Request::BaseChanged => {
             server.registry.warm_up();
             answer(&mut stream, &Reply::Done).await
         }
     }
+}
+
+/// Such requests change nothing and show nothing of what is in a machine: they are not worth a word.
+fn looks_only(request: &Request) -> bool {
+    matches!(request, Request::Status | Request::Sessions { .. } | Request::CountProcesses { .. })
+}
+
+/// Who is at the other end, as the kernel says.
+fn asker(stream: &UnixStream) -> Who {
+    let who = stream.peer_cred().map(|peer| Who::of(peer.uid(), peer.pid().unwrap_or(0)));
+    who.unwrap_or_default()
 }
 
 /// A line without its newline; None if it is too long or cut short. Byte by byte, because what follows
@@ -274,6 +289,21 @@ async fn status(server: &Server) -> Reply {
             Err(reason) => Enforcement { path: None, reason: Some(reason) },
         },
     })
+}
+
+async fn count_processes(server: &Server, name: &str) -> Reply {
+    let machine = match server.store.by_name(name).await {
+        Ok(Some(account)) => server.registry.machine(account.id),
+        Ok(None) => return refused(format!("there is no account \"{name}\"")),
+        Err(error) => return refused(error.to_string()),
+    };
+    match machine {
+        Some(machine) => {
+            let Counted { count, fault } = machine.count_processes().await;
+            Reply::Processes { count, fault }
+        }
+        None => Reply::NotRunning,
+    }
 }
 
 async fn console(server: &Server, name: &str, mut stream: UnixStream) -> std::io::Result<()> {

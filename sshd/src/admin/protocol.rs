@@ -57,6 +57,8 @@ pub enum Request {
     /// Show a text on the terminals of these sessions, of an account's, or with neither of all. Answered by
     /// `Counted`: on how many it will be shown.
     Message { numbers: Vec<u64>, account: Option<String>, text: String },
+    /// How many processes the user of the account's running machine has. Answered by `Processes`, or by `NotRunning`.
+    CountProcesses { account: String },
     /// Another base is the current one: make ready to fork from it, and let go of the former as soon as
     /// no machine is on it. Answered by `Done` at once.
     BaseChanged,
@@ -82,6 +84,11 @@ pub enum Reply {
     /// The copy, a file that is deleted when the client closes the connection. Who has opened it keeps it.
     Copied {
         path: PathBuf,
+    },
+    /// As the guest says; `count` is null where it does not. `fault`: why the limit does not count in this machine.
+    Processes {
+        count: Option<u32>,
+        fault: Option<String>,
     },
     /// No machine of the account runs: its disk is free, or will be in a moment.
     NotRunning,
@@ -203,6 +210,7 @@ mod tests {
             Reply::Counted { count: 3 },
             Reply::Copying { copied: 1, of: 2 },
             Reply::Copied { path: "/x/y".into() },
+            Reply::Processes { count: Some(37), fault: None },
             Reply::NotRunning,
             Reply::Error { message: "no machine of alice is running".into() },
             Reply::Status(Status {

@@ -229,6 +229,8 @@ pub struct Admission {
     pub account: Uuid,
     pub resources: Resources,
     pub share: Share,
+    /// Of its user's; her guest's kernel keeps it.
+    pub processes: Option<u32>,
     /// No machine without its limits.
     pub required: bool,
 }

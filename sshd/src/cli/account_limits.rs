@@ -67,6 +67,9 @@ pub struct Wanted {
     /// The same of operations a second
     #[arg(long, value_name = "N", value_parser = io_operations)]
     pub io_operations: Option<Own<u32>>,
+    /// Most processes and threads in its machine, "none" or "default"
+    #[arg(long, value_name = "N", value_parser = processes)]
+    pub processes: Option<Own<u32>>,
     /// From when on nobody logs in: 2027-06-30, 2027-06-30T18:00 (UTC), 90d or "never"
     #[arg(long, value_name = "TIME", value_parser = expiry)]
     pub expires: Option<Own<i64>>,
@@ -120,6 +123,7 @@ impl Wanted {
         new.cpu_percent = self.cpu_percent.as_ref().and_then(Own::value);
         new.io_rate = self.io_rate.as_ref().and_then(Own::value);
         new.io_operations = self.io_operations.as_ref().and_then(Own::value);
+        new.processes = self.processes.as_ref().and_then(Own::value);
         new.expires = self.expires.as_ref().and_then(Own::value);
     }
 
@@ -139,6 +143,7 @@ impl Wanted {
             cpu_percent: self.cpu_percent.as_ref().map(Own::value),
             io_rate: self.io_rate.as_ref().map(Own::value),
             io_operations: self.io_operations.as_ref().map(Own::value),
+            processes: self.processes.as_ref().map(Own::value),
             expires: self.expires.as_ref().map(Own::value),
             ..Changes::default()
         }
@@ -178,6 +183,8 @@ impl Wanted {
             number_or_none,
             own,
         ));
+        let processes = ("number of processes", "processes");
+        found.extend(differs(processes, &a.processes, &self.processes, number_or_none, own));
         let end = |seconds: i64| time::rfc3339(seconds);
         found.extend(differs(("end", "expires"), &a.expires, &self.expires, end, "never"));
         if let Some(bytes) = self.disk.filter(|bytes| *bytes != account.disk_bytes) {
@@ -305,6 +312,10 @@ pub fn io_rate(text: &str) -> Result<Own<u64>, String> {
 
 pub fn io_operations(text: &str) -> Result<Own<u32>, String> {
     capping(text, |text| text.parse().map_err(drop), limits::operations_fault)
+}
+
+pub fn processes(text: &str) -> Result<Own<u32>, String> {
+    capping(text, |text| text.parse().map_err(drop), limits::processes_fault)
 }
 
 /// A cap, "none", which is 0, or "default".

@@ -10,9 +10,9 @@ use serde_json::json;
 
 pub const SET_HELP: &str = "\
 What is not given stays as it is. Sessions and streams count from the next session or connection on, linger and
-policy at once, and so do the shares of processors and i/o, in a machine that runs, which loses nothing. A disk can
-be enlarged, while its machine does not run; nothing on it is lost. It can't be made smaller. A quota counts at once;
-it can't be made less than what the account takes. More memory and CPUs come when the machine is started or resumed
+policy at once, and so do the shares of processors and i/o and the number of processes, in a machine that runs, which
+loses nothing. A disk can be enlarged, while its machine does not run; nothing on it is lost. It can't be made smaller.
+A quota counts at once; it can't be made less than what the account takes. More memory and CPUs come when the machine is started or resumed
 the next time, up to what its base has (hermitage base list); with less it starts from its disk the next time, and
 memory can't be made less than what the machine uses.
 
@@ -22,6 +22,7 @@ Examples:
   hermitage account set alice --disk 20GiB --sessions 8
   hermitage account set alice --memory 2GiB --vcpus 2
   hermitage account set alice --cpu-percent 50 --io-rate 20MiB
+  hermitage account set alice --processes 500
   hermitage account set alice --sessions default --expires never";
 
 pub const EXPIRE_HELP: &str = "\

@@ -2,12 +2,13 @@
 
 mod text;
 
+use super::admin::{self, Answer};
 use super::context::Context;
 use super::output::{count, table};
 use super::{account_quota, account_size, account_usage};
 use super::{size, status, time};
 use anyhow::Context as _;
-use hermitage::admin::protocol::{AccountStatus, Status};
+use hermitage::admin::protocol::{AccountStatus, Reply, Request, Status};
 use hermitage::cgroup::Usage;
 use hermitage::limits::{Limits, Resources};
 use hermitage::quota::Quota;
@@ -53,6 +54,16 @@ struct View {
     usage: Vec<UsedDay>,
     /// What its next machine has; `None`: there is no base to tell.
     size: Option<Size>,
+    /// Its running machine's, where the machine was asked.
+    processes: Processes,
+}
+
+/// What a running machine's guest has.
+#[derive(Default)]
+struct Processes {
+    count: Option<u32>,
+    /// Why the limit does not count in it.
+    fault: Option<String>,
 }
 
 impl View {
@@ -80,6 +91,7 @@ impl View {
         let Resources { memory, vcpus } = limits.resources;
         Ok(Self {
             size: sizes.map(|sizes| sizes.fit(memory, vcpus)),
+            processes: Processes::default(),
             keys: accounts.keys(account.id)?,
             sessions: accounts.sessions(account.id, SESSIONS_SHOWN)?,
             disk_allocated: disk::allocated(&place).ok(),
@@ -189,6 +201,7 @@ impl View {
                 "cpu_percent": self.limits.share.cpu_percent,
                 "io_bytes_per_second": self.limits.share.io_rate,
                 "io_operations_per_second": self.limits.share.io_operations,
+                "processes": self.limits.processes,
             },
             // What it has of its own, where neither its class nor the configuration counts.
             "own": {
@@ -205,6 +218,7 @@ impl View {
                 "cpu_percent": account.cpu_percent,
                 "io_bytes_per_second": account.io_rate,
                 "io_operations_per_second": account.io_operations,
+                "processes": account.processes,
             },
             "policy": self.limits.policy.as_str(),
             "held_until": self.hold().map(time::rfc3339),
@@ -228,6 +242,9 @@ impl View {
                 "memory_bytes": machine.size.map(|size| size.memory_bytes),
                 "vcpus": machine.size.map(|size| size.vcpus),
                 "unused": machine.unused,
+                // What its guest says, which only "account show" asks; and why the limit does not count.
+                "processes": self.processes.count,
+                "processes_fault": self.processes.fault,
                 // What the host counts of it and limits; null where it does neither.
                 "use": self.counted,
             })),
@@ -283,7 +300,10 @@ pub fn show(context: &Context, name: &str) -> anyhow::Result<()> {
     let accounts = context.accounts()?;
     let account = accounts.named(name)?;
     let sizes = account_size::of_base(context);
-    let view = View::of(context, &accounts, account, service(context).as_ref(), sizes)?;
+    let mut view = View::of(context, &accounts, account, service(context).as_ref(), sizes)?;
+    if view.machine.is_some() {
+        view.processes = processes(context, name);
+    }
     context.out.show(&view.json(), || view.text())
 }
 
@@ -357,6 +377,16 @@ fn means(view: &View) -> String {
         (0, true) => "password".to_owned(),
         (n, false) => count(n, "key"),
         (n, true) => format!("{}, password", count(n, "key")),
+    }
+}
+
+/// Its user's processes, for showing only: a service or a guest that doesn't say must not hide the account.
+fn processes(context: &Context, name: &str) -> Processes {
+    match admin::ask(context, &Request::CountProcesses { account: name.to_owned() }) {
+        Ok(Some(Answer { reply: Reply::Processes { count, fault }, .. })) => {
+            Processes { count, fault }
+        }
+        _ => Processes::default(),
     }
 }
 

@@ -1,12 +1,14 @@
 //! `hermitage account export|restore`: an account as a file.
 
+use super::audit::CopyNote;
 use super::context::Context;
 use super::rest::{self, Held};
 use super::{account_quota, size, time};
 use anyhow::{Context as _, bail};
-use hermitage_storage::accounts::Account;
+use hermitage::watch::Copied;
+use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::archive::{
-    self, BackMemory, Manifest, Reader, RestoreError, Restored, Source, Wish, Written,
+    self, BackMemory, Manifest, Parts, Reader, RestoreError, Restored, Source, Wish, Written,
 };
 use hermitage_storage::base::BaseId;
 use hermitage_storage::incoming;
@@ -80,40 +82,15 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
     }
     let accounts = context.accounts()?;
     let account = accounts.named(&wanted.name)?;
-    let held = match (wanted.stop, wanted.memory) {
-        (true, _) => Held::Rest(rest::take(context, &account, true)?),
-        (false, true) => Held::Rest(rest::take_with_memory(context, &account)?),
-        (false, false) => rest::take_or_copy(context, &account)?,
-    };
-    let version = env!("CARGO_PKG_VERSION");
-    let described =
-        archive::describe(&accounts, &account, held.kept(), wanted.memory, version, time::now());
-    let manifest = described.with_context(|| format!("looking at {}'s disk", account.name))?;
-    let left_out = match &held {
-        Held::Rest(AtRest { memory: Resting::Unusable(reason), .. }) if wanted.memory => {
-            Some(reason.clone())
-        }
-        Held::Rest(AtRest { memory: Resting::Nothing, .. }) if wanted.memory => {
-            Some("nothing is saved of its machine".into())
-        }
-        _ => None,
-    };
-    let in_use = held.is_in_use();
-    let written = if to_stdout {
-        write(context, &account, &manifest, held, io::stdout().lock())?
-    } else {
-        let path = &wanted.output;
-        let making = || format!("making {}", path.display());
-        let new = NewFile::create(path, 0o600).with_context(making)?;
-        let written = write(context, &account, &manifest, held, new.file())?;
-        new.publish_new().with_context(making)?;
-        written
-    };
+    let note = CopyNote::of(context, Copied::Export, &account, wanted.output.display());
+    let exported = take_out(context, &accounts, &account, wanted);
+    note.over(exported.as_ref().map(|exported| exported.written.bytes));
+    let Exported { written, memory, in_use, left_out } = exported?;
     let object = json!({
         "account": account.name,
         "bytes": written.bytes,
         "disk_bytes": written.disk_data,
-        "memory": manifest.memory.is_some(),
+        "memory": memory,
         "in_use": in_use,
         "has_password": account.password.is_some(),
     });
@@ -124,7 +101,7 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
         return Ok(());
     }
     context.out.show(&object, || {
-        let memory = match (in_use, manifest.memory.is_some()) {
+        let memory = match (in_use, memory) {
             (true, _) => ", as its disk was while in use",
             (false, true) => ", with its memory",
             (false, false) => "",
@@ -141,6 +118,54 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
             size::show(written.bytes),
         )
     })
+}
+
+/// An archive that is written.
+struct Exported {
+    written: Written,
+    /// It has some.
+    memory: bool,
+    in_use: bool,
+    /// Why it has no memory, though that was asked for.
+    left_out: Option<String>,
+}
+
+fn take_out(
+    context: &Context,
+    accounts: &Accounts,
+    account: &Account,
+    wanted: &Export,
+) -> anyhow::Result<Exported> {
+    let held = match (wanted.stop, wanted.memory) {
+        (true, _) => Held::Rest(rest::take(context, account, true)?),
+        (false, true) => Held::Rest(rest::take_with_memory(context, account)?),
+        (false, false) => rest::take_or_copy(context, account)?,
+    };
+    let version = env!("CARGO_PKG_VERSION");
+    let described =
+        archive::describe(accounts, account, held.kept(), wanted.memory, version, time::now());
+    let manifest = described.with_context(|| format!("looking at {}'s disk", account.name))?;
+    let left_out = match &held {
+        Held::Rest(AtRest { memory: Resting::Unusable(reason), .. }) if wanted.memory => {
+            Some(reason.clone())
+        }
+        Held::Rest(AtRest { memory: Resting::Nothing, .. }) if wanted.memory => {
+            Some("nothing is saved of its machine".into())
+        }
+        _ => None,
+    };
+    let in_use = held.is_in_use();
+    let written = if wanted.output.as_os_str() == "-" {
+        write(context, account, &manifest, held, io::stdout().lock())?
+    } else {
+        let path = &wanted.output;
+        let making = || format!("making {}", path.display());
+        let new = NewFile::create(path, 0o600).with_context(making)?;
+        let written = write(context, account, &manifest, held, new.file())?;
+        new.publish_new().with_context(making)?;
+        written
+    };
+    Ok(Exported { written, memory: manifest.memory.is_some(), in_use, left_out })
 }
 
 fn write(
@@ -199,16 +224,34 @@ fn restore_from(context: &Context, wanted: &Restore, from: impl Read) -> anyhow:
         memory: !wanted.no_memory,
         room: rest::room(context)?,
     };
-    match archive::restore(&context.state, &mut accounts, reader, &wish) {
-        Ok(restored) => tell(context, &restored),
+    let place = shown(&wanted.file);
+    bring_back(context, &mut accounts, reader, &wish, (&place, &place))
+}
+
+/// Makes an account of its parts, and says what it is. `what` it is restored from, and where that is.
+pub fn bring_back(
+    context: &Context,
+    accounts: &mut Accounts,
+    parts: impl Parts,
+    wish: &Wish,
+    (what, place): (&str, &str),
+) -> anyhow::Result<()> {
+    let name = wish.name.unwrap_or(&parts.manifest().account.name).to_owned();
+    let mut note = CopyNote::named(context, Copied::Restore, &name, place);
+    let restored = match archive::restore(&context.state, accounts, parts, wish) {
         // As of `account add`, with its exit status.
         Err(RestoreError::Accounts(error)) => Err(error.into()),
-        Err(error) => Err(error).with_context(|| format!("restoring {}", shown(&wanted.file))),
+        restored => restored.with_context(|| format!("restoring {what}")),
+    };
+    if let Ok(restored) = &restored {
+        note.is(restored.account.id);
     }
+    note.over(restored.as_ref().map(|restored| restored.disk_data));
+    tell(context, &restored?)
 }
 
 /// What a restored account is, and what there is to know of its memory.
-pub fn tell(context: &Context, restored: &Restored) -> anyhow::Result<()> {
+fn tell(context: &Context, restored: &Restored) -> anyhow::Result<()> {
     let name = &restored.account.name;
     let (base, why) = match &restored.memory {
         BackMemory::None => (None, None),

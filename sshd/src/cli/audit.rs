@@ -5,7 +5,11 @@
 //! an account's files out; what only looks, checks or says what it would do is not.
 
 use super::context::Context;
-use hermitage::watch::{Event, Who, audit, audit_log};
+use hermitage::watch::{Copied, Event, Who, audit, audit_log};
+use hermitage_storage::accounts::Account;
+use std::fmt::Display;
+use std::time::Instant;
+use uuid::Uuid;
 
 /// Words of a command line that are noted, and bytes of each.
 const MOST_WORDS: usize = 64;
@@ -14,30 +18,97 @@ const LONGEST_WORD: usize = 512;
 /// What a command is noted as, if it changes something.
 pub struct Note {
     words: Vec<String>,
+    begun: Instant,
 }
 
 impl Note {
     /// `words`: the command line without the program.
     pub fn new(words: impl Iterator<Item = String>) -> Self {
-        Self { words: words.take(MOST_WORDS).map(shortened).collect() }
+        Self { words: words.take(MOST_WORDS).map(shortened).collect(), begun: Instant::now() }
     }
 
     /// After the command.
     pub fn write(self, context: &Context, outcome: &anyhow::Result<()>) {
-        let log = audit_log(&context.config.audit, &context.config.state_dir);
-        let Some(mut log) = log else { return };
         let event = Event::Command {
-            who: Who::of(nix::unistd::getuid().as_raw(), std::process::id() as i32),
+            who: who(),
             command: self.words,
             details: context.details(),
+            milliseconds: millis(self.begun),
             error: outcome.as_ref().err().map(|error| format!("{error:#}")),
         };
-        // Whoever may not do anything here may not note it either.
-        if let Err(error) = log.append(&audit::line(&event))
-            && outcome.is_ok()
-        {
-            eprintln!("hermitage: warning: {error}");
-        }
+        append(context, &event, outcome.is_ok());
+    }
+}
+
+/// What becomes of an account's files, noted when it is over: the command's line says neither whose they were, where
+/// it was about many, nor how much it was.
+pub struct CopyNote<'a> {
+    context: &'a Context,
+    what: Copied,
+    account: String,
+    id: Option<Uuid>,
+    place: String,
+    begun: Instant,
+}
+
+impl<'a> CopyNote<'a> {
+    pub fn of(
+        context: &'a Context,
+        what: Copied,
+        account: &Account,
+        place: impl Display,
+    ) -> CopyNote<'a> {
+        CopyNote { id: Some(account.id), ..Self::named(context, what, &account.name, place) }
+    }
+
+    /// Of an account that is not there yet. Its name may be an archive's word.
+    pub fn named(
+        context: &'a Context,
+        what: Copied,
+        account: &str,
+        place: impl Display,
+    ) -> CopyNote<'a> {
+        let (account, place) = (shortened(account.to_owned()), shortened(place.to_string()));
+        CopyNote { context, what, account, id: None, place, begun: Instant::now() }
+    }
+
+    /// Now it is there.
+    pub fn is(&mut self, id: Uuid) {
+        self.id = Some(id);
+    }
+
+    /// `outcome`: bytes, or why there are none.
+    pub fn over(self, outcome: Result<u64, &anyhow::Error>) {
+        let event = Event::Copy {
+            who: Some(who()),
+            what: self.what,
+            account: self.account,
+            id: self.id,
+            place: Some(self.place),
+            bytes: outcome.ok(),
+            milliseconds: millis(self.begun),
+            error: outcome.err().map(|error| format!("{error:#}")),
+        };
+        append(self.context, &event, outcome.is_ok());
+    }
+}
+
+fn who() -> Who {
+    Who::of(nix::unistd::getuid().as_raw(), std::process::id() as i32)
+}
+
+fn millis(since: Instant) -> u64 {
+    since.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+/// `done`: it came to something. Whoever may not do anything here may not note it either.
+fn append(context: &Context, event: &Event, done: bool) {
+    let log = audit_log(&context.config.audit, &context.config.state_dir);
+    let Some(mut log) = log else { return };
+    if let Err(error) = log.append(&audit::line(event))
+        && done
+    {
+        eprintln!("hermitage: warning: {error}");
     }
 }
 

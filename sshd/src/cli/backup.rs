@@ -1,5 +1,6 @@
 //! `hermitage backup …`: all accounts, again and again, into one directory.
 
+use super::audit::CopyNote;
 use super::context::Context;
 use super::output::{count, table};
 use super::rest::{self, Held};
@@ -8,8 +9,9 @@ use anyhow::Context as _;
 use clap::Subcommand;
 use hermitage::admin::protocol::Request;
 use hermitage::limits::Limits;
+use hermitage::watch::Copied;
 use hermitage_storage::accounts::{Account, Accounts, Policy};
-use hermitage_storage::archive::{RestoreError, Wish, describe, restore as restore_parts};
+use hermitage_storage::archive::{Wish, describe};
 use hermitage_storage::backup::{self, Backup, Writer};
 use hermitage_storage::disk::DiskError;
 use hermitage_storage::incoming;
@@ -141,7 +143,13 @@ fn create(
     let mut in_use = vec![];
     let mut left_out = vec![];
     for account in &wanted {
-        match add(context, &accounts, account, how, &mut writer) {
+        let note = CopyNote::of(context, Copied::Backup, account, dir.display());
+        let outcome = add(context, &accounts, account, how, &mut writer);
+        // Of one that is as it was nothing was read, night for night.
+        if !outcome.as_ref().is_ok_and(|(one, _)| one.unchanged) {
+            note.over(outcome.as_ref().map(|(one, _)| one.written));
+        }
+        match outcome {
             Ok((one, copied)) => {
                 added += 1;
                 unchanged += usize::from(one.unchanged);
@@ -319,11 +327,9 @@ fn restore(
     let reader = backup.account(&run, account)?;
     let mut accounts = context.accounts()?;
     incoming::sweep(&context.state, &accounts).context("removing what a former restore left")?;
-    match restore_parts(&context.state, &mut accounts, reader, wish) {
-        Ok(restored) => archive::tell(context, &restored),
-        Err(RestoreError::Accounts(error)) => Err(error.into()),
-        Err(error) => Err(error).with_context(|| format!("restoring {account} of {}", run.id)),
-    }
+    let what = format!("{account} of {}", run.id);
+    let place = format!("{} of {}", run.id, dir.display());
+    archive::bring_back(context, &mut accounts, reader, wish, (&what, &place))
 }
 
 fn prune(context: &Context, dir: &std::path::Path, keep: u32) -> anyhow::Result<()> {

@@ -1,12 +1,16 @@
 //! `hermitage checkpoint …`: states of an account that it can go back to.
 
+use super::audit::CopyNote;
 use super::context::Context;
 use super::output::table;
 use super::{NotFound, account_quota, admin, rest, size, time};
 use anyhow::Context as _;
 use clap::Subcommand;
+use hermitage::watch::Copied;
 use hermitage_storage::accounts::{Account, Accounts, Intent, MachineState};
-use hermitage_storage::checkpoint::{self, About, Checkpoint, CheckpointError, Known, Name};
+use hermitage_storage::checkpoint::{
+    self, About, Checkpoint, CheckpointError, Known, Name, RolledBack,
+};
 use serde_json::{Value, json};
 
 const HELP: &str = "\
@@ -71,19 +75,32 @@ fn create(context: &Context, account: &str, name: Option<&str>, stop: bool) -> a
         Some(name) => Name::parse(name)?,
         None => dated(context, &account, "")?,
     };
-    // Before sessions are ended for nothing; and again with what was saved then.
-    fits(context, &account, None, "another checkpoint")?;
-    let at_rest = rest::take(context, &account, stop)?;
-    fits(context, &account, None, "another checkpoint")?;
-    let known = known(&accounts, &account)?;
-    let (now, room) = (time::now(), rest::room(context)?);
-    let about = checkpoint::create(&context.state, &at_rest, &name, known, now, room)
-        .with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
-    let one = find(context, &account, &name)?;
+    let note = CopyNote::of(context, Copied::Checkpoint, &account, &name);
+    let taken = take(context, &accounts, &account, &name, stop);
+    note.over(taken.as_ref().map(|(_, one)| one.allocated));
+    let (about, one) = taken?;
     context.out.show(&json_of(&account, &one), || {
         let what = if about.memory.is_some() { "files and memory" } else { "files" };
         format!("{name}: {what} of {}, {}", account.name, size::show(one.allocated))
     })
+}
+
+fn take(
+    context: &Context,
+    accounts: &Accounts,
+    account: &Account,
+    name: &Name,
+    stop: bool,
+) -> anyhow::Result<(About, Checkpoint)> {
+    // Before sessions are ended for nothing; and again with what was saved then.
+    fits(context, account, None, "another checkpoint")?;
+    let at_rest = rest::take(context, account, stop)?;
+    fits(context, account, None, "another checkpoint")?;
+    let known = known(accounts, account)?;
+    let (now, room) = (time::now(), rest::room(context)?);
+    let about = checkpoint::create(&context.state, &at_rest, name, known, now, room)
+        .with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
+    Ok((about, find(context, account, name)?))
 }
 
 fn list(context: &Context, account: &str) -> anyhow::Result<()> {
@@ -117,18 +134,11 @@ fn restore(context: &Context, account: &str, name: &str, stop: bool) -> anyhow::
     let accounts = context.accounts()?;
     let account = accounts.named(account)?;
     let name = Name::parse(name)?;
-    // Before sessions are ended for nothing.
     let source = find(context, &account, &name)?;
-    let keeping = "what is replaced, kept as one more checkpoint,";
-    fits(context, &account, Some(&source), keeping)?;
-    let at_rest = rest::take(context, &account, stop)?;
-    fits(context, &account, Some(&source), keeping)?;
-    let known = known(&accounts, &account)?;
-    let keep = dated(context, &account, "before-")?;
-    let (now, room) = (time::now(), rest::room(context)?);
-    let done = checkpoint::rollback(&context.state, at_rest, &name, &keep, known, now, room)
-        .with_context(|| format!("going back to the checkpoint {name} of {}", account.name))?;
-    record(&accounts, &account, &name, &done.about)?;
+    let note = CopyNote::of(context, Copied::GoBack, &account, &name);
+    let done = go_back(context, &accounts, &account, &source, stop);
+    note.over(done.as_ref().map(|_| source.allocated));
+    let done = done?;
     // What the service remembers of the last machine is of another.
     admin::account_changed(context, &account.name);
     let memory = done.about.memory.is_some();
@@ -151,11 +161,36 @@ fn restore(context: &Context, account: &str, name: &str, stop: bool) -> anyhow::
     })
 }
 
+fn go_back(
+    context: &Context,
+    accounts: &Accounts,
+    account: &Account,
+    source: &Checkpoint,
+    stop: bool,
+) -> anyhow::Result<RolledBack> {
+    let name = &source.name;
+    // Before sessions are ended for nothing.
+    let keeping = "what is replaced, kept as one more checkpoint,";
+    fits(context, account, Some(source), keeping)?;
+    let at_rest = rest::take(context, account, stop)?;
+    fits(context, account, Some(source), keeping)?;
+    let known = known(accounts, account)?;
+    let keep = dated(context, account, "before-")?;
+    let (now, room) = (time::now(), rest::room(context)?);
+    let done = checkpoint::rollback(&context.state, at_rest, name, &keep, known, now, room)
+        .with_context(|| format!("going back to the checkpoint {name} of {}", account.name))?;
+    record(accounts, account, name, &done.about)?;
+    Ok(done)
+}
+
 fn drop(context: &Context, account: &str, name: &str) -> anyhow::Result<()> {
     let account = context.accounts()?.named(account)?;
     let name = Name::parse(name)?;
     let one = find(context, &account, &name)?;
-    checkpoint::remove(&context.state, account.id, &name)?;
+    let note = CopyNote::of(context, Copied::DropCheckpoint, &account, &name);
+    let removed = checkpoint::remove(&context.state, account.id, &name).map_err(Into::into);
+    note.over(removed.as_ref().map(|()| one.allocated));
+    removed?;
     let object = json!({ "account": account.name, "checkpoint": name.as_str(), "dropped": true });
     context
         .out

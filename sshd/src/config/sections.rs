@@ -124,6 +124,9 @@ pub struct Machines {
     #[serde(with = "limits::sized")]
     pub io_rate: u64,
     pub io_operations: u32,
+    /// Processes and threads of the user's in each machine, where account and class say nothing. 0: as many as its
+    /// kernel has.
+    pub processes: u32,
     /// The control group below which machines' are. None: the one that the service is started in.
     pub cgroup: Option<PathBuf>,
     /// No machine is started whose limits can't be enforced.
@@ -156,6 +159,7 @@ impl Default for Machines {
             cpu_percent: 0,
             io_rate: 0,
             io_operations: 0,
+            processes: 0,
             cgroup: None,
             require_limits: false,
             user: MACHINE_USER.into(),

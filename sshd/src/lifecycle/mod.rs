@@ -5,6 +5,7 @@
 
 mod copy;
 mod driver;
+mod leftovers;
 mod resume;
 mod save;
 mod start;
@@ -374,6 +375,7 @@ impl Registry {
             Ok(count) => tracing::warn!(count, "sessions were cut off when the service ended"),
             Err(error) => tracing::error!(%error, "can't close the sessions log"),
         }
+        tokio::spawn(leftovers::sweep(context.state_dir.clone()));
         let unfinished = match context.store.unfinished().await {
             Ok(unfinished) => unfinished,
             Err(error) => {
@@ -421,6 +423,7 @@ async fn settle(context: &Context, left: Intent) {
         tracing::warn!(account = %left.account, pid = left.pid, "still not stopped");
         return;
     }
+    leftovers::sweep_account(context.state_dir.clone(), left.account).await;
     let unchanged = match context.store.unfinished().await {
         Ok(now) => now.contains(&left),
         Err(_) => false,

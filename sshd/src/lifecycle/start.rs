@@ -240,6 +240,7 @@ pub(super) fn admission(context: &Context, account: &Account) -> Admission {
         account: account.id,
         resources: limits.resources,
         share: limits.share,
+        processes: limits.processes,
         required: context.config.machines.require_limits,
     }
 }

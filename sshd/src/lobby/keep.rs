@@ -1,6 +1,6 @@
 //! Checkpoints that a user takes: docs/formats/checkpoint.md. Going back to one is her operator's.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hermitage_storage::{
     accounts::Account,
@@ -11,7 +11,11 @@ use hermitage_storage::{
 use tokio::time::sleep;
 
 use super::Desk;
-use crate::{lifecycle::StopCause, room, time};
+use crate::{
+    lifecycle::StopCause,
+    room, time,
+    watch::{Copied, Event},
+};
 
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
 const USERS: usize = 2;
@@ -37,11 +41,30 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
 
 pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
+    let begun = Instant::now();
+    let taken = take(desk, account, &name).await;
+    desk.watch.tell(Event::Copy {
+        who: None,
+        what: Copied::Checkpoint,
+        account: account.name.clone(),
+        id: Some(account.id),
+        place: Some(name.to_string()),
+        bytes: taken.as_ref().ok().map(|(_, bytes)| *bytes),
+        milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+        error: taken.as_ref().err().cloned(),
+    });
+    let (about, _) = taken?;
+    tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
+    Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
+}
+
+/// What it has, and the bytes that it takes.
+async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64), String> {
     let (state, id) = (desk.state_dir.clone(), account.id);
     let there = blocking(move || checkpoint::list(&state, id)).await?.map_err(|e| trouble(&e))?;
     // Before her machine is put to rest for nothing.
-    if there.iter().any(|one| one.name == name) {
-        return Err(CheckpointError::Taken(name).to_string());
+    if there.iter().any(|one| one.name == *name) {
+        return Err(CheckpointError::Taken(name.clone()).to_string());
     }
     if there.len() >= USERS {
         return Err(format!(
@@ -74,16 +97,17 @@ pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String
         let free = room::free(state.root()).unwrap_or(0);
         let room = free.saturating_sub(floor);
         let made = checkpoint::create(&state, &at_rest, &taken, known, time::now(), room);
-        made.map_err(|error| trouble(&error))
+        let about = made.map_err(|error| trouble(&error))?;
+        let all = checkpoint::list(&state, id).map_err(|error| trouble(&error))?;
+        let bytes = all.iter().find(|one| one.name == taken).map_or(0, |one| one.allocated);
+        Ok((about, bytes))
     });
     let made = made.await;
     if ran {
         // What works in it, or is to stay awake, goes on.
         desk.registry.expect(account);
     }
-    let about = made??;
-    tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
-    Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
+    made?
 }
 
 /// Holds the disk once the machine is gone.

@@ -32,6 +32,7 @@ use crate::{
     span,
     store::Store,
     time,
+    watch::Watch,
 };
 use line::Lines;
 use rate::Rate;
@@ -94,6 +95,7 @@ pub struct Desk {
     authenticator: Authenticator,
     config: Settings,
     state_dir: StateDir,
+    watch: Watch,
     rate: Rate,
 }
 
@@ -104,8 +106,9 @@ impl Desk {
         authenticator: Authenticator,
         config: Settings,
         state_dir: StateDir,
+        watch: Watch,
     ) -> Self {
-        Self { registry, store, authenticator, config, state_dir, rate: Rate::default() }
+        Self { registry, store, authenticator, config, state_dir, watch, rate: Rate::default() }
     }
 
     /// What the account takes on the host, and may take.

@@ -13,9 +13,12 @@ use super::{Machine, printable};
 /// How long it may take to begin, or to give up: a look over the disk's extents, and what is under way.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Who waits for a copy.
+/// Who waits for which copy.
 #[derive(Default)]
-pub struct Asked(Option<watch::Sender<Stand>>);
+pub struct Asked {
+    last: u64,
+    waiting: Option<watch::Sender<Stand>>,
+}
 
 /// How it stands.
 #[derive(Default)]
@@ -25,9 +28,17 @@ struct Stand {
     over: Option<Result<u64, String>>,
 }
 
+/// What its process says of one.
+enum News {
+    Begun(u64),
+    Copied(u64),
+    Over(Result<u64, String>),
+}
+
 /// A copy that is being made. The machine's process goes on with it until it is over or given up.
 pub struct DiskCopy<'a> {
     machine: &'a Machine,
+    number: u64,
     /// Bytes that are to be copied.
     pub bytes: u64,
     stand: watch::Receiver<Stand>,
@@ -38,8 +49,13 @@ impl Machine {
     /// get `room` bytes.
     pub async fn copy_disk(&self, file: &File, room: u64) -> Result<DiskCopy<'_>, String> {
         let (sender, mut stand) = watch::channel(Stand::default());
-        self.table().copy.0 = Some(sender);
-        self.request(&MachineRequest::CopyDisk { room }, &[file.as_fd()])
+        let copy = {
+            let asked = &mut self.table().copy;
+            asked.last += 1;
+            asked.waiting = Some(sender);
+            asked.last
+        };
+        self.request(&MachineRequest::CopyDisk { copy, room }, &[file.as_fd()])
             .await
             .map_err(|error| format!("the machine does not answer: {error}"))?;
         let begun = async {
@@ -54,28 +70,37 @@ impl Machine {
             begun = begun => begun?,
             reason = self.ended() => return Err(reason),
             () = sleep(ANSWER_TIMEOUT) => {
-                let _ = self.request(&MachineRequest::CancelCopy, &[]).await;
+                let _ = self.request(&MachineRequest::CancelCopy { copy }, &[]).await;
                 return Err(format!("the machine did not begin within {} s", ANSWER_TIMEOUT.as_secs()));
             }
         };
         if bytes == 0 {
             tracing::info!(machine = self.label, "the disk's copy shares its blocks");
         }
-        Ok(DiskCopy { machine: self, bytes, stand })
+        Ok(DiskCopy { machine: self, number: copy, bytes, stand })
     }
 
+    /// An answer to another question, or to none, is ignored: one that nobody waits for any more is answered when
+    /// its time comes.
     pub(super) fn copy_event(&self, event: MachineEvent) {
-        let asked = &mut self.table().copy.0;
-        let Some(sender) = asked else { return };
-        sender.send_modify(|stand| match event {
-            MachineEvent::CopyBegun { bytes } => stand.begun = Some(bytes),
-            MachineEvent::CopyProgress { bytes } => stand.copied = bytes,
-            MachineEvent::CopyDone { bytes } => stand.over = Some(Ok(bytes)),
-            MachineEvent::CopyFailed { reason } => stand.over = Some(Err(printable(&reason))),
-            _ => {}
+        let (copy, news) = match event {
+            MachineEvent::CopyBegun { copy, bytes } => (copy, News::Begun(bytes)),
+            MachineEvent::CopyProgress { copy, bytes } => (copy, News::Copied(bytes)),
+            MachineEvent::CopyDone { copy, bytes } => (copy, News::Over(Ok(bytes))),
+            MachineEvent::CopyFailed { copy, reason } => {
+                (copy, News::Over(Err(printable(&reason))))
+            }
+            _ => return,
+        };
+        let asked = &mut self.table().copy;
+        let Some(sender) = asked.waiting.as_ref().filter(|_| copy == asked.last) else { return };
+        sender.send_modify(|stand| match news {
+            News::Begun(bytes) => stand.begun = Some(bytes),
+            News::Copied(bytes) => stand.copied = bytes,
+            News::Over(outcome) => stand.over = Some(outcome),
         });
         if sender.borrow().over.is_some() {
-            *asked = None;
+            asked.waiting = None;
         }
     }
 }
@@ -100,7 +125,8 @@ impl DiskCopy<'_> {
 
     /// Returns when the machine's process has let go of it.
     pub async fn give_up(mut self) {
-        if self.machine.request(&MachineRequest::CancelCopy, &[]).await.is_err() {
+        let cancel = MachineRequest::CancelCopy { copy: self.number };
+        if self.machine.request(&cancel, &[]).await.is_err() {
             return;
         }
         let over = async { while self.progress().await.is_ok() {} };

@@ -174,6 +174,8 @@ pub struct ForkServer {
     pub base: String,
     /// What its machines can have, if the base says.
     pub sizes: Option<base::Machine>,
+    /// Version of the protocol that their agents speak, if it says.
+    pub agent: Option<u16>,
     socket: MessageSocket,
     table: Mutex<Table>,
     gone: CancellationToken,
@@ -232,8 +234,11 @@ impl ForkServer {
         }
         let of_base = dir.to_owned();
         let manifest = tokio::task::spawn_blocking(move || Base::manifest(&of_base)).await;
-        let sizes = match manifest {
-            Ok(Ok(manifest)) => Some(manifest.content.machine),
+        let (sizes, agent) = match manifest {
+            Ok(Ok(manifest)) => {
+                let content = manifest.content;
+                (Some(content.machine), Some(content.agent_protocol))
+            }
             other => {
                 let error = other.map(|manifest| manifest.err());
                 tracing::warn!(
@@ -241,12 +246,13 @@ impl ForkServer {
                     ?error,
                     "can't tell how much memory machines of this base have"
                 );
-                None
+                (None, None)
             }
         };
         let server = Arc::new(Self {
             base,
             sizes,
+            agent,
             socket,
             table: Mutex::default(),
             gone: CancellationToken::new(),

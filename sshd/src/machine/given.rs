@@ -102,7 +102,7 @@ mod tests {
 
     fn admission(resources: Resources) -> Admission {
         let share = Share::default();
-        Admission { account: uuid::Uuid::nil(), resources, share, required: false }
+        Admission { account: uuid::Uuid::nil(), resources, share, processes: None, required: false }
     }
 
     fn size(mib: u64, vcpus: u8) -> Size {

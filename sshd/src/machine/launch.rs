@@ -24,6 +24,7 @@ use super::{
     agent::{self, AgentError, Reader},
     fork_server::{ForkError, ForkServers, Forked},
     given::Given,
+    processes,
     socket::MessageSocket,
 };
 use crate::{
@@ -112,8 +113,10 @@ pub async fn launch(
     let given = Given::of(server.sizes, &spec.admission, None);
     // Before the fork, so that it is there when the guest looks; it fits any socket buffer.
     let mut frames = encode(&HostMessage::Attach(spec.attach))?;
-    if let Some(take) = given.message() {
-        frames.extend(encode(&take)?);
+    let most = spec.admission.processes;
+    let more = [given.message(), processes::first_message(server.agent, most)];
+    for message in more.into_iter().flatten() {
+        frames.extend(encode(&message)?);
     }
     let mut agent = std::os::unix::net::UnixStream::from(agent);
     agent.write_all(&frames)?;
@@ -122,7 +125,7 @@ pub async fn launch(
     let group = cgroups.admit(&spec.admission, given.size).await?;
     let descriptors = [control_far, agent_far, spec.disk];
     let forked = forks.fork(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, given, group };
+    let born = Born { label, forked, given, most, group };
     let machine = supervise(born, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
@@ -219,7 +222,8 @@ pub async fn resume(
     let descriptors = [control_far, agent_far, disk, snapshot];
     let forked =
         forks.resume(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, given, group };
+    let most = admission.processes;
+    let born = Born { label, forked, given, most, group };
     let machine = supervise_with(born, MessageSocket::new(control)?, agent, |machine| {
         machine.expect_sessions(left);
         machine.when_restored()
@@ -239,6 +243,8 @@ pub async fn resume(
             ResumeError::Refused(format!("it can't be marked as used: {error}"))
         })?;
         machine.run_restored().await.map_err(LaunchError::Ended)?;
+        // What it was saved with may be another: before its processes go on.
+        machine.tell_limit(most).await;
         machine.wake().await.map_err(|reason| LaunchError::Ended(reason).into())
     };
     let outcome = timeout(limit, come_back).await.unwrap_or_else(|_| {
@@ -258,6 +264,7 @@ pub async fn resume(
     }
     // Its first message was another one.
     keep_told(&machine, scarce, None);
+    machine.keep_limited(most);
     Ok(machine)
 }
 
@@ -266,6 +273,8 @@ struct Born {
     label: String,
     forked: Forked,
     given: Given,
+    /// Processes that its user may have.
+    most: Option<u32>,
     group: Option<Group>,
 }
 
@@ -276,19 +285,23 @@ fn supervise(
     agent: UnixStream,
     scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
-    let machine = supervise_with(born, control, agent, |_| ()).0;
+    let most = born.most;
+    let machine =
+        supervise_with(born, control, agent, |machine| machine.expect_first_answer(most)).0;
     keep_told(&machine, scarce, Some(false));
+    machine.keep_limited(most);
     machine
 }
 
 /// The same, with something to be done before the first event is looked at.
 fn supervise_with<T>(
-    Born { label, forked, given, group }: Born,
+    Born { label, forked, given, most, group }: Born,
     control: MessageSocket,
     agent: UnixStream,
     before: impl FnOnce(&Machine) -> T,
 ) -> (Arc<Machine>, T) {
     let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);
+    let agent_version = forked.server.agent;
     let machine = Arc::new(Machine {
         id: forked.id,
         pid: forked.pid,
@@ -305,6 +318,8 @@ fn supervise_with<T>(
         taking: AtomicBool::new(given.message().is_some()),
         given,
         unused: Default::default(),
+        agent_version,
+        most_processes: watch::channel(most).0,
         attached: watch::channel(None).0,
         ended: watch::channel(None).0,
         gone: watch::channel(None).0,

@@ -17,6 +17,7 @@ mod given;
 mod launch;
 mod limited;
 mod open;
+mod processes;
 mod sleep;
 mod socket;
 mod takeover;
@@ -48,6 +49,7 @@ pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use forwarder::Forwarder;
 pub use launch::{LaunchError, ResumeError, Sleeper, Spec, launch, resume};
 pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
+pub use processes::Counted;
 pub use sleep::clock;
 use socket::MessageSocket;
 pub use takeover::{Claim, Taken};
@@ -83,6 +85,10 @@ pub struct Machine {
     taking: AtomicBool,
     /// Why its guest does not use all of that.
     unused: Mutex<Option<String>>,
+    /// Of the protocol; `None`: its base does not say.
+    agent_version: Option<u16>,
+    /// Processes that its user may have.
+    most_processes: watch::Sender<Option<u32>>,
     attached: watch::Sender<Option<Result<(), String>>>,
     ended: watch::Sender<Option<String>>,
     gone: watch::Sender<Option<String>>,
@@ -99,6 +105,7 @@ struct Table {
     steps: sleep::Steps,
     look: work::Looking,
     copy: copying::Asked,
+    processes: processes::Asked,
     sessions: HashMap<SessionId, Waiting>,
     connecting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     terminals: [TerminalState; TERMINALS as usize],
@@ -246,6 +253,7 @@ impl Machine {
             AgentMessage::Resumed { sessions } => self.resumed(&sessions),
             AgentMessage::Activity(activity) => self.looked(activity),
             AgentMessage::Took { in_use, fault } => self.took(in_use, fault),
+            AgentMessage::Processes(processes) => self.counted(processes),
         }
     }
 }

@@ -214,6 +214,7 @@ impl Service {
             authenticator.clone(),
             config.clone(),
             state_dir,
+            watch.clone(),
         );
         let server = Arc::new(Server {
             authenticator,

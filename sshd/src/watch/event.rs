@@ -146,6 +146,25 @@ pub enum Event {
         who: Who,
         request: Value,
     },
+    /// What an account has was taken out, put back, kept or gone back to; written by whoever did it.
+    Copy {
+        /// None: the account's user.
+        #[serde(flatten)]
+        who: Option<Who>,
+        what: Copied,
+        account: String,
+        /// None: it came to nothing, and there is no such account.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<Uuid>,
+        /// Where to or where from: a file, a backup's run, a checkpoint.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        place: Option<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bytes: Option<u64>,
+        milliseconds: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
     /// A command of `hermitage` that changes something; written by the command itself.
     Command {
         #[serde(flatten)]
@@ -154,9 +173,25 @@ pub enum Event {
         /// What it changed, beyond its words: fingerprints of keys.
         #[serde(skip_serializing_if = "Vec::is_empty")]
         details: Vec<String>,
+        milliseconds: u64,
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
+}
+
+/// What was done with an account's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Copied {
+    Export,
+    Backup,
+    /// Of an archive, or of a backup's run.
+    Restore,
+    Checkpoint,
+    GoBack,
+    DropCheckpoint,
+    /// The disk of a running machine, for a command.
+    Disk,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

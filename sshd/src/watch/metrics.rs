@@ -307,6 +307,7 @@ impl Metrics {
             | Event::ServiceStopping
             | Event::ServiceStopped { .. }
             | Event::QuotaFree { .. }
+            | Event::Copy { .. }
             | Event::Command { .. } => {}
         }
     }

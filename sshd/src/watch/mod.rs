@@ -16,7 +16,7 @@ mod writer;
 
 use std::sync::Arc;
 
-pub use event::{Event, Method, Who};
+pub use event::{Copied, Event, Method, Who};
 pub use ledger::{Ledger, Meter, Traffic};
 pub use live::{Live, LiveSessions, NewSession, Presence};
 pub use metrics::Metrics;

@@ -13,6 +13,7 @@ mod idle;
 mod killed;
 mod machines;
 mod manual;
+mod processes;
 mod provisioning;
 mod quota;
 mod service;

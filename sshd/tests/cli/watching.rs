@@ -5,6 +5,7 @@ use crate::service::Service;
 use hermitage::admin::protocol::{Reply, Request, SessionStatus};
 use hermitage_storage::accounts::NewSession;
 use serde_json::Value;
+use std::time::{Duration, SystemTime};
 
 fn here() -> SessionStatus {
     SessionStatus {
@@ -153,4 +154,90 @@ fn without_an_audit_log_none_is_written() {
     let config = host.path("hermitage.toml").display().to_string();
     host.run(&["--config", &config, "account", "add", "alice"]).success();
     assert!(!host.path("state/audit.jsonl").exists());
+}
+
+/// What of the log is about accounts' files: what was done, to whose, where, how much, and what was wrong.
+fn copies(host: &Host) -> Vec<(String, String, String, bool, bool)> {
+    let lines = audit(host).into_iter().filter(|line| line["event"] == "copy");
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    lines
+        .map(|line| {
+            assert_eq!(line["uid"], nix::unistd::getuid().as_raw(), "{line}");
+            assert!(line["pid"].is_u64() && line["milliseconds"].is_u64(), "{line}");
+            assert_eq!(line["bytes"].is_u64(), line["error"].is_null(), "{line}");
+            (
+                text(&line["what"]),
+                text(&line["account"]),
+                text(&line["place"]),
+                line["id"].is_string(),
+                line["error"].is_null(),
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn what_is_done_with_an_accounts_files_is_audited() {
+    let host = Host::new();
+    for name in ["alice", "bob"] {
+        host.run(&["account", "add", name, "--disk", "1MiB"]).success();
+        let disk = host.state().disk(host.accounts().named(name).unwrap().id);
+        std::fs::create_dir_all(disk.parent().unwrap()).unwrap();
+        std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+        // What was written a moment ago is read again, whatever its time says.
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        std::fs::File::open(&disk).unwrap().set_modified(long_ago).unwrap();
+    }
+    let file = host.path("alice.hermitage").display().to_string();
+    let backups = host.path("backups").display().to_string();
+    let missing = host.path("nowhere/alice").display().to_string();
+    host.run(&["account", "export", "alice", "-o", &file]).success();
+    host.run(&["account", "export", "alice", "-o", &missing]).fails(1, "nowhere");
+    host.run(&["account", "restore", &file, "--name", "again"]).success();
+    host.run(&["account", "restore", &file]).fails(4, "alice");
+    let those = ["backup", "create", &backups, "--account", "alice", "--account", "bob"];
+    host.run(&those).success();
+    // Nothing was read of those that are as they were.
+    host.run(&those).success();
+    host.run(&["backup", "restore", &backups, "bob", "--name", "bob2"]).success();
+    host.run(&["checkpoint", "create", "alice", "one"]).success();
+    host.run(&["checkpoint", "create", "alice", "one"]).fails(1, "one");
+    host.run(&["checkpoint", "restore", "alice", "one"]).success();
+    host.run(&["checkpoint", "drop", "alice", "one"]).success();
+    // Looks.
+    host.run(&["checkpoint", "list", "alice"]).success();
+    host.run(&["backup", "verify", &backups]).success();
+    let found = copies(&host);
+    let found: Vec<_> = found
+        .iter()
+        .map(|(what, account, place, known, done)| {
+            (what.as_str(), account.as_str(), place.as_str(), *known, *done)
+        })
+        .collect();
+    let run = found[6].2;
+    assert!(run.ends_with(&format!(" of {backups}")) && run.starts_with("20"), "{run}");
+    let wanted = [
+        ("export", "alice", file.as_str(), true, true),
+        ("export", "alice", &missing, true, false),
+        ("restore", "again", &file, true, true),
+        ("restore", "alice", &file, false, false),
+        ("backup", "alice", &backups, true, true),
+        ("backup", "bob", &backups, true, true),
+        ("restore", "bob2", run, true, true),
+        ("checkpoint", "alice", "one", true, true),
+        ("checkpoint", "alice", "one", true, false),
+        ("go-back", "alice", "one", true, true),
+        ("drop-checkpoint", "alice", "one", true, true),
+    ];
+    assert_eq!(found, wanted);
+    let bytes = |what: &str| {
+        let lines = audit(&host);
+        let line = lines.iter().find(|line| line["event"] == "copy" && line["what"] == what);
+        line.unwrap()["bytes"].as_u64().unwrap()
+    };
+    // One block, so often: an archive packs it.
+    assert!((1..1 << 20).contains(&bytes("export")));
+    assert_eq!(bytes("restore"), 1 << 20);
+    // The disk, and what is said of it.
+    assert!((1 << 20..1 << 21).contains(&bytes("checkpoint")));
 }

@@ -7,12 +7,14 @@ use std::{
 };
 
 use hermitage::admin::protocol::{Reply, Request};
-use hermitage_storage::{accounts::Account, publish, sparse};
+use hermitage_storage::{accounts::Account, disk, publish, sparse};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     harness::{Options, Service, finish_child, stderr, stdout, wait_for},
     keeping::{done, hermitage},
     terminals::Shell,
+    watching::audited,
 };
 
 const LINGERS: Options = Options { ssh: "", machines: "linger = 60" };
@@ -61,6 +63,16 @@ fn an_account_is_exported_while_she_works() {
         sparse::digest(&File::open(service.state().disk(id)).unwrap()).unwrap()
     };
     assert_eq!(digest("again"), digest("alice"));
+    // Whose disk was copied, for whom: the command says what for.
+    let copies = wait_for("the audit log", || {
+        let copies = audited(&service, "copy");
+        copies.iter().any(|copy| copy["what"] == "disk").then_some(copies)
+    });
+    let of = |what: &str| copies.iter().find(|copy| copy["what"] == what).unwrap();
+    let (disk, export) = (of("disk"), of("export"));
+    assert_eq!((&disk["account"], &disk["pid"]), (&"alice".into(), &export["pid"]));
+    assert!(disk["bytes"].is_u64() && disk["error"].is_null(), "{disk}");
+    assert_eq!(export["place"], file.as_str());
     shell.run("echo -$kept-", "-yes-");
     // As JSON, into a pipe, and again: nothing of the first is in the way.
     let output = hermitage(&service, &["account", "export", "alice", "-o", "-"]);
@@ -107,7 +119,27 @@ fn a_copy_that_can_not_be_made_is_told_and_nothing_comes_of_it() {
         assert!(!service.path("out.hermitage").exists());
         nothing_remains(&service, &account);
         shell.run("echo -$kept-", "-yes-");
+        let copies = wait_for("the audit log", || {
+            Some(audited(&service, "copy")).filter(|copies| copies.len() == 2)
+        });
+        let told = |copy: &serde_json::Value| copy["error"].as_str().unwrap().contains(reason);
+        assert!(copies.iter().all(told), "{copies:?}");
     }
+}
+
+/// The answers to one that took too long come when nobody waits for them any more.
+#[test]
+fn what_is_said_of_a_former_copy_is_not_taken_for_this_one() {
+    let service = Service::with(LINGERS);
+    let account = service.account("mixedcopy");
+    let mut shell = Shell::open(&service, "mixedcopy");
+    shell.run("echo he''re", "here");
+    for _ in 0..2 {
+        let made = hermitage(&service, &["account", "export", "mixedcopy", "-o", "-"]);
+        assert!(made.status.success(), "{}", stderr(&made));
+    }
+    nothing_remains(&service, &account);
+    shell.run("echo st''ill", "still");
 }
 
 #[test]
@@ -167,6 +199,43 @@ fn an_export_that_is_killed_leaves_nothing_behind() {
         stderr(&output)
     );
     shell.run("echo st''ill", "still");
+}
+
+#[test]
+fn a_killed_services_half_copy_is_gone_soon_after_the_next_ones_start() {
+    let mut service = Service::with(LINGERS);
+    let account = service.account("slowcopy");
+    let mut shell = Shell::open(&service, "slowcopy");
+    shell.run("echo he''re", "here");
+    let export = export_of(&service, "slowcopy");
+    wait_copying(&service, &account);
+    service.signal(nix::sys::signal::Signal::SIGKILL);
+    service.wait();
+    assert!(!finish_child(export).status.success());
+    let dir = service.state().account_dir(account.id);
+    let halves = || {
+        let files = fs::read_dir(&dir).unwrap().flatten();
+        files.filter(|file| publish::is_beside(&file.file_name())).count()
+    };
+    assert_eq!(halves(), 1);
+    // What another one left, and what a command writes at this moment.
+    let checkpoints = service.state().checkpoints_dir(service.account("bob").id);
+    fs::create_dir_all(&checkpoints).unwrap();
+    let left = checkpoints.join(".new-left");
+    fs::write(&left, "half a checkpoint").unwrap();
+    let held = publish::NewFile::create(&checkpoints.join("one"), 0o600).unwrap();
+    // Her machine is not gone yet: it has its disk, and what it was writing.
+    let disk = wait_for("her disk", || disk::open_locked(&service.state().disk(account.id)).ok());
+    let side = File::create(dir.join(".new-side")).unwrap();
+    let side = Flock::lock(side, FlockArg::LockExclusiveNonblock).unwrap();
+    service.run();
+    wait_for("the rest to be gone", || (!left.exists() && halves() == 1).then_some(()));
+    drop(side);
+    drop(disk);
+    nothing_remains(&service, &account);
+    assert!(held.path().exists());
+    let words = "deleted what was left half-made";
+    wait_for("words of it", || (service.log().matches(words).count() == 3).then_some(()));
 }
 
 #[test]

@@ -19,7 +19,7 @@ use std::{
 
 use hermitage_guest_proto::{
     Activity, AgentMessage, Busy, Decoder, Exec, ExitStatus, HostMessage, LiveSession,
-    OpenTerminal, Program, Resources, WaitsFor, Window, encode,
+    OpenTerminal, Processes, Program, Resources, WaitsFor, Window, encode,
 };
 use hermitage_vmm_proto::End;
 use nix::{
@@ -43,6 +43,10 @@ struct Guest {
     looks: AtomicU32,
     /// It has the account, and answers nothing any more.
     hangs: AtomicBool,
+    /// Processes that there may be.
+    most: Mutex<Option<u32>>,
+    /// A question that is answered when it goes on.
+    wished: Mutex<Option<u64>>,
 }
 
 struct Started {
@@ -57,6 +61,8 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
         sessions: Mutex::default(),
         looks: AtomicU32::new(0),
         hangs: AtomicBool::new(false),
+        most: Mutex::default(),
+        wished: Mutex::default(),
     });
     let mut decoder = Decoder::default();
     let mut account = String::new();
@@ -71,9 +77,19 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 HostMessage::Resume(_) => {
                     guest.machine.stands.store(false, Ordering::SeqCst);
                     guest.resume();
+                    if let Some(question) = guest.wished.lock().unwrap().take() {
+                        guest.tell_processes(question);
+                    }
                 }
                 HostMessage::PowerOff { .. } if account == "stubborn" => {}
                 HostMessage::PowerOff { .. } => guest.end(),
+                HostMessage::LimitProcesses { question, most } => {
+                    *guest.most.lock().unwrap() = most;
+                    match guest.machine.stands.load(Ordering::SeqCst) {
+                        true => *guest.wished.lock().unwrap() = Some(question),
+                        false => guest.tell_processes(question),
+                    }
+                }
                 // As the real one.
                 _ if guest.machine.stands.load(Ordering::SeqCst) => {}
                 HostMessage::Attach(attach) => {
@@ -99,6 +115,8 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                     let fault = machine_is("greedy").then(|| "there is \x1b[31mno CPU 3".into());
                     guest.say(&AgentMessage::Took { in_use: wanted, fault });
                 }
+                HostMessage::CountProcesses { .. } if machine_is("mute") => {}
+                HostMessage::CountProcesses { question } => guest.tell_processes(question),
                 HostMessage::LookAtWork(_) if machine_is("mute") => {}
                 HostMessage::LookAtWork(look) => guest.look_at_work(look.question),
                 HostMessage::Freeze if machine_is("unfrozen") => {
@@ -150,6 +168,12 @@ fn attached(guest: &Guest, account: &str) {
     if account == "liar" {
         let fault = Some("of what nobody asked".into());
         guest.say(&AgentMessage::Took { in_use: Resources::default(), fault });
+        let fault = Some("of what nobody asked".into());
+        guest.say(&AgentMessage::Processes(Processes {
+            question: 1,
+            fault,
+            ..Processes::default()
+        }));
     }
     guest.say(&AgentMessage::Attached);
     if account == "hostile" {
@@ -196,6 +220,13 @@ impl Guest {
         let mut stty = Command::new("stty");
         stty.args(["rows", &rows, "cols", &columns]).stdin(slave);
         stty.status().unwrap();
+    }
+
+    /// The root of "lifter" is her own mistress.
+    fn tell_processes(&self, question: u64) {
+        let most = self.most.lock().unwrap().filter(|_| !machine_is("lifter"));
+        let fault = machine_is("faulty").then(|| "there is \x1b[31mno pids.max".into());
+        self.say(&AgentMessage::Processes(Processes { question, count: 37, most, fault }));
     }
 
     /// "busy" has something to do for ever, "busy2" for two looks.

@@ -56,6 +56,9 @@ pub fn run() -> ! {
                     .collect();
                 let mut command = processes::command("machine");
                 command.env("HERMITAGE_LABEL", label);
+                if let Some(shape) = shape {
+                    command.env("HERMITAGE_RAM", shape.memory_bytes.to_string());
+                }
                 if resumed {
                     command.env("HERMITAGE_RESUME", "yes");
                 }

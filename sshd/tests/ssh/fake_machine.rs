@@ -37,7 +37,7 @@ pub struct Machine {
     /// The guest stands still.
     pub stands: AtomicBool,
     /// What becomes a copy of the disk, as long as that takes.
-    copying: Mutex<Option<File>>,
+    copying: Mutex<Option<(u64, File)>>,
     /// The account's disk; its lock is this process's as long as it lives.
     disk: File,
 }
@@ -162,55 +162,68 @@ impl Machine {
                 self.save(&file, account, disk_tag);
             }
             MachineRequest::Stop => self.end(End::Stopped),
-            MachineRequest::CopyDisk { room } => {
+            MachineRequest::CopyDisk { copy, room } => {
                 let file = File::from(OwnedFd::from(socket.unwrap()));
-                self.copy_disk(file, room);
+                self.copy_disk(copy, file, room);
             }
-            MachineRequest::CancelCopy => self.no_copy("it was called off"),
+            MachineRequest::CancelCopy { copy } => self.no_copy(Some(copy), "it was called off"),
         }
     }
 
-    /// "slowcopy" takes until it is called off, but 4 s at most; of "standing" the guest stands still for long.
-    fn copy_disk(self: &Arc<Self>, file: File, room: u64) {
+    /// "mixedcopy" has a word left of the copy before. "slowcopy" takes until it is called off, but 4 s at most; of "standing" the guest stands still for long.
+    fn copy_disk(self: &Arc<Self>, number: u64, file: File, room: u64) {
         assert!(self.stands.load(Ordering::SeqCst), "a copy, and the guest does not stand still");
         assert_eq!(file.metadata().unwrap().len(), 0);
         if label().starts_with("fullcopy") {
             let reason = format!("a copy takes much, and there is room for {}", room.min(1));
-            return self.event(&MachineEvent::CopyFailed { reason });
+            return self.event(&MachineEvent::CopyFailed { copy: number, reason });
+        }
+        if label().starts_with("mixedcopy") {
+            let reason = "it was called off".into();
+            self.event(&MachineEvent::CopyBegun { copy: number - 1, bytes: 7 });
+            self.event(&MachineEvent::CopyFailed { copy: number - 1, reason });
         }
         if label().starts_with("standing") {
             std::thread::sleep(Duration::from_millis(1500));
         }
         let bytes = data_bytes(&self.disk).unwrap();
         copy(&self.disk, &file).unwrap();
-        self.event(&MachineEvent::CopyBegun { bytes });
+        self.event(&MachineEvent::CopyBegun { copy: number, bytes });
         if !label().starts_with("slowcopy") {
-            return self.event(&MachineEvent::CopyDone { bytes });
+            return self.event(&MachineEvent::CopyDone { copy: number, bytes });
         }
-        *self.copying.lock().unwrap() = Some(file);
+        *self.copying.lock().unwrap() = Some((number, file));
         let machine = self.clone();
+        let mine = move |copying: &Option<(u64, File)>| {
+            copying.as_ref().is_some_and(|(copying, _)| *copying == number)
+        };
         std::thread::spawn(move || {
             for part in 0..40 {
                 std::thread::sleep(Duration::from_millis(100));
-                if machine.copying.lock().unwrap().is_none() {
+                if !mine(&machine.copying.lock().unwrap()) {
                     return;
                 }
-                machine.event(&MachineEvent::CopyProgress { bytes: bytes * part / 40 });
+                let bytes = bytes * part / 40;
+                machine.event(&MachineEvent::CopyProgress { copy: number, bytes });
             }
-            if machine.copying.lock().unwrap().take().is_some() {
-                machine.event(&MachineEvent::CopyDone { bytes });
+            let mut copying = machine.copying.lock().unwrap();
+            if mine(&copying) {
+                *copying = None;
+                machine.event(&MachineEvent::CopyDone { copy: number, bytes });
             }
         });
     }
 
-    fn no_copy(&self, reason: &str) {
-        if self.copying.lock().unwrap().take().is_some() {
-            self.event(&MachineEvent::CopyFailed { reason: reason.into() });
+    fn no_copy(&self, which: Option<u64>, reason: &str) {
+        let mut copying = self.copying.lock().unwrap();
+        let given_up = copying.take_if(|(number, _)| which.is_none_or(|which| which == *number));
+        if let Some((copy, _)) = given_up {
+            self.event(&MachineEvent::CopyFailed { copy, reason: reason.into() });
         }
     }
 
     fn save(&self, file: &File, account: [u8; 16], disk_tag: [u8; 16]) {
-        self.no_copy("the machine is being saved");
+        self.no_copy(None, "the machine is being saved");
         if label().starts_with("unsaveable") {
             let reason = "no space left on device".into();
             return self.event(&MachineEvent::SaveFailed { reason });
@@ -226,12 +239,12 @@ impl Machine {
             .filter_map(|(n, t)| Some((t.session?, n as u8, t.shown.clone())))
             .collect();
         let description = Description {
-            base: BaseId::parse(&"0f".repeat(16)).unwrap(),
+            base: BaseId::parse(&std::env::var("HERMITAGE_BASE").unwrap()).unwrap(),
             account: uuid::Uuid::from_bytes(account),
             disk_tag,
             created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
                 as i64,
-            ram: 1 << 20,
+            ram: std::env::var("HERMITAGE_RAM").map_or(1 << 20, |bytes| bytes.parse().unwrap()),
             vcpus: 1,
             state_version: 1,
         };

@@ -56,7 +56,7 @@ impl Service {
         std::fs::create_dir(&libexec).unwrap();
         let vmm = libexec.join("hermitage-vmm");
         let line = processes::command_line("fork_server");
-        std::fs::write(&vmm, format!("#!/bin/sh\n{line}\n")).unwrap();
+        std::fs::write(&vmm, format!("#!/bin/sh\nHERMITAGE_BASE=\"${{3##*/}}\" {line}\n")).unwrap();
         std::fs::set_permissions(&vmm, PermissionsExt::from_mode(0o755)).unwrap();
         let Options { ssh, machines } = options;
         // Tests do all kinds of things from this address.
@@ -131,16 +131,20 @@ impl Service {
         self.child.as_ref().unwrap().id() as i32
     }
 
-    /// An account with the test's key and [`PASSWORD`].
     /// Makes a base of nothing, with machines of those sizes, the current one.
     pub fn install_base(&self, machine: Machine) {
+        self.install_base_of(hermitage_guest_proto::VERSION, machine);
+    }
+
+    /// The same with agents that speak that version.
+    pub fn install_base_of(&self, agent_protocol: u16, machine: Machine) {
         let unnamed = self.path("state/bases/.new-test");
         let writer = BaseWriter::create(&unnamed, machine.most().memory_bytes).unwrap();
         let root = self.path("root.erofs");
         std::fs::write(&root, "nothing").unwrap();
         let description = Description {
             image: "00112233445566778899aabbccddeeff".into(),
-            agent_protocol: hermitage_guest_proto::VERSION,
+            agent_protocol,
             guest_kernel: "6.12".into(),
             machine,
             restorable_on: HostKind::here(1, "digest".into()).unwrap(),
@@ -150,6 +154,7 @@ impl Service {
         self.state().set_current_base(&id).unwrap();
     }
 
+    /// An account with the test's key and [`PASSWORD`].
     pub fn account(&self, name: &str) -> Account {
         let line = std::fs::read_to_string(self.path("id.pub")).unwrap();
         let mut new = NewAccount::new(AccountName::parse(name).unwrap());

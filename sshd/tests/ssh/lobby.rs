@@ -235,6 +235,18 @@ fn a_user_keeps_her_files_and_memory_when_she_is_not_there() {
         assert!(said.contains(words) && !said.contains("/tmp"), "{said}");
     }
     assert_eq!(service.state().checkpoints_dir(alice.id).read_dir().unwrap().count(), 2);
+    let taken = wait_for("the audit log", || {
+        let copies = crate::watching::audited(&service, "copy");
+        // What was refused, too, but for a name that is none.
+        (copies.len() == 5).then_some(copies)
+    });
+    let told: Vec<_> =
+        taken.iter().map(|copy| (copy["place"].as_str(), copy.get("error"))).collect();
+    assert!(matches!(told[0], (Some("one"), Some(_))), "her other session: {told:?}");
+    assert!(matches!(told[1..3], [(Some("one"), None), (Some("two"), None)]), "{told:?}");
+    assert!(told[3..].iter().all(|(_, error)| error.is_some()), "{told:?}");
+    assert!(taken[1]["bytes"].is_u64() && taken[1].get("uid").is_none(), "{}", taken[1]);
+    assert_eq!((&taken[1]["what"], &taken[1]["account"]), (&"checkpoint".into(), &"alice".into()));
     // And goes on where she was.
     let mut shell = Shell::open(&service, "alice");
     assert!(shell.expect("still").contains("resumed from"));

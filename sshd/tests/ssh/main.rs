@@ -26,6 +26,7 @@ mod lobby;
 mod login;
 mod openmetrics;
 mod penalties;
+mod process_limits;
 mod processes;
 mod quota;
 mod raw;

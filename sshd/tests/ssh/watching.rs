@@ -104,7 +104,7 @@ fn the_sessions_log_says_by_what_and_how() {
 }
 
 /// What is in the audit log by now, of this kind.
-fn audited(service: &Service, event: &str) -> Vec<Value> {
+pub fn audited(service: &Service, event: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(service.path("state/audit.jsonl")).unwrap_or_default();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect(line));
     lines.filter(|line| line["event"] == event).collect()

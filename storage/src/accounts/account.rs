@@ -60,6 +60,8 @@ pub struct Account {
     pub io_rate: Option<u64>,
     /// Operations a second, in each direction.
     pub io_operations: Option<u32>,
+    /// Processes and threads of the user's in her machine; 0: as many as its kernel has.
+    pub processes: Option<u32>,
     /// Until when its machine is kept awake; over if that is past.
     pub hold_until: Option<i64>,
 }
@@ -115,7 +117,8 @@ pub enum Change {
 const COLUMNS: &str = "id, name, uid, hostname, machine_id, password, disabled, created, removed, \
                        disk_bytes, max_sessions, linger_s, policy, max_linger_s, hold_until, class, \
                        max_streams, expires, disabled_until, guest_name, quota_bytes, cpu_weight, \
-                       cpu_percent, io_rate, io_operations, memory_bytes, vcpus";
+                       cpu_percent, io_rate, io_operations, memory_bytes, vcpus, \
+                       processes";
 
 impl Accounts {
     /// Makes an account with a new id and machine id, all of it or nothing.
@@ -262,9 +265,10 @@ pub(super) fn insert(
     tx.prepare_cached(
         "INSERT INTO accounts (id, name, uid, hostname, machine_id, password, created, disk_bytes, \
          max_sessions, linger_s, policy, max_linger_s, class, max_streams, expires, disabled, disabled_until, \
-         guest_name, quota_bytes, cpu_weight, cpu_percent, io_rate, io_operations, memory_bytes, vcpus) \
+         guest_name, quota_bytes, cpu_weight, cpu_percent, io_rate, io_operations, memory_bytes, vcpus, \
+         processes) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, \
-         ?21, ?22, ?23, ?24, ?25)",
+         ?21, ?22, ?23, ?24, ?25, ?26)",
     )?
     .execute(params![
         id.to_string(),
@@ -292,6 +296,7 @@ pub(super) fn insert(
         new.io_operations,
         memory,
         new.vcpus,
+        new.processes,
     ])?;
     for key in &new.keys {
         insert_key(tx, *id, key)?;
@@ -378,6 +383,7 @@ fn account(row: &Row) -> Result<Account, rusqlite::Error> {
         io_operations: row.get(24)?,
         memory_bytes: row.get::<_, Option<i64>>(25)?.map(i64::unsigned_abs),
         vcpus: row.get(26)?,
+        processes: row.get(27)?,
     })
 }
 

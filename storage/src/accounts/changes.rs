@@ -28,6 +28,7 @@ pub struct Changes {
     pub cpu_percent: Option<Option<u32>>,
     pub io_rate: Option<Option<u64>>,
     pub io_operations: Option<Option<u32>>,
+    pub processes: Option<Option<u32>>,
     pub expires: Option<Option<i64>>,
     pub disabled: Option<bool>,
     /// argon2id, PHC string.
@@ -162,6 +163,7 @@ fn apply(
     set("cpu_percent", sql(&changes.cpu_percent))?;
     set("io_rate", sql(&io_rate))?;
     set("io_operations", sql(&changes.io_operations))?;
+    set("processes", sql(&changes.processes))?;
     set("expires", sql(&changes.expires))?;
     set("password", sql(&changes.password))?;
     set("disabled", sql(&changes.disabled))?;

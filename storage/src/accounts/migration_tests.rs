@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::*;
 
-const SCHEMAS: [&str; 8] = [
+const SCHEMAS: [&str; 9] = [
     include_str!("../../testdata/accounts-schema-1.sql"),
     include_str!("../../testdata/accounts-schema-2.sql"),
     include_str!("../../testdata/accounts-schema-3.sql"),
@@ -14,6 +14,7 @@ const SCHEMAS: [&str; 8] = [
     include_str!("../../testdata/accounts-schema-6.sql"),
     include_str!("../../testdata/accounts-schema-7.sql"),
     include_str!("../../testdata/accounts-schema-8.sql"),
+    include_str!("../../testdata/accounts-schema-9.sql"),
 ];
 
 const ALICE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
@@ -187,4 +188,22 @@ fn shares_of_schema_8_stay_and_machines_have_what_their_base_says() {
             Changes { memory_bytes: Some(memory_bytes), vcpus: Some(vcpus), ..Changes::default() };
         assert!(accounts.change(ALICE, &changes).is_err(), "{memory_bytes:?} {vcpus:?}");
     }
+}
+
+#[test]
+fn sizes_of_schema_9_stay_and_processes_are_as_many_as_there_can_be() {
+    let (_dir, mut accounts) = brought_forward(SCHEMAS[8]);
+    let bob = accounts.named("bob").unwrap();
+    assert_eq!(
+        (bob.io_operations, bob.memory_bytes, bob.vcpus),
+        (Some(300), Some(1 << 30), Some(2))
+    );
+    assert_eq!(bob.processes, None);
+    let changes = Changes { processes: Some(Some(60)), ..Changes::default() };
+    assert_eq!(accounts.change(bob.id, &changes).unwrap(), ["processes"]);
+    assert_eq!(accounts.change(bob.id, &changes).unwrap(), [] as [&str; 0]);
+    assert_eq!(accounts.named("bob").unwrap().processes, Some(60));
+    let mut new = NewAccount::new(AccountName::parse("dave").unwrap());
+    new.processes = Some(0);
+    assert_eq!(accounts.create(&new).unwrap().processes, Some(0));
 }

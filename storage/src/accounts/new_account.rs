@@ -24,6 +24,7 @@ pub struct NewAccount {
     pub cpu_percent: Option<u32>,
     pub io_rate: Option<u64>,
     pub io_operations: Option<u32>,
+    pub processes: Option<u32>,
     pub expires: Option<i64>,
     /// Made closed: nobody logs in until it is opened.
     pub disabled: bool,
@@ -52,6 +53,7 @@ impl NewAccount {
             cpu_percent: None,
             io_rate: None,
             io_operations: None,
+            processes: None,
             expires: None,
             disabled: false,
             disabled_until: None,

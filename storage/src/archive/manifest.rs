@@ -69,6 +69,8 @@ pub struct Settings {
     pub io_rate: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_operations: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u32>,
     pub disk_bytes: u64,
 }
 
@@ -116,6 +118,7 @@ impl Settings {
             cpu_percent: account.cpu_percent,
             io_rate: account.io_rate,
             io_operations: account.io_operations,
+            processes: account.processes,
             disk_bytes: account.disk_bytes,
         }
     }
@@ -240,6 +243,7 @@ impl Manifest {
         new.cpu_percent = settings.cpu_percent;
         new.io_rate = settings.io_rate;
         new.io_operations = settings.io_operations;
+        new.processes = settings.processes;
         let digits = &settings.machine_id;
         let machine_id = u128::from_str_radix(digits, 16)
             .ok()

@@ -258,6 +258,7 @@ fn manifest() -> Manifest {
         cpu_percent: None,
         io_rate: None,
         io_operations: None,
+        processes: None,
         disk_bytes: DISK,
     };
     let disk = Disk { bytes: DISK, data_bytes: 8192 };

@@ -20,7 +20,7 @@ pub use socket::{Packet, SocketError, message_pair, receive, send, stream_pair};
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; `serve` and `hermitage-vmm` must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
@@ -130,10 +130,11 @@ pub enum MachineRequest {
     /// it is when this is taken up, holes included, while the machine goes on; it gets at most `room` bytes.
     /// Answered by [`MachineEvent::CopyBegun`] when nothing that the guest writes from then on is in it, then
     /// by [`MachineEvent::CopyDone`]; or, whenever it comes to nothing, by [`MachineEvent::CopyFailed`], once.
-    /// A save gives it up.
-    CopyDisk { room: u64 },
-    /// Give up the copy that is being made. Without one this is nothing.
-    CancelCopy,
+    /// A save gives it up. `copy` is a number that was not used before in this machine; each of the answers has it,
+    /// since those of a copy that nobody waits for any more come when they come.
+    CopyDisk { copy: u64, room: u64 },
+    /// Give that copy up. If it is over, or was never asked for, this is nothing.
+    CancelCopy { copy: u64 },
 }
 
 /// A machine to `serve`.
@@ -177,17 +178,21 @@ pub enum MachineEvent {
     },
     /// So many bytes of data are to be copied; 0: the file system shares them.
     CopyBegun {
+        copy: u64,
         bytes: u64,
     },
     /// So many were up to now.
     CopyProgress {
+        copy: u64,
         bytes: u64,
     },
     /// The file is the disk as it was. It was not synced.
     CopyDone {
+        copy: u64,
         bytes: u64,
     },
     CopyFailed {
+        copy: u64,
         reason: String,
     },
 }

@@ -21,7 +21,7 @@ use copying::Copies;
 use saving::Saving;
 
 use crate::{
-    devices::virtio::VsockOutcome,
+    devices::virtio::{VsockOutcome, WhichCopy},
     memory::PAGE_SIZE,
     poller::{Event, Interest, Key},
     snapshot::Origin,
@@ -222,8 +222,12 @@ impl Server<'_> {
             }
             MachineRequest::Stop => return Some(End::Stopped),
             MachineRequest::Continue => self.go_on(),
-            MachineRequest::CopyDisk { room } => self.copy_disk(descriptors.next(), room),
-            MachineRequest::CancelCopy => devices.block.no_copy("it was called off"),
+            MachineRequest::CopyDisk { copy, room } => {
+                self.copy_disk(copy, descriptors.next(), room);
+            }
+            MachineRequest::CancelCopy { copy } => {
+                devices.block.no_copy(WhichCopy::Number(copy), "it was called off");
+            }
             // Saved above; it runs already.
             MachineRequest::Save { .. } | MachineRequest::Go => {}
         }
@@ -242,7 +246,7 @@ impl Server<'_> {
             self.machine.end(End::Stopped);
         }
         self.saving = Saving::No;
-        self.machine.devices.block.no_copy("the service is gone");
+        self.machine.devices.block.no_copy(WhichCopy::Any, "the service is gone");
         self.orphaned = Some(Instant::now());
     }
 

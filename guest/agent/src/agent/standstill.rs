@@ -25,6 +25,7 @@ impl Agent {
         };
         self.control.send(&AgentMessage::Frozen)?;
         let mut poller = Poller::new();
+        let mut wished = None;
         loop {
             poller.clear();
             poller.add(&self.control, (), true, self.control.wants_to_write());
@@ -38,8 +39,18 @@ impl Agent {
                 match message {
                     HostMessage::Resume(resume) => {
                         attach::refresh(&resume, &self.booted.clock)?;
+                        let limited =
+                            wished.map(|(question, most)| (question, self.limit_processes(most)));
                         drop(frozen);
-                        return self.go_on();
+                        self.go_on()?;
+                        return match limited {
+                            Some((question, fault)) => self.tell_processes(question, fault),
+                            None => Ok(()),
+                        };
+                    }
+                    // For when processes go on.
+                    HostMessage::LimitProcesses { question, most } => {
+                        wished = Some((question, most));
                     }
                     HostMessage::PowerOff { .. } => self.power_off_frozen(frozen),
                     other => log::warn(format_args!("frozen, the host says {other:?}: ignored")),

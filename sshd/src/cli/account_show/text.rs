@@ -82,6 +82,21 @@ impl View {
         text
     }
 
+    /// `37 of 500 (its own)`
+    fn processes(&self) -> String {
+        let by = self.by(self.account.processes.is_some());
+        let mut text = match (self.processes.count, self.limits.processes) {
+            (Some(count), Some(most)) => format!("{count} of {most}{by}"),
+            (Some(count), None) => format!("{count}, no limit{by}"),
+            (None, Some(most)) => format!("at most {most}{by}"),
+            (None, None) => format!("no limit{by}"),
+        };
+        if let Some(fault) = &self.processes.fault {
+            text.push_str(&format!("; not enforced: {fault}"));
+        }
+        text
+    }
+
     /// Where a limit comes from.
     fn by(&self, own: bool) -> String {
         match (&self.account.class, own) {
@@ -123,6 +138,7 @@ impl View {
             ("size", self.size_words()),
             ("cpu", self.cpu()),
             ("i/o", self.io()),
+            ("processes", self.processes()),
         ];
         if let Some(until) = self.invited {
             facts.push((

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use hermitage::admin::protocol::{SOCKET_NAME, Status};
 use hermitage::{span, time};
 use hermitage_storage::accounts::{Accounts, Copies};
-use hermitage_storage::{incoming, publish};
+use hermitage_storage::{incoming, leftovers, publish};
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
@@ -75,20 +75,9 @@ fn mode_differs(check: &'static str, path: PathBuf, is: u32, wanted: u32) -> Fin
 pub fn leftovers(context: &Context) -> Vec<Finding> {
     const CHECK: &str = "leftovers";
     let state = &context.state;
-    let mut folders = vec![
-        state.root().to_owned(),
-        state.images_dir(),
-        state.bases_dir(),
-        state.disk_templates_dir(),
-        Copies::of(&state.database()).dir().to_owned(),
-    ];
-    for account in fs::read_dir(state.accounts_dir()).into_iter().flatten().flatten() {
-        folders.push(account.path());
-        folders.push(account.path().join(hermitage_storage::StateDir::CHECKPOINTS));
-    }
     let mut found = Vec::new();
     let mut sweep = Vec::new();
-    for folder in folders {
+    for folder in leftovers::folders(state) {
         let left = publish::leftovers(&folder).unwrap_or_default();
         if !left.is_empty() {
             found.extend(left);
@@ -111,9 +100,7 @@ pub fn leftovers(context: &Context) -> Vec<Finding> {
         format!("delete {count} that killed commands left half-made, {} first", first.display());
     let found = format!("{count} half-made, as {}", first.display());
     vec![Finding::fixable(CHECK, found, words, move |context| {
-        for folder in &sweep {
-            publish::sweep(folder).with_context(|| folder.display().to_string())?;
-        }
+        leftovers::sweep(sweep.iter().cloned()).1?;
         if restored {
             incoming::sweep(&context.state, &context.accounts()?)?;
         }

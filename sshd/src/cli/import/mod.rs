@@ -41,6 +41,8 @@ The first line names the columns, in any order; only name is needed, and an empt
   policy      save, keep or discard
   memory      of its machine: 1GiB
   vcpus       virtual CPUs of its machine
+  processes   most processes and threads in its machine
+  cpu_weight, cpu_percent, io_rate, io_operations   as the options of account set
   expires     2027-06-30, 2027-06-30T18:00 (UTC) or never
   disabled    yes or no
 

@@ -45,6 +45,7 @@ enum Column {
     CpuPercent,
     IoRate,
     IoOperations,
+    Processes,
     Expires,
     Disabled,
 }
@@ -67,6 +68,7 @@ const COLUMNS: &[(&str, Column)] = &[
     ("cpu_percent", Column::CpuPercent),
     ("io_rate", Column::IoRate),
     ("io_operations", Column::IoOperations),
+    ("processes", Column::Processes),
     ("expires", Column::Expires),
     ("disabled", Column::Disabled),
 ];
@@ -250,6 +252,9 @@ fn row(line: u64, columns: &[Column], record: &csv::ByteRecord) -> Result<Row, V
             }
             Column::IoOperations => {
                 take(&mut wanted.io_operations, account_limits::io_operations(text).map_err(told))
+            }
+            Column::Processes => {
+                take(&mut wanted.processes, account_limits::processes(text).map_err(told))
             }
             Column::Expires => {
                 take(&mut wanted.expires, account_limits::expiry(text).map_err(told))

@@ -92,6 +92,7 @@ impl Driver {
         self.vigil.max_linger = limits.max_linger;
         if let Some(machine) = self.machine() {
             machine.limit(limits.share);
+            machine.limit_processes(limits.processes);
         }
         if self.lifecycle.held.is_some() || limits.policy == Policy::Keep {
             // Work may go on for as long when they end.

@@ -21,6 +21,7 @@ mod malformed;
 mod operator;
 mod other_clients;
 mod pressure;
+mod processes;
 mod resume;
 mod session;
 mod sharing;
@@ -63,5 +64,6 @@ pub fn all() -> Vec<Test> {
     all.extend(limits::TESTS);
     all.extend(sharing::TESTS);
     all.extend(sizes::TESTS);
+    all.extend(processes::TESTS);
     all
 }

@@ -22,7 +22,7 @@ mod fuzz;
 mod testing;
 
 pub use balloon::Balloon;
-pub use block::{Block, BlockStats, CopyNews, CopyOrder};
+pub use block::{Block, BlockStats, CopyNews, CopyOrder, WhichCopy};
 pub use console::{Console, ConsoleStats};
 pub use transport::{Context, Transport, TransportState, VirtioDevice};
 pub use vsock::{Vsock, VsockOutcome, VsockState, VsockStats};

@@ -11,6 +11,7 @@ use hermitage_vmm_proto::MachineEvent;
 
 use super::Server;
 use crate::{
+    devices::virtio::WhichCopy,
     snapshot::{SaveRequest, save},
     stages::Stages,
 };
@@ -48,7 +49,7 @@ impl Server<'_> {
             return self.tell(&refuse("a save needs two descriptors, a file and a page map"));
         };
         // Its thread has to come to rest, and a copy may take longer than a save may wait.
-        self.machine.devices.block.no_copy("the machine is being saved");
+        self.machine.devices.block.no_copy(WhichCopy::Any, "the machine is being saved");
         let (file, pagemap) = (File::from(file), File::from(pagemap));
         let request = SaveRequest { file, pagemap, account, disk_tag: tag };
         let now = Instant::now();

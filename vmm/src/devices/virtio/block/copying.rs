@@ -41,6 +41,8 @@ pub enum CopyNews {
 
 /// A copy that is wanted. Exactly one [`CopyNews::Over`] comes of it, unless the machine ends.
 pub struct CopyOrder {
+    /// What it is given up by.
+    pub number: u64,
     /// An empty file, open for reading and writing, that becomes the copy.
     pub side: File,
     /// Bytes that it may get.
@@ -56,7 +58,7 @@ impl CopyOrder {
 
     /// None: it is over already.
     pub fn begin(self, disk: &Arc<File>) -> Option<Copying> {
-        let Self { side, room, tell } = self;
+        let Self { number, side, room, tell } = self;
         match DiskCopy::begin(disk.clone(), side, room) {
             Ok(Begun::Whole) => {
                 tell(CopyNews::Begun(0));
@@ -67,6 +69,7 @@ impl CopyOrder {
                 tell(CopyNews::Begun(bytes));
                 let now = Instant::now();
                 Some(Copying {
+                    number,
                     copy,
                     tell,
                     aside: VecDeque::new(),
@@ -85,6 +88,7 @@ impl CopyOrder {
 }
 
 pub struct Copying {
+    number: u64,
     copy: Box<DiskCopy>,
     tell: Box<dyn Fn(CopyNews) + Send>,
     /// Requests that change more than can be copied on their way. At most as many as the queue has entries.
@@ -105,6 +109,10 @@ pub struct Step {
 }
 
 impl Copying {
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
     pub fn is_of(&self, disk: Option<&Arc<File>>) -> bool {
         disk.is_some_and(|disk| self.copy.is_of(disk))
     }

@@ -17,6 +17,7 @@ mod work;
 mod worker;
 
 pub use copying::{CopyNews, CopyOrder};
+pub use worker::Which as WhichCopy;
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -276,11 +277,11 @@ impl Transport<Block> {
         })
     }
 
-    /// Gives up the copy that is being made, if there is one.
-    pub fn no_copy(&self, reason: &str) {
+    /// Gives up the copy that is being made, if it is such a one.
+    pub fn no_copy(&self, which: WhichCopy, reason: &str) {
         self.look(|block| {
             if let Some(worker) = &block.worker {
-                worker.no_copy(reason.to_owned());
+                worker.no_copy(which, reason.to_owned());
             }
         });
     }

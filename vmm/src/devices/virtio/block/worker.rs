@@ -46,15 +46,32 @@ struct Shared {
     held: AtomicUsize,
 }
 
+/// Which copy is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    Any,
+    Number(u64),
+}
+
+impl Which {
+    fn is(self, number: u64) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Number(which) => which == number,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Inbox {
     requests: VecDeque<Request>,
     disk: Option<Arc<File>>,
     /// No write waits for room: it fails instead, at once.
     impatient: bool,
-    /// A copy that is to be begun, or to be given up, for this reason.
+    /// A copy that is to be begun.
     copy: Option<CopyOrder>,
-    no_copy: Option<String>,
+    /// Which are to be given up, and why.
+    no_copy: VecDeque<(Which, String)>,
     closed: bool,
 }
 
@@ -100,13 +117,13 @@ impl Worker {
         self.0.wake.notify_one();
     }
 
-    /// Gives up the copy that is being made, if there is one.
-    pub fn no_copy(&self, reason: String) {
+    /// Gives up the copy that is being made, if it is such a one.
+    pub fn no_copy(&self, which: Which, reason: String) {
         let mut inbox = self.0.inbox();
-        if let Some(order) = inbox.copy.take() {
+        if let Some(order) = inbox.copy.take_if(|order| which.is(order.number)) {
             order.refuse(reason.clone());
         }
-        inbox.no_copy = Some(reason);
+        inbox.no_copy.push_back((which, reason));
         drop(inbox);
         self.0.wake.notify_one();
     }
@@ -153,7 +170,7 @@ enum Turn {
     /// Answers what waits for room with an error.
     GiveUp(Vec<Request>),
     BeginCopy(CopyOrder),
-    EndCopy(String),
+    EndCopy(Which, String),
     CopyStep,
 }
 
@@ -182,12 +199,12 @@ fn next(shared: &Shared, work: &mut DiskWork, last: Last) -> Option<Job> {
         let now = Instant::now();
         let may_wait = !inbox.impatient;
         let steps = work.copying.as_ref().and_then(|copying| copying.due_in(now));
-        let turn = if let Some(reason) = inbox.no_copy.take() {
-            Some(Turn::EndCopy(reason))
+        let turn = if let Some((which, reason)) = inbox.no_copy.pop_front() {
+            Some(Turn::EndCopy(which, reason))
         } else if let Some(order) = inbox.copy.take() {
             Some(Turn::BeginCopy(order))
         } else if !may_wait && work.copying.is_some() {
-            Some(Turn::EndCopy("the guest has reset its disk".into()))
+            Some(Turn::EndCopy(Which::Any, "the guest has reset its disk".into()))
         } else if !may_wait && !work.held.is_empty() {
             Some(Turn::GiveUp(work.held.drain()))
         } else if steps.is_some_and(|due| due.is_zero())
@@ -263,7 +280,12 @@ impl DiskWork<'_> {
                 }
                 vec![]
             }
-            Turn::EndCopy(reason) => self.end_copy(Err(reason), disk, may_wait),
+            Turn::EndCopy(which, reason) => {
+                match self.copying.as_ref().is_some_and(|copying| which.is(copying.number())) {
+                    true => self.end_copy(Err(reason), disk, may_wait),
+                    false => vec![],
+                }
+            }
             Turn::CopyStep => match self.copying.as_mut().map(Copying::step) {
                 Some(Ok(step)) if step.whole => self.end_copy(Ok(()), disk, may_wait),
                 Some(Ok(step)) => {

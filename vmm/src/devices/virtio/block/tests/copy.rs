@@ -38,13 +38,16 @@ pub(super) fn side() -> File {
     memfd_create("side", MemfdFlags::CLOEXEC).unwrap().into()
 }
 
+/// Of each copy here, but where two are told apart.
+const NUMBER: u64 = 1;
+
 /// What came of a copy.
 struct Asked(mpsc::Receiver<CopyNews>);
 
 fn order(side: &File, room: u64) -> (CopyOrder, Asked) {
     let (sender, news) = mpsc::channel();
     let tell = Box::new(move |one| drop(sender.send(one)));
-    (CopyOrder { side: side.try_clone().unwrap(), room, tell }, Asked(news))
+    (CopyOrder { number: NUMBER, side: side.try_clone().unwrap(), room, tell }, Asked(news))
 }
 
 impl Asked {
@@ -188,15 +191,28 @@ fn one_at_a_time_and_each_can_be_called_off() {
     assert!(matches!(first.next(), CopyNews::Begun(_)));
     let second = guest.copy(&other, u64::MAX);
     assert!(second.over().unwrap_err().contains("already"));
-    guest.driver.device.no_copy("it was called off");
+    guest.driver.device.no_copy(WhichCopy::Number(NUMBER), "it was called off");
     assert_eq!(first.over(), Err("it was called off".into()));
     assert_eq!(guest.write(5, &[1; 512]), OK);
     // A word too many means nothing, and the next copy is one again.
-    guest.driver.device.no_copy("it was called off");
+    guest.driver.device.no_copy(WhichCopy::Number(NUMBER), "it was called off");
     assert_eq!(guest.write(6, &[1; 512]), OK);
     let expected = bytes_of(&other).len();
     assert_eq!(expected, 0);
     guest.copy(&other, u64::MAX).over().unwrap();
+}
+
+#[test]
+fn calling_off_a_copy_that_is_over_does_not_call_off_the_next() {
+    let (_, mut guest) = large();
+    let side = side();
+    let (order, asked) = order(&side, u64::MAX);
+    guest.driver.device.copy(CopyOrder { number: 8, ..order }).unwrap();
+    guest.driver.device.no_copy(WhichCopy::Number(7), "it was called off");
+    assert!(matches!(asked.next(), CopyNews::Begun(_)));
+    guest.driver.device.no_copy(WhichCopy::Number(7), "it was called off");
+    assert_eq!(guest.write(5, &[1; 512]), OK);
+    asked.over().unwrap();
 }
 
 /// Nobody holds the file of a copy that is over.
@@ -213,7 +229,7 @@ fn nothing_of_a_copy_remains() {
     let asked = guest.copy(&side, u64::MAX);
     assert!(matches!(asked.next(), CopyNews::Begun(_)));
     assert_eq!(holders(), alone + 1);
-    guest.driver.device.no_copy("it was called off");
+    guest.driver.device.no_copy(WhichCopy::Number(NUMBER), "it was called off");
     asked.over().unwrap_err();
     until("the file to be closed", || holders() == alone);
 }
@@ -292,7 +308,7 @@ fn a_copy_does_not_keep_a_machine_from_being_saved() {
     let asked = guest.copy(&side, u64::MAX);
     assert!(matches!(asked.next(), CopyNews::Begun(_)));
     guest.discard_all();
-    guest.driver.device.no_copy("the machine is being saved");
+    guest.driver.device.no_copy(WhichCopy::Any, "the machine is being saved");
     assert!(guest.driver.device.drain(Duration::from_secs(5)));
     asked.over().unwrap_err();
     guest.driver.device.save().unwrap();
