@@ -19,13 +19,6 @@ pub struct Kept<'a> {
     pub memory: Option<(&'a File, &'a Header)>,
 }
 
-impl<'a> Kept<'a> {
-    /// Of an account whose machine runs: a copy of its disk.
-    pub fn copy(disk: &'a File) -> Self {
-        Self { disk, memory: None }
-    }
-}
-
 pub struct AtRest {
     pub account: Uuid,
     /// Locked.

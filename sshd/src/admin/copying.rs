@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use hermitage_storage::publish::NewFile;
 use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
@@ -11,7 +10,7 @@ use tokio::{
 
 use super::{answer, asker, protocol::Reply, refused};
 use crate::{
-    lifecycle::{CopyNews, discard},
+    lifecycle::{Copies, CopyNews, discard},
     server::Server,
     watch::{Copied, Event},
 };
@@ -25,6 +24,7 @@ const UNREAD: Duration = Duration::from_secs(60);
 pub(super) async fn copy_disk(
     server: &Server,
     name: &str,
+    memory: bool,
     mut stream: UnixStream,
 ) -> std::io::Result<()> {
     let account = match server.store.by_name(name).await {
@@ -48,17 +48,20 @@ pub(super) async fn copy_disk(
             error,
         });
     };
-    let mut news = server.registry.copy_disk(&account).await;
+    let mut news = server.registry.copy(&account, memory).await;
     let mut tick = interval(TELL);
-    let (mut copied, mut of) = (0, 0);
+    let (mut of, mut stands) = (0, Reply::Waiting { for_another: false });
     let reply = loop {
         tokio::select! {
             one = news.recv() => match one {
-                Some(CopyNews::Copying { copied: now, of: all }) => (copied, of) = (now, all),
+                Some(CopyNews::Waiting { for_another }) => stands = Reply::Waiting { for_another },
+                Some(CopyNews::Copying { copied, of: all }) => {
+                    (of, stands) = (all, Reply::Copying { copied, of: all });
+                }
                 Some(CopyNews::NotRunning) => break Reply::NotRunning,
-                Some(CopyNews::Over(Ok(copy))) => {
+                Some(CopyNews::Over(Ok(copies))) => {
                     tell(of, None);
-                    return hand_out(copy, stream).await;
+                    return hand_out(copies, stream).await;
                 }
                 Some(CopyNews::Over(Err(reason))) => {
                     tell(0, Some(reason.clone()));
@@ -71,8 +74,7 @@ pub(super) async fn copy_disk(
             },
             // One that does not read holds its machine's rest up, and others' copies.
             _ = tick.tick() => {
-                let reply = Reply::Copying { copied, of };
-                let told = timeout(UNREAD, answer(&mut stream, &reply)).await;
+                let told = timeout(UNREAD, answer(&mut stream, &stands)).await;
                 if !matches!(told, Ok(Ok(()))) {
                     tell(0, Some("whoever wanted it does not read".into()));
                     return told?;
@@ -88,13 +90,15 @@ pub(super) async fn copy_disk(
     answer(&mut stream, &reply).await
 }
 
-/// The copy goes with the connection.
-async fn hand_out(copy: NewFile, mut stream: UnixStream) -> std::io::Result<()> {
-    let told = answer(&mut stream, &Reply::Copied { path: copy.path().to_owned() }).await;
+/// The copies go with the connection.
+async fn hand_out(copies: Copies, mut stream: UnixStream) -> std::io::Result<()> {
+    let path = copies.disk.path().to_owned();
+    let memory = copies.memory.as_ref().map(|memory| memory.path().to_owned());
+    let told = answer(&mut stream, &Reply::Copied { path, memory }).await;
     if told.is_ok() {
         closed(&mut stream).await;
     }
-    discard(copy);
+    discard(copies);
     told
 }
 

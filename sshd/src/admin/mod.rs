@@ -151,7 +151,9 @@ async fn attend(server: &Server, mut stream: UnixStream) -> std::io::Result<()> 
             answer(&mut stream, &reply).await
         }
         Request::Console { account } => console(server, &account, stream).await,
-        Request::CopyDisk { account } => copying::copy_disk(server, &account, stream).await,
+        Request::CopyDisk { account, memory } => {
+            copying::copy_disk(server, &account, memory, stream).await
+        }
         Request::CountProcesses { account } => {
             let reply = count_processes(server, &account).await;
             answer(&mut stream, &reply).await

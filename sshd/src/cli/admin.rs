@@ -4,9 +4,11 @@ use super::context::Context;
 use super::size;
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::{MAX_REPLY, Reply, Request, SOCKET_NAME};
+use hermitage_storage::snapshot::{self, Header};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long the service may take for an answer. Stopping a machine takes what the guest is given to
@@ -89,38 +91,82 @@ pub enum Copied {
     NoService,
     /// No machine is.
     NotRunning,
-    /// Nobody else has it any more: it is gone when this is closed.
-    Copy(File),
+    Copy(InUse),
+}
+
+/// The state of one moment of an account whose machine goes on.
+pub struct InUse {
+    pub disk: File,
+    pub disk_path: PathBuf,
+    /// Saved memory for exactly that disk, which does not have its tag yet.
+    pub memory: Option<InUseMemory>,
+    /// The files' names go with it, the files with what is open here.
+    _connection: BufReader<UnixStream>,
+}
+
+pub struct InUseMemory {
+    pub file: File,
+    pub path: PathBuf,
+    pub header: Box<Header>,
+}
+
+impl InUse {
+    fn open(
+        disk_path: PathBuf,
+        memory: Option<PathBuf>,
+        connection: BufReader<UnixStream>,
+    ) -> anyhow::Result<Self> {
+        let open = |path: &Path| {
+            File::open(path).with_context(|| format!("opening the copy {}", path.display()))
+        };
+        let disk = open(&disk_path)?;
+        let memory = match memory {
+            None => None,
+            Some(path) => {
+                let file = open(&path)?;
+                let header = snapshot::read_header(&file)
+                    .with_context(|| format!("looking at the copy {}", path.display()))?;
+                Some(InUseMemory { file, path, header: Box::new(header) })
+            }
+        };
+        Ok(Self { disk, disk_path, memory, _connection: connection })
+    }
 }
 
 /// A copy that takes longer than this is spoken of, this often.
 const QUIET: Duration = Duration::from_secs(2);
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// A copy of the disk of an account's running machine, as it is now.
-pub fn copy_disk(context: &Context, account: &str) -> anyhow::Result<Copied> {
-    let request = Request::CopyDisk { account: account.to_owned() };
+/// A copy of the disk of an account's running machine, as it is now, and of its memory if `memory`.
+pub fn copy_disk(context: &Context, account: &str, memory: bool) -> anyhow::Result<Copied> {
+    let request = Request::CopyDisk { account: account.to_owned(), memory };
     let Some(Answer { mut reply, mut stream }) = ask(context, &request)? else {
         return Ok(Copied::NoService);
     };
     let mut next = Instant::now() + QUIET;
+    let mut waited = false;
     loop {
         match reply {
-            Reply::Copying { copied, of } => {
-                if Instant::now() >= next {
+            reply @ (Reply::Waiting { .. } | Reply::Copying { .. }) => {
+                let (waits, words) = match reply {
+                    Reply::Copying { copied, of } => {
+                        let (copied, of) = (size::show(copied), size::show(of));
+                        (false, format!("copying the disk: {copied} of {of}"))
+                    }
+                    Reply::Waiting { for_another: true } => {
+                        (true, "waiting for another copy to be done".into())
+                    }
+                    _ => (true, "waiting for its machine".into()),
+                };
+                // Whoever was told that it waits is told when it begins.
+                if Instant::now() >= next || waited && !waits {
                     next = Instant::now() + PROGRESS;
-                    let (copied, of) = (size::show(copied), size::show(of));
-                    context
-                        .out
-                        .note(format!("{account} is in use; copying the disk: {copied} of {of}"));
+                    waited = waits;
+                    context.out.note(format!("{account} is in use; {words}"));
                 }
             }
-            Reply::Copied { path } => {
-                // The file's name goes with the connection, the file with what is open here.
-                let opened = File::open(&path);
-                return opened
-                    .map(Copied::Copy)
-                    .with_context(|| format!("opening the copy {}", path.display()));
+            Reply::Copied { path, memory } => {
+                return InUse::open(path, memory, stream).map(Copied::Copy);
             }
             Reply::NotRunning => return Ok(Copied::NotRunning),
             Reply::Error { message } => bail!("the service answered: {message}"),

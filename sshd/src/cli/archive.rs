@@ -25,8 +25,8 @@ The archive holds settings, keys, the password's hash and every file, and with -
 knew: it is as secret as the account.
 
 A machine that runs goes on: the service copies its disk as it is at one moment, with all that programs have written
-by then, which they notice as a pause of a moment. There must be room for the copy beside the disk. Memory is
-to be had only with --stop.
+by then, which they notice as a pause of a moment; with --memory, as long as that takes to be written. There must be
+room for the copies beside the disk.
 
 Of an account whose machine does not run: while the archive is written nobody logs in, unless the file system can copy
 a disk at once (XFS, Btrfs).
@@ -50,7 +50,7 @@ pub struct Export {
     /// Where to: a file that is not there yet, or - for standard output
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Also what is saved of its machine's memory; of one that runs with --stop
+    /// Also its machine's memory
     #[arg(long)]
     memory: bool,
     /// End its sessions and put its machine to rest first, if it runs, instead of copying its disk
@@ -102,7 +102,8 @@ pub fn export(context: &Context, wanted: &Export) -> anyhow::Result<()> {
     }
     context.out.show(&object, || {
         let memory = match (in_use, memory) {
-            (true, _) => ", as its disk was while in use",
+            (true, false) => ", as its disk was while in use",
+            (true, true) => ", with its memory, as they were while in use",
             (false, true) => ", with its memory",
             (false, false) => "",
         };
@@ -136,10 +137,9 @@ fn take_out(
     account: &Account,
     wanted: &Export,
 ) -> anyhow::Result<Exported> {
-    let held = match (wanted.stop, wanted.memory) {
-        (true, _) => Held::Rest(rest::take(context, account, true)?),
-        (false, true) => Held::Rest(rest::take_with_memory(context, account)?),
-        (false, false) => rest::take_or_copy(context, account)?,
+    let held = match wanted.stop {
+        true => Held::Rest(rest::take(context, account, true)?),
+        false => rest::take_or_copy(context, account, wanted.memory)?,
     };
     let version = env!("CARGO_PKG_VERSION");
     let described =
@@ -179,8 +179,9 @@ fn write(
     let exporting = || format!("exporting {}", account.name);
     let AtRest { disk, memory, .. } = match held {
         Held::Rest(at_rest) => at_rest,
-        Held::Copy(copy) => {
-            let source = Source { manifest, disk: &copy, memory: None };
+        Held::Copy(copies) => {
+            let memory = copies.memory.as_ref().map(|memory| &memory.file);
+            let source = Source { manifest, disk: &copies.disk, memory };
             return archive::write(&mut out, &source).with_context(exporting);
         }
     };

@@ -24,7 +24,7 @@ A backup's directory holds runs; what has not changed between two is there once.
 together, and best kept on another disk.
 
 Machines that run go on: the service copies the disk of each as it is at one moment (hermitage account export --help). With
---memory those in which nobody is logged in are put to rest instead, and of the others there are files alone.
+--memory those in which nobody is logged in are put to rest instead, and of the others the memory is copied as well.
 
 Examples:
   hermitage backup create /backup/hermitage             each night
@@ -42,7 +42,7 @@ pub enum Command {
         /// Only this account; can be given again
         #[arg(long, value_name = "NAME")]
         account: Vec<String>,
-        /// Also what is saved of machines' memory
+        /// Also machines' memory
         #[arg(long)]
         memory: bool,
         /// End sessions and put machines that run to rest, instead of copying their disks
@@ -205,7 +205,7 @@ fn add(
     let stopped = (how.stop || how.memory) && runs() && (how.stop || idle(context, account)?);
     let held = match stopped {
         true => Held::Rest(rest::take(context, account, true)?),
-        false => rest::take_or_copy(context, account)?,
+        false => rest::take_or_copy(context, account, how.memory)?,
     };
     let copied = held.is_in_use();
     let version = env!("CARGO_PKG_VERSION");

@@ -1,8 +1,10 @@
 //! `hermitage checkpoint …`: states of an account that it can go back to.
 
+use super::admin::InUse;
 use super::audit::CopyNote;
 use super::context::Context;
 use super::output::table;
+use super::rest::Held;
 use super::{NotFound, account_quota, admin, rest, size, time};
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -12,15 +14,17 @@ use hermitage_storage::checkpoint::{
     self, About, Checkpoint, CheckpointError, Known, Name, RolledBack,
 };
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt as _;
 
 const HELP: &str = "\
-A checkpoint is an account's files and the saved memory of its machine as they were at one moment. It shares
-what it can with the account on XFS and Btrfs, and is a full copy elsewhere. Going back to one keeps the state
-that it replaces as a checkpoint named before-DATE-TIME.
+A checkpoint is an account's files and the memory of its machine as they were at one moment. It shares
+what it can with the account on XFS and Btrfs, and is a full copy elsewhere. A machine that runs goes on: its users
+notice a pause as long as its memory takes to be written. Going back to one needs it at rest, and keeps the state
+that is replaced as a checkpoint named before-DATE-TIME.
 
 Examples:
   hermitage checkpoint create alice                     named by date and time
-  hermitage checkpoint create alice clean --stop        end her sessions first, save her machine
+  hermitage checkpoint create alice clean               under a name of its own
   hermitage checkpoint restore alice clean --stop";
 
 #[derive(Debug, Subcommand)]
@@ -31,7 +35,7 @@ pub enum Command {
         account: String,
         /// [default: date and time]
         name: Option<String>,
-        /// End its sessions and put its machine to rest first, if it runs
+        /// End its sessions and put its machine to rest first, if it runs, instead of copying both while it goes on
         #[arg(long)]
         stop: bool,
     },
@@ -77,11 +81,12 @@ fn create(context: &Context, account: &str, name: Option<&str>, stop: bool) -> a
     };
     let note = CopyNote::of(context, Copied::Checkpoint, &account, &name);
     let taken = take(context, &accounts, &account, &name, stop);
-    note.over(taken.as_ref().map(|(_, one)| one.allocated));
-    let (about, one) = taken?;
+    note.over(taken.as_ref().map(|taken| taken.one.allocated));
+    let Taken { about, one, in_use } = taken?;
     context.out.show(&json_of(&account, &one), || {
         let what = if about.memory.is_some() { "files and memory" } else { "files" };
-        format!("{name}: {what} of {}, {}", account.name, size::show(one.allocated))
+        let goes_on = if in_use { "; her machine goes on" } else { "" };
+        format!("{name}: {what} of {}, {}{goes_on}", account.name, size::show(one.allocated))
     })
 }
 
@@ -91,16 +96,41 @@ fn take(
     account: &Account,
     name: &Name,
     stop: bool,
-) -> anyhow::Result<(About, Checkpoint)> {
-    // Before sessions are ended for nothing; and again with what was saved then.
+) -> anyhow::Result<Taken> {
+    // Before sessions are ended or a machine stands still for nothing; and again with what was saved then.
     fits(context, account, None, "another checkpoint")?;
-    let at_rest = rest::take(context, account, stop)?;
-    fits(context, account, None, "another checkpoint")?;
-    let known = known(accounts, account)?;
-    let (now, room) = (time::now(), rest::room(context)?);
-    let about = checkpoint::create(&context.state, &at_rest, name, known, now, room)
-        .with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
-    Ok((about, find(context, account, name)?))
+    let held = match stop {
+        true => Held::Rest(rest::take(context, account, true)?),
+        false => rest::take_or_copy(context, account, true)?,
+    };
+    let now = time::now();
+    let made = match &held {
+        Held::Rest(at_rest) => {
+            fits(context, account, None, "another checkpoint")?;
+            let (known, room) = (known(accounts, account)?, rest::room(context)?);
+            checkpoint::create(&context.state, at_rest, name, known, now, room)
+        }
+        Held::Copy(InUse { disk, disk_path, memory, .. }) => {
+            let saved = memory.as_ref().map_or(0, |memory| memory.header.file_bytes());
+            let taken = disk.metadata().context("looking at the copy of the disk")?.blocks() * 512;
+            account_quota::refuse(context, account, taken + saved, "another checkpoint")?;
+            let memory = memory.as_ref().map(|memory| memory.path.as_path());
+            let copies = checkpoint::InUse { disk: disk_path, memory };
+            // In which order she left her terminals is not known while she is there.
+            let known = Known::default();
+            checkpoint::create_in_use(&context.state, account.id, &copies, name, known, now)
+        }
+    };
+    let about =
+        made.with_context(|| format!("taking the checkpoint {name} of {}", account.name))?;
+    Ok(Taken { about, one: find(context, account, name)?, in_use: held.is_in_use() })
+}
+
+struct Taken {
+    about: About,
+    one: Checkpoint,
+    /// Its machine goes on.
+    in_use: bool,
 }
 
 fn list(context: &Context, account: &str) -> anyhow::Result<()> {

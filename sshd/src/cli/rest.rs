@@ -1,6 +1,6 @@
 //! Accounts at rest, for commands that work on what is kept of them.
 
-use super::admin::{self, Copied};
+use super::admin::{self, Copied, InUse};
 use super::context::Context;
 use anyhow::{Context as _, bail};
 use hermitage::admin::protocol::Request;
@@ -8,7 +8,6 @@ use hermitage_storage::accounts::Account;
 use hermitage_storage::disk::DiskError;
 use hermitage_storage::rest::{AtRest, Kept};
 use nix::sys::statvfs::statvfs;
-use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,15 +44,18 @@ pub fn take(context: &Context, account: &Account, stop: bool) -> anyhow::Result<
 /// What a command that puts an account away works on.
 pub enum Held {
     Rest(AtRest),
-    /// The disk as its running machine had it at one moment.
-    Copy(File),
+    /// The disk as its running machine had it at one moment, and its memory if that was wanted.
+    Copy(InUse),
 }
 
 impl Held {
     pub fn kept(&self) -> Kept<'_> {
         match self {
             Held::Rest(at_rest) => at_rest.kept(),
-            Held::Copy(disk) => Kept::copy(disk),
+            Held::Copy(InUse { disk, memory, .. }) => {
+                let memory = memory.as_ref().map(|memory| (&memory.file, memory.header.as_ref()));
+                Kept { disk, memory }
+            }
         }
     }
 
@@ -62,21 +64,9 @@ impl Held {
     }
 }
 
-/// Memory belongs to the disk it was taken with: of a machine that runs there is none.
-pub fn take_with_memory(context: &Context, account: &Account) -> anyhow::Result<AtRest> {
-    let name = &account.name;
-    match AtRest::take(&context.state, account.id) {
-        Err(DiskError::InUse(_)) => bail!(
-            "{name}'s machine runs, and its memory is to be had only at rest: give --stop, which ends its sessions and \
-             saves it, or leave --memory out"
-        ),
-        Ok(at_rest) => Ok(at_rest),
-        Err(_) => take(context, account, false),
-    }
-}
-
-/// The account as it is: at rest, or else a copy of the disk that its machine goes on with.
-pub fn take_or_copy(context: &Context, account: &Account) -> anyhow::Result<Held> {
+/// The account as it is: at rest, or else a copy of the disk that its machine goes on with, and of that machine's
+/// memory if `memory`.
+pub fn take_or_copy(context: &Context, account: &Account, memory: bool) -> anyhow::Result<Held> {
     let name = &account.name;
     let mut deadline = None;
     loop {
@@ -86,8 +76,8 @@ pub fn take_or_copy(context: &Context, account: &Account) -> anyhow::Result<Held
             // In its words.
             Err(_) => return take(context, account, false).map(Held::Rest),
         }
-        match admin::copy_disk(context, name)? {
-            Copied::Copy(disk) => return Ok(Held::Copy(disk)),
+        match admin::copy_disk(context, name, memory)? {
+            Copied::Copy(copies) => return Ok(Held::Copy(copies)),
             // It is on its way out, or a former service's. The answer may have taken as long as a save.
             Copied::NotRunning
                 if Instant::now()

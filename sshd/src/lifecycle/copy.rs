@@ -1,6 +1,6 @@
-//! Copying the disk of a machine that runs: docs/lifecycle.md "Copying". The guest stands still, with all that its
-//! programs have written on the disk, only until the machine's process has noted the instant; it makes the copy
-//! while the guest goes on. Nothing that happens here ends the machine.
+//! Copying the disk of a machine that runs, and its memory if that is wanted: docs/lifecycle.md "Copying". The guest
+//! stands still, with all that its programs have written on the disk, only until the machine's process has written
+//! the memory and noted the instant; it copies the disk while the guest goes on.
 
 use std::{
     fs::File,
@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hermitage_storage::publish::{self, NewFile};
+use hermitage_storage::{
+    disk::Tag,
+    publish::{self, NewFile},
+};
 use tokio::{
     sync::mpsc,
     time::{sleep, timeout},
@@ -26,16 +29,31 @@ use crate::{
 /// How a copy stands.
 #[derive(Debug)]
 pub enum CopyNews {
+    /// It has not begun: another one comes first, or the machine is not ready yet.
+    Waiting { for_another: bool },
     /// Bytes, of how many.
     Copying { copied: u64, of: u64 },
     /// The account has no machine that would be in the way.
     NotRunning,
-    /// The copy, which is deleted when this is dropped; or why there is none.
-    Over(Result<NewFile, String>),
+    /// The copies, or why there are none.
+    Over(Result<Copies, String>),
 }
 
-/// Gone when nobody wants the copy any more.
-pub type Asker = mpsc::Sender<CopyNews>;
+/// The state of one moment, in files that are deleted when this is dropped.
+#[derive(Debug)]
+pub struct Copies {
+    pub disk: NewFile,
+    /// A snapshot (docs/formats/diff.md) for exactly this disk, which does not have its tag yet.
+    pub memory: Option<NewFile>,
+}
+
+/// Who wants copies, and of what.
+pub struct Asker {
+    /// The memory as well.
+    pub memory: bool,
+    /// Closed when nobody wants them any more.
+    pub news: mpsc::Sender<CopyNews>,
+}
 
 /// Words that may wait for whoever asked.
 pub const NEWS: usize = 4;
@@ -57,17 +75,17 @@ pub(super) async fn copy(
         Ok(_) => tracing::info!(%account, ms = millis(begun), "disk copied while in use"),
         Err(reason) => tracing::warn!(%account, reason, "no copy of the disk"),
     }
-    if let Err(unsent) = copy.asker.send(CopyNews::Over(outcome)).await
-        && let CopyNews::Over(Ok(file)) = unsent.0
+    if let Err(unsent) = copy.asker.news.send(CopyNews::Over(outcome)).await
+        && let CopyNews::Over(Ok(copies)) = unsent.0
     {
-        discard(file);
+        discard(copies);
     }
 }
 
-/// Deletes a copy. That of a large disk takes the file system seconds, which is nothing for a thread that others
+/// Deletes copies. That of a large disk takes the file system seconds, which is nothing for a thread that others
 /// wait for.
-pub fn discard(copy: NewFile) {
-    tokio::task::spawn_blocking(move || drop(copy));
+pub fn discard(copies: Copies) {
+    tokio::task::spawn_blocking(move || drop(copies));
 }
 
 struct Copy {
@@ -79,29 +97,38 @@ struct Copy {
 }
 
 impl Copy {
-    async fn run(&self) -> Result<NewFile, String> {
+    async fn run(&self) -> Result<Copies, String> {
         // One at a time on this host: each takes as much room as there is, and reads as fast as it can.
-        let _turn = tokio::select! {
-            turn = self.context.copies.acquire() => turn.map_err(|error| error.to_string())?,
-            reason = self.unwanted() => return Err(reason),
+        let _turn = match self.context.copies.try_acquire() {
+            Ok(turn) => turn,
+            Err(_) => {
+                let _ = self.asker.news.try_send(CopyNews::Waiting { for_another: true });
+                tokio::select! {
+                    turn = self.context.copies.acquire() => {
+                        turn.map_err(|error| error.to_string())?
+                    }
+                    reason = self.unwanted() => return Err(reason),
+                }
+            }
         };
-        let (file, room) = self.file().await?;
-        match self.copy_into(file.file(), room).await {
-            Ok(()) => Ok(file),
+        let _ = self.asker.news.try_send(CopyNews::Waiting { for_another: false });
+        let (copies, room) = self.files().await?;
+        match self.copy_into(&copies, room).await {
+            Ok(()) => Ok(copies),
             Err(reason) => {
-                discard(file);
+                discard(copies);
                 Err(reason)
             }
         }
     }
 
-    async fn copy_into(&self, file: &File, room: u64) -> Result<(), String> {
-        let mut copying = self.begin(file, room).await?;
+    async fn copy_into(&self, copies: &Copies, room: u64) -> Result<(), String> {
+        let mut copying = self.begin(copies, room).await?;
         let of = copying.bytes;
         let mut copied = 0;
         loop {
             // Where it goes too fast for who asked, the next figure is as good.
-            let _ = self.asker.try_send(CopyNews::Copying { copied, of });
+            let _ = self.asker.news.try_send(CopyNews::Copying { copied, of });
             let reason = tokio::select! {
                 progress = timeout(STALLED, copying.progress()) => match progress {
                     Ok(Ok(bytes)) => {
@@ -123,7 +150,7 @@ impl Copy {
     }
 
     /// From its return on the guest goes on, and what it writes is not in the copy.
-    async fn begin(&self, file: &File, room: u64) -> Result<DiskCopy<'_>, String> {
+    async fn begin(&self, copies: &Copies, room: u64) -> Result<DiskCopy<'_>, String> {
         let standing = tokio::select! {
             standing = self.machine.stand() => standing,
             reason = self.unwanted() => return Err(reason),
@@ -137,9 +164,12 @@ impl Copy {
             self.machine.keep_waking(standing);
             return Err(reason);
         }
-        let copying = self.machine.copy_disk(file, room).await;
+        let copying = match &copies.memory {
+            Some(memory) => self.with_memory(memory.file(), copies.disk.file(), room).await,
+            None => self.machine.copy_disk(copies.disk.file(), room).await,
+        };
         let woken = self.machine.wake().await;
-        tracing::info!(account = %self.account, ms = millis(begun), "stood still for a copy of the disk");
+        tracing::info!(account = %self.account, ms = millis(begun), "stood still to be copied");
         match (copying, woken) {
             (copying, Ok(())) => copying,
             (copying, Err(reason)) => {
@@ -149,6 +179,29 @@ impl Copy {
                 }
                 Err(reason)
             }
+        }
+    }
+
+    /// The machine stands still in its process, too, until its memory is written and the instant noted.
+    async fn with_memory(
+        &self,
+        memory: &File,
+        disk: &File,
+        room: u64,
+    ) -> Result<DiskCopy<'_>, String> {
+        // The live disk never gets this tag: its own machine's memory is another matter.
+        let mut tag: Tag = [0; 16];
+        getrandom::fill(&mut tag).map_err(|error| format!("no random numbers: {error}"))?;
+        let copying = match self.machine.save(memory, *self.account.as_bytes(), tag).await {
+            Ok(bytes) => self.machine.copy_disk(disk, room.saturating_sub(bytes)).await,
+            Err(reason) => Err(reason),
+        };
+        // Those of a machine that is put to rest are told elsewhere.
+        self.machine.take_stages();
+        // Whether it was saved, in time or at all: a machine that runs ignores this.
+        match (copying, self.machine.carry_on().await) {
+            (copying, Ok(())) => copying,
+            (_, Err(reason)) => Err(reason),
         }
     }
 
@@ -165,26 +218,29 @@ impl Copy {
             () = self.called_off.cancelled() => {
                 "the machine was put to rest or stopped meanwhile; try again".into()
             }
-            () = self.asker.closed() => "nobody wants it any more".into(),
+            () = self.asker.news.closed() => "nobody wants it any more".into(),
             () = scarce => "the host's disk is nearly full".into(),
         }
     }
 
-    /// Where it goes, and how much there is room for.
-    async fn file(&self) -> Result<(NewFile, u64), String> {
+    /// Where they go, and how much there is room for.
+    async fn files(&self) -> Result<(Copies, u64), String> {
         let dir = self.context.state_dir.account_dir(self.account);
         let floor = self.context.config.machines.min_free_mib << 20;
-        let made = tokio::task::spawn_blocking(move || new_file(&dir, floor)).await;
+        let memory = self.asker.memory;
+        let made = tokio::task::spawn_blocking(move || new_files(&dir, memory, floor)).await;
         made.map_err(|error| error.to_string())?
             .map_err(|error| format!("no file for a copy of the disk: {error}"))
     }
 }
 
-/// Beside the disk, so that the two can share blocks; under a name that is swept if nobody holds it.
-fn new_file(dir: &Path, floor: u64) -> std::io::Result<(NewFile, u64)> {
+/// Beside the disk, so that the two can share blocks; under names that are swept if nobody holds them.
+fn new_files(dir: &Path, memory: bool, floor: u64) -> std::io::Result<(Copies, u64)> {
     publish::sweep(dir)?;
-    let file = NewFile::create(&dir.join("export"), 0o600)?;
-    Ok((file, room::free(dir)?.saturating_sub(floor)))
+    let new = |name: &str| NewFile::create(&dir.join(name), 0o600);
+    let memory = memory.then(|| new("export-memory")).transpose()?;
+    let copies = Copies { disk: new("export")?, memory };
+    Ok((copies, room::free(dir)?.saturating_sub(floor)))
 }
 
 fn millis(since: Instant) -> u64 {

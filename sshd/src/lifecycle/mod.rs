@@ -30,7 +30,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine, watch::Meter};
-pub use copy::{CopyNews, discard};
+pub use copy::{Copies, CopyNews, discard};
 pub use driver::Context;
 use driver::{Driver, Request};
 pub use state::StopCause;
@@ -254,12 +254,13 @@ impl Registry {
         self.accounts().get(&account).map_or(0, |handle| handle.status.borrow().sessions)
     }
 
-    /// A copy of the account's disk as it is now, if a machine runs on it. What it comes to is told over the
-    /// channel; dropping that gives the copy up.
-    pub async fn copy_disk(&self, account: &Account) -> mpsc::Receiver<CopyNews> {
-        let (asker, news) = mpsc::channel(copy::NEWS);
+    /// A copy of the account's disk as it is now, if a machine runs on it, and of that one's memory if `memory`. What
+    /// it comes to is told over the channel; dropping that gives the copy up.
+    pub async fn copy(&self, account: &Account, memory: bool) -> mpsc::Receiver<CopyNews> {
+        let (sender, news) = mpsc::channel(copy::NEWS);
+        let asker = copy::Asker { memory, news: sender };
         if self.inner.closing.load(Ordering::Acquire) {
-            let _ = asker.try_send(CopyNews::Over(Err(LoginError::Stopping.to_string())));
+            let _ = asker.news.try_send(CopyNews::Over(Err(LoginError::Stopping.to_string())));
             return news;
         }
         let mailbox = self.handle(account).mailbox;

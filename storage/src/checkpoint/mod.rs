@@ -8,7 +8,7 @@ mod create;
 mod name;
 mod rollback;
 
-pub use create::create;
+pub use create::{InUse, create, create_in_use};
 pub use name::Name;
 pub use rollback::{RolledBack, rollback};
 

@@ -98,6 +98,64 @@ impl Host {
     }
 }
 
+#[test]
+fn a_state_in_use_is_kept_as_it_was_copied() {
+    let host = Host::new();
+    host.live(1, true);
+    // What a machine's process makes: a copy of the disk and the memory of that moment, of a tag that the live disk
+    // does not have.
+    let dir = host.state.account_dir(host.account);
+    let (disk, memory) = (dir.join("copy"), dir.join("memory"));
+    fs::copy(host.state.disk(host.account), &disk).unwrap();
+    fs::copy(host.state.snapshot(host.account), &memory).unwrap();
+    let copy = File::open(&disk).unwrap();
+    disk::clear_tag(&copy).unwrap();
+    host.live(2, false);
+    // Its machine runs on, and has the disk.
+    let running = host.rest();
+    let copies = InUse { disk: &disk, memory: Some(&memory) };
+    let take = |copies: &InUse<'_>, name: &str| {
+        create_in_use(&host.state, host.account, copies, &named(name), known(), 1)
+    };
+    let about = take(&copies, "used").unwrap();
+    assert!(about.memory.is_some() && !about.kept);
+    assert!(matches!(take(&copies, "used"), Err(CheckpointError::Taken(_))));
+    let files = InUse { disk: &disk, memory: None };
+    assert!(take(&files, "files").unwrap().memory.is_none());
+    fs::remove_file(&disk).unwrap();
+    fs::remove_file(&memory).unwrap();
+    assert!(take(&copies, "late").is_err());
+    drop(running);
+    assert_eq!(host.now(), (2, None));
+    assert_eq!(host.names(), ["files", "used"]);
+
+    host.back("used", "kept").unwrap();
+    assert_eq!(host.now(), (1, Some(1)));
+    host.back("files", "kept-2").unwrap();
+    assert_eq!(host.now(), (1, None));
+}
+
+#[test]
+fn memory_that_is_damaged_or_anothers_is_not_kept() {
+    let host = Host::new();
+    host.live(1, true);
+    let dir = host.state.account_dir(host.account);
+    let (disk, memory) = (dir.join("copy"), dir.join("memory"));
+    fs::copy(host.state.disk(host.account), &disk).unwrap();
+    fs::copy(host.state.snapshot(host.account), &memory).unwrap();
+    let copies = InUse { disk: &disk, memory: Some(&memory) };
+    let other = Uuid::from_u128(8);
+    fs::create_dir_all(host.state.account_dir(other)).unwrap();
+    let taken = create_in_use(&host.state, other, &copies, &named("one"), known(), 1);
+    assert!(matches!(taken, Err(CheckpointError::Io { .. })));
+    let file = OpenOptions::new().write(true).open(&memory).unwrap();
+    file.write_all_at(&[9], 5000).unwrap();
+    let taken = create_in_use(&host.state, host.account, &copies, &named("one"), known(), 1);
+    assert!(matches!(taken, Err(CheckpointError::Memory(_))));
+    assert_eq!(host.names(), [""; 0]);
+    assert!(list(&host.state, other).unwrap().is_empty());
+}
+
 fn base() -> BaseId {
     BaseId::parse("00112233445566778899aabbccddeeff").unwrap()
 }

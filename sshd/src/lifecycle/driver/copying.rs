@@ -13,12 +13,14 @@ const MOST_ASKERS: usize = 16;
 
 impl Driver {
     pub(super) fn ask(&mut self, asker: Asker) {
-        self.askers.retain(|asker| !asker.is_closed());
+        self.askers.retain(|asker| !asker.news.is_closed());
         if self.askers.len() < MOST_ASKERS {
+            let for_another = self.copying.is_some() || !self.askers.is_empty();
+            let _ = asker.news.try_send(CopyNews::Waiting { for_another });
             return self.askers.push_back(asker);
         }
         let reason = format!("{MOST_ASKERS} others wait for a copy of its disk already");
-        let _ = asker.try_send(CopyNews::Over(Err(reason)));
+        let _ = asker.news.try_send(CopyNews::Over(Err(reason)));
     }
 
     /// Begins the next copy if the machine's state allows it. One that is just starting, or on its way out, is
@@ -27,11 +29,11 @@ impl Driver {
         if self.askers.is_empty() {
             return;
         }
-        self.askers.retain(|asker| !asker.is_closed());
+        self.askers.retain(|asker| !asker.news.is_closed());
         match self.lifecycle.state {
             State::Stopped | State::Saved | State::Failed(_) => {
                 for asker in self.askers.drain(..) {
-                    let _ = asker.try_send(CopyNews::NotRunning);
+                    let _ = asker.news.try_send(CopyNews::NotRunning);
                 }
             }
             State::Running | State::Lingering

@@ -61,7 +61,8 @@ impl Words {
 impl Server<'_> {
     pub(super) fn copy_disk(&mut self, copy: u64, side: Option<OwnedFd>, room: u64) {
         let refuse = |reason: &str| MachineEvent::CopyFailed { copy, reason: reason.into() };
-        if !matches!(self.saving, Saving::No) {
+        // One that is saved stands still until it goes on: its disk is as it was when its memory was saved.
+        if matches!(self.saving, Saving::Wanted(_)) {
             return self.tell(&refuse("the machine is being saved"));
         }
         let Some(side) = side else {
