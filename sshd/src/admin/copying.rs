@@ -50,11 +50,14 @@ pub(super) async fn copy_disk(
     };
     let mut news = server.registry.copy_disk(&account).await;
     let mut tick = interval(TELL);
-    let (mut copied, mut of) = (0, 0);
+    let (mut of, mut stands) = (0, Reply::Waiting { for_another: false });
     let reply = loop {
         tokio::select! {
             one = news.recv() => match one {
-                Some(CopyNews::Copying { copied: now, of: all }) => (copied, of) = (now, all),
+                Some(CopyNews::Waiting { for_another }) => stands = Reply::Waiting { for_another },
+                Some(CopyNews::Copying { copied, of: all }) => {
+                    (of, stands) = (all, Reply::Copying { copied, of: all });
+                }
                 Some(CopyNews::NotRunning) => break Reply::NotRunning,
                 Some(CopyNews::Over(Ok(copy))) => {
                     tell(of, None);
@@ -71,8 +74,7 @@ pub(super) async fn copy_disk(
             },
             // One that does not read holds its machine's rest up, and others' copies.
             _ = tick.tick() => {
-                let reply = Reply::Copying { copied, of };
-                let told = timeout(UNREAD, answer(&mut stream, &reply)).await;
+                let told = timeout(UNREAD, answer(&mut stream, &stands)).await;
                 if !matches!(told, Ok(Ok(()))) {
                     tell(0, Some("whoever wanted it does not read".into()));
                     return told?;

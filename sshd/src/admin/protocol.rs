@@ -40,7 +40,7 @@ pub enum Request {
     /// End the account's sessions and stop its machine in order, saved if that is its policy. Answered
     /// by `Done` when the machine is gone (at once if it was not running), or by `Error`.
     StopAccount { account: String },
-    /// Copy the disk of the account's running machine as it is now, while it goes on. Answered by `Copying`,
+    /// Copy the disk of the account's running machine as it is now, while it goes on. Answered by `Waiting` and `Copying`,
     /// once a second and as often as it takes, then by `Copied`, `NotRunning` or `Error`. A client that closes
     /// the connection gives the copy up.
     CopyDisk { account: String },
@@ -76,7 +76,11 @@ pub enum Reply {
     Counted {
         count: u32,
     },
-    /// Bytes of data so far, and of how many; 0 of 0 before the machine has begun.
+    /// The copy has not begun: another one comes first, or the machine is not ready yet.
+    Waiting {
+        for_another: bool,
+    },
+    /// Bytes of data so far, and of how many.
     Copying {
         copied: u64,
         of: u64,
@@ -208,6 +212,7 @@ mod tests {
             Reply::Done,
             Reply::Sessions { sessions: vec![] },
             Reply::Counted { count: 3 },
+            Reply::Waiting { for_another: true },
             Reply::Copying { copied: 1, of: 2 },
             Reply::Copied { path: "/x/y".into() },
             Reply::Processes { count: Some(37), fault: None },

@@ -104,15 +104,25 @@ pub fn copy_disk(context: &Context, account: &str) -> anyhow::Result<Copied> {
         return Ok(Copied::NoService);
     };
     let mut next = Instant::now() + QUIET;
+    let mut waited = false;
     loop {
         match reply {
-            Reply::Copying { copied, of } => {
-                if Instant::now() >= next {
+            reply @ (Reply::Waiting { .. } | Reply::Copying { .. }) => {
+                let (waits, words) = match reply {
+                    Reply::Copying { copied, of } => {
+                        let (copied, of) = (size::show(copied), size::show(of));
+                        (false, format!("copying the disk: {copied} of {of}"))
+                    }
+                    Reply::Waiting { for_another: true } => {
+                        (true, "waiting for another copy to be done".into())
+                    }
+                    _ => (true, "waiting for its machine".into()),
+                };
+                // Whoever was told that it waits is told when it begins.
+                if Instant::now() >= next || waited && !waits {
                     next = Instant::now() + PROGRESS;
-                    let (copied, of) = (size::show(copied), size::show(of));
-                    context
-                        .out
-                        .note(format!("{account} is in use; copying the disk: {copied} of {of}"));
+                    waited = waits;
+                    context.out.note(format!("{account} is in use; {words}"));
                 }
             }
             Reply::Copied { path } => {

@@ -26,6 +26,8 @@ use crate::{
 /// How a copy stands.
 #[derive(Debug)]
 pub enum CopyNews {
+    /// It has not begun: another one comes first, or the machine is not ready yet.
+    Waiting { for_another: bool },
     /// Bytes, of how many.
     Copying { copied: u64, of: u64 },
     /// The account has no machine that would be in the way.
@@ -81,10 +83,19 @@ struct Copy {
 impl Copy {
     async fn run(&self) -> Result<NewFile, String> {
         // One at a time on this host: each takes as much room as there is, and reads as fast as it can.
-        let _turn = tokio::select! {
-            turn = self.context.copies.acquire() => turn.map_err(|error| error.to_string())?,
-            reason = self.unwanted() => return Err(reason),
+        let _turn = match self.context.copies.try_acquire() {
+            Ok(turn) => turn,
+            Err(_) => {
+                let _ = self.asker.try_send(CopyNews::Waiting { for_another: true });
+                tokio::select! {
+                    turn = self.context.copies.acquire() => {
+                        turn.map_err(|error| error.to_string())?
+                    }
+                    reason = self.unwanted() => return Err(reason),
+                }
+            }
         };
+        let _ = self.asker.try_send(CopyNews::Waiting { for_another: false });
         let (file, room) = self.file().await?;
         match self.copy_into(file.file(), room).await {
             Ok(()) => Ok(file),

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    os::unix::fs::FileExt,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -180,6 +181,8 @@ fn a_machine_that_dies_ends_the_copy() {
 fn an_export_that_is_killed_leaves_nothing_behind() {
     let service = Service::with(LINGERS);
     let account = service.account("slowcopy");
+    let disk = File::options().write(true).open(service.state().disk(account.id)).unwrap();
+    disk.write_all_at(&[7; 64 << 10], 0).unwrap();
     let mut shell = Shell::open(&service, "slowcopy");
     shell.run("echo he''re", "here");
     let mut export = export_of(&service, "slowcopy");
@@ -193,11 +196,10 @@ fn an_export_that_is_killed_leaves_nothing_behind() {
     // And the next one is one, with figures of how far it is.
     let output = finish_child(export_of(&service, "slowcopy"));
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(
-        stderr(&output).contains("slowcopy is in use; copying the disk: "),
-        "{}",
-        stderr(&output)
-    );
+    let told = stderr(&output);
+    assert!(told.contains("slowcopy is in use; copying the disk: "), "{told}");
+    // Figures of the copy, not of one that has not begun.
+    assert!(told.contains(" of 64 KiB") && !told.contains("waiting"), "{told}");
     shell.run("echo st''ill", "still");
 }
 
@@ -250,6 +252,27 @@ fn two_exports_at_once_are_both_had() {
     assert!(second.status.success(), "{}", stderr(&second));
     let first = finish_child(first);
     assert!(first.status.success(), "{}", stderr(&first));
+    // Who waits for the other one is told so, and when her own begins.
+    let told = stderr(&second);
+    let waits = told.find("slowcopy is in use; waiting for another copy to be done").unwrap();
+    let begins = told.find("slowcopy is in use; copying the disk: ").unwrap();
+    assert!(waits < begins, "{told}");
+    assert!(!stderr(&first).contains("waiting"), "{}", stderr(&first));
+}
+
+#[test]
+fn a_copy_waits_for_that_of_another_machine_and_says_so() {
+    let service = Service::with(LINGERS);
+    let accounts = ["slowcopy", "alice"].map(|name| service.account(name));
+    let mut shells = ["slowcopy", "alice"].map(|name| Shell::open(&service, name));
+    shells.iter_mut().for_each(|shell| shell.run("echo he''re", "here"));
+    let first = export_of(&service, "slowcopy");
+    wait_copying(&service, &accounts[0]);
+    let second = hermitage(&service, &["account", "export", "alice", "-o", "-"]);
+    assert!(second.status.success(), "{}", stderr(&second));
+    let told = stderr(&second);
+    assert!(told.contains("alice is in use; waiting for another copy to be done"), "{told}");
+    assert!(finish_child(first).status.success());
 }
 
 #[test]

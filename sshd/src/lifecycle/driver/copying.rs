@@ -15,6 +15,8 @@ impl Driver {
     pub(super) fn ask(&mut self, asker: Asker) {
         self.askers.retain(|asker| !asker.is_closed());
         if self.askers.len() < MOST_ASKERS {
+            let for_another = self.copying.is_some() || !self.askers.is_empty();
+            let _ = asker.try_send(CopyNews::Waiting { for_another });
             return self.askers.push_back(asker);
         }
         let reason = format!("{MOST_ASKERS} others wait for a copy of its disk already");
