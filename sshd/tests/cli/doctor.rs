@@ -138,6 +138,7 @@ fn every_finding_that_is_not_fine_says_what_to_do() {
     for check in [
         "nested",
         "swap",
+        "overcommit",
         "clock",
         "entropy",
         "open files",
@@ -156,5 +157,31 @@ fn every_finding_that_is_not_fine_says_what_to_do() {
     }
     for finding in findings.iter().filter(|finding| finding["level"] != "ok") {
         assert!(!finding["advice"].as_str().unwrap().is_empty(), "{finding}");
+    }
+}
+
+#[test]
+fn of_a_base_that_can_not_be_used_it_is_said_once_how_another_is_made() {
+    let host = used();
+    let base = host.state().current_base().unwrap().unwrap();
+    // The words for a file of another content have the command in them, those for one that is cut short don't.
+    let dir = host.state().base(&base);
+    let changes: [fn(&mut Vec<u8>); 2] = [|bytes| bytes[0] ^= 1, |bytes| bytes.truncate(1)];
+    for change in changes {
+        let path = dir.join("root.erofs");
+        let was = std::fs::read(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions();
+        let mut changed = was.clone();
+        change(&mut changed);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, changed).unwrap();
+        let report = look(&host, &[]);
+        let findings = report["findings"].as_array().unwrap().iter();
+        let finding =
+            findings.clone().find(|f| f["check"] == "base" && f["level"] != "ok").unwrap();
+        let words = format!("{} {}", finding["found"], finding["advice"]);
+        assert_eq!(words.matches("hermitage base build").count(), 1, "{words}");
+        std::fs::write(&path, was).unwrap();
+        std::fs::set_permissions(&path, mode).unwrap();
     }
 }

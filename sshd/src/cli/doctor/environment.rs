@@ -2,7 +2,7 @@
 
 use super::Finding;
 use crate::cli::context::Context;
-use crate::cli::status;
+use crate::cli::{account_size, size, status};
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
@@ -18,6 +18,10 @@ pub fn check(context: &Context) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(on_metal(read("/proc/cpuinfo")));
     findings.extend(read("/proc/swaps").as_deref().map(swap));
+    if let Some(mode) = read("/proc/sys/vm/overcommit_memory") {
+        let most = account_size::of_base(context).map(|machine| machine.most().memory_bytes);
+        findings.push(overcommit(&mode, read("/proc/meminfo").as_deref().and_then(limit), most));
+    }
     findings.extend(read("/sys/kernel/mm/ksm/run").as_deref().map(ksm));
     findings.extend(read("/sys/kernel/mm/transparent_hugepage/enabled").as_deref().map(huge_pages));
     findings.extend(read("/proc/sys/kernel/random/entropy_avail").as_deref().map(entropy));
@@ -63,6 +67,38 @@ fn swap(swaps: &str) -> Finding {
         "keys in it outlive the machine there, and a swapped machine answers late: swapoff -a, or encrypt it \
          (crypttab(5), swap) if the host needs it",
     )
+}
+
+/// With 2 the kernel charges whoever maps memory with all of it, `MAP_NORESERVE` or not, and gives out no more than its
+/// limit (linux, Documentation/mm/overcommit-accounting.rst). `limit` and `most`, what a machine of the base can have,
+/// are in bytes.
+fn overcommit(mode: &str, limit: Option<u64>, most: Option<u64>) -> Finding {
+    const CHECK: &str = "overcommit";
+    if mode != "2" {
+        return Finding::ok(CHECK, format!("vm.overcommit_memory is {mode}"));
+    }
+    let each = most.map_or("the most memory that its base has".into(), size::show);
+    let mut found =
+        format!("vm.overcommit_memory is 2: each machine is charged {each}, used or not");
+    if let Some(limit) = limit {
+        found.push_str(&format!(
+            ", of the {} that the host gives out (CommitLimit)",
+            size::show(limit)
+        ));
+    }
+    Finding::warning(
+        CHECK,
+        found,
+        "logins are refused when that is given out, however much memory is free: sysctl vm.overcommit_memory=0 (or 1), or \
+         give out much more (vm.overcommit_ratio, swap), or make a base that has less at most (base build \
+         --max-memory-mib)",
+    )
+}
+
+/// `CommitLimit:     2015128 kB` (proc_meminfo(5)), in bytes.
+fn limit(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("CommitLimit:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn ksm(run: &str) -> Finding {
@@ -217,6 +253,25 @@ mod tests {
         assert_eq!(
             [ksm("0").level, ksm("1").level, ksm("2").level],
             [Level::Ok, Level::Warning, Level::Ok]
+        );
+        assert_eq!(
+            [overcommit("0", None, None).level, overcommit("1", None, None).level],
+            [Level::Ok; 2]
+        );
+        let strict =
+            overcommit("2", limit("MemFree: 1 kB\nCommitLimit:     4194304 kB\n"), Some(2 << 30));
+        assert_eq!(strict.level, Level::Warning);
+        assert!(
+            strict.found.contains("charged 2 GiB") && strict.found.contains("of the 4 GiB"),
+            "{}",
+            strict.found
+        );
+        assert!(strict.advice.contains("vm.overcommit_memory=0"), "{}", strict.advice);
+        let unknown = overcommit("2", limit("CommitLimit: much\n"), None);
+        assert!(
+            unknown.found.ends_with("the most memory that its base has, used or not"),
+            "{}",
+            unknown.found
         );
         assert_eq!(huge_pages("[always] madvise never").level, Level::Warning);
         assert_eq!(huge_pages("always [madvise] never").level, Level::Ok);

@@ -3,7 +3,7 @@
 //! That `/dev/kvm` opens proves nothing: there are paravirtual KVMs whose ioctls answer and whose guests
 //! die at once. So the processor's flag is looked at *and* a probe guest is run.
 
-use super::Finding;
+use super::{Finding, MAKE_BASE};
 use crate::cli::context::Context;
 use crate::cli::tool;
 use hermitage::cgroup::CONTROLLERS;
@@ -147,14 +147,19 @@ pub fn base(context: &Context, findings: &[Finding]) -> Option<Finding> {
     command.arg("check-base").arg("--base").arg(dir);
     Some(match finish(command, BASE_PATIENCE) {
         Ok(Ok(_)) => Finding::ok(CHECK, "KVM takes the state of its machines"),
-        Ok(Err(reason)) => Finding::failure(
-            CHECK,
-            reason,
-            "make a base on this host: hermitage base build; what is saved of machines of another resumes \
-             where that one can be used",
-        ),
+        Ok(Err(reason)) => refused(CHECK, reason),
         Err(error) => Finding::failure(CHECK, format!("could not be tried: {error}"), WHERE),
     })
+}
+
+/// The vmm's words mostly have the command in them already.
+fn refused(check: &'static str, reason: String) -> Finding {
+    let kept = "what is saved of machines of another resumes where that one can be used";
+    let advice = match reason.contains(MAKE_BASE) {
+        true => kept.to_owned(),
+        false => format!("make a base on this host: {MAKE_BASE}; {kept}"),
+    };
+    Finding::failure(check, reason, advice)
 }
 
 fn probe(context: &Context) -> Finding {
@@ -256,6 +261,22 @@ fn huge_pages(setting: Option<&str>, multihit: Option<&str>) -> Option<Finding> 
 mod tests {
     use super::super::Level;
     use super::*;
+
+    #[test]
+    fn how_a_base_is_made_is_said_once() {
+        let said = |reason: &str| {
+            let Finding { found, advice, .. } = refused("base restores", reason.into());
+            (format!("{found} {advice}").matches(MAKE_BASE).count(), advice)
+        };
+        let own = said(
+            "this base can't be used on this host: x; make a new one with: hermitage base build",
+        );
+        let other = said("KVM: no such device");
+        assert_eq!((own.0, other.0), (1, 1));
+        for advice in [own.1, other.1] {
+            assert!(advice.contains("what is saved of machines of another"), "{advice}");
+        }
+    }
 
     #[test]
     fn the_flag_is_looked_for_as_a_word() {

@@ -31,6 +31,9 @@ impl Level {
     }
 }
 
+/// What makes a base. Said once of each that can't be used.
+const MAKE_BASE: &str = "hermitage base build";
+
 struct Finding {
     check: &'static str,
     level: Level,

@@ -1,6 +1,6 @@
 //! The state directory: room, database, image, base, disks; and the service.
 
-use super::{Finding, repairs};
+use super::{Finding, MAKE_BASE, repairs};
 use crate::cli::base::{memory_range, vcpu_range};
 use crate::cli::context::Context;
 use crate::cli::output::count;
@@ -117,8 +117,7 @@ fn base(context: &Context) -> Vec<Finding> {
     let base = match Base::open(&context.state.base(&id)) {
         Ok(base) => base,
         Err(error) => {
-            let advice = "make one again: hermitage base build";
-            return vec![Finding::failure(CHECK, error.to_string(), advice)];
+            return vec![unusable(CHECK, error.to_string())];
         }
     };
     let content = &base.manifest.content;
@@ -138,6 +137,16 @@ fn base(context: &Context) -> Vec<Finding> {
     findings.push(fit(&id, &content.restorable_on));
     findings.push(image(context, &content.image));
     findings
+}
+
+/// Some of the words have the command in them already.
+fn unusable(check: &'static str, reason: String) -> Finding {
+    let another = "choose another: hermitage base list, hermitage base use ID";
+    let advice = match reason.contains(MAKE_BASE) {
+        true => format!("or {another}"),
+        false => format!("make one again: {MAKE_BASE}; or {another}"),
+    };
+    Finding::failure(check, reason, advice)
 }
 
 /// The rest of the fit, what KVM offers guests and the state's version, the vmm knows
