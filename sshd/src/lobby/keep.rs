@@ -1,18 +1,22 @@
 //! Checkpoints that a user takes: docs/formats/checkpoint.md. Going back to one is her operator's.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    time::{Duration, Instant},
+};
 
 use hermitage_storage::{
     accounts::Account,
-    checkpoint::{self, About, CheckpointError, Known, Name},
+    checkpoint::{self, About, CheckpointError, InUse, Known, Name},
     disk::DiskError,
+    publish::NewFile,
     rest::AtRest,
 };
 use tokio::time::sleep;
 
 use super::Desk;
 use crate::{
-    lifecycle::StopCause,
+    lifecycle::{Copies, CopyNews},
     room, time,
     watch::{Copied, Event},
 };
@@ -20,7 +24,7 @@ use crate::{
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
 const USERS: usize = 2;
 
-/// How long a machine that was put to rest may take to be gone.
+/// How long a machine that is on its way out may take to be gone.
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -62,7 +66,7 @@ pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String
 async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64), String> {
     let (state, id) = (desk.state_dir.clone(), account.id);
     let there = blocking(move || checkpoint::list(&state, id)).await?.map_err(|e| trouble(&e))?;
-    // Before her machine is put to rest for nothing.
+    // Before her machine stands still for nothing.
     if there.iter().any(|one| one.name == *name) {
         return Err(CheckpointError::Taken(name.clone()).to_string());
     }
@@ -72,42 +76,79 @@ async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64
             there.len()
         ));
     }
-    // Of what is on the disk now; what is saved of her memory is linked, and takes nothing more.
     let quota = desk.quota(account).await?;
     quota.fits(quota.used.disk).map_err(|over| format!("your quota does not allow it: {over}"))?;
-    let ran = desk.registry.status_of(id).is_some_and(|machine| machine.machine_pid.is_some());
-    match desk.registry.sessions(id) {
-        0 => desk.registry.stop(id, StopCause::Admin).await,
-        1 => return Err("log out of your other session first".into()),
-        count => return Err(format!("log out of your {count} other sessions first")),
+    let about = match in_use(desk, account).await? {
+        Some(copies) => of_copies(desk, account, name, copies).await,
+        None => at_rest(desk, account, name).await,
+    }?;
+    let (state, id, name) = (desk.state_dir.clone(), account.id, name.clone());
+    blocking(move || {
+        let all = checkpoint::list(&state, id).map_err(|error| trouble(&error))?;
+        Ok((about, all.iter().find(|one| one.name == name).map_or(0, |one| one.allocated)))
+    })
+    .await?
+}
+
+/// Copies of her machine, which goes on. None: it does not run.
+async fn in_use(desk: &Desk, account: &Account) -> Result<Option<Copies>, String> {
+    let mut news = desk.registry.copy(account, true).await;
+    loop {
+        match news.recv().await {
+            Some(CopyNews::Waiting { .. } | CopyNews::Copying { .. }) => {}
+            Some(CopyNews::NotRunning) => return Ok(None),
+            Some(CopyNews::Over(Ok(copies))) => return Ok(Some(copies)),
+            Some(CopyNews::Over(Err(reason))) => {
+                tracing::warn!(account = account.name, reason, "no checkpoint");
+                return Err("your machine could not be copied; try again in a moment".into());
+            }
+            None => return Err("copying your machine was cut off; try again".into()),
+        }
     }
-    let intent = desk.store.intent(id).await.ok().flatten();
+}
+
+async fn of_copies(
+    desk: &Desk,
+    account: &Account,
+    name: &Name,
+    copies: Copies,
+) -> Result<About, String> {
+    let quota = desk.quota(account).await?;
+    let (state, id, name) = (desk.state_dir.clone(), account.id, name.clone());
+    blocking(move || {
+        let memory = copies.memory.as_ref();
+        let taken = |file: &NewFile| file.file().metadata().map_or(0, |meta| meta.blocks() * 512);
+        let more = taken(&copies.disk) + memory.map_or(0, taken);
+        quota.fits(more).map_err(|over| format!("your quota does not allow it: {over}"))?;
+        let files = InUse { disk: copies.disk.path(), memory: memory.map(NewFile::path) };
+        // In which order she left her terminals is not known while she is there.
+        let known = Known::default();
+        checkpoint::create_in_use(&state, id, &files, &name, known, time::now())
+            .map_err(|error| trouble(&error))
+    })
+    .await?
+}
+
+async fn at_rest(desk: &Desk, account: &Account, name: &Name) -> Result<About, String> {
+    let intent = desk.store.intent(account.id).await.ok().flatten();
     let known = intent.map_or_else(Known::default, |intent| Known {
         terminals: intent.terminals,
         paused: intent.paused,
     });
     let at_rest = rest(desk, account).await?;
-    // Her memory was saved meanwhile.
+    // What is saved of her memory is linked, and takes nothing more.
     let quota = desk.quota(account).await?;
-    let fits = quota.fits(quota.used.disk);
     let (state, floor) = (desk.state_dir.clone(), desk.config.machines.min_free_mib << 20);
-    let taken = name.clone();
-    let made = blocking(move || {
+    let name = name.clone();
+    blocking(move || {
+        let fits = quota.fits(quota.used.disk);
         fits.map_err(|over| format!("your quota does not allow it: {over}"))?;
         let free = room::free(state.root()).unwrap_or(0);
         let room = free.saturating_sub(floor);
-        let made = checkpoint::create(&state, &at_rest, &taken, known, time::now(), room);
-        let about = made.map_err(|error| trouble(&error))?;
-        let all = checkpoint::list(&state, id).map_err(|error| trouble(&error))?;
-        let bytes = all.iter().find(|one| one.name == taken).map_or(0, |one| one.allocated);
-        Ok((about, bytes))
-    });
-    let made = made.await;
-    if ran {
-        // What works in it, or is to stay awake, goes on.
-        desk.registry.expect(account);
-    }
-    made?
+        let made = checkpoint::create(&state, &at_rest, &name, known, time::now(), room);
+        made.map_err(|error| trouble(&error))
+    })
+    .await?
 }
 
 /// Holds the disk once the machine is gone.

@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     harness::{Options, Service, finish_child, stderr, stdout, wait_for},
-    keeping::{done, hermitage},
+    keeping::{done, hermitage, moved},
     terminals::Shell,
     watching::audited,
 };
@@ -79,10 +79,18 @@ fn an_account_is_exported_while_she_works() {
     let output = hermitage(&service, &["account", "export", "alice", "-o", "-"]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(output.stdout.starts_with(b"hrmtacct"));
-    // Memory is another matter.
-    let memory = hermitage(&service, &["account", "export", "alice", "--memory", "-o", "-"]);
-    assert!(stderr(&memory).contains("give --stop"), "{}", stderr(&memory));
+    // With her memory, too: she goes on here, and there as well.
+    let file = service.path("memory.hermitage").display().to_string();
+    let told = done(&service, &["account", "export", "alice", "--memory", "-o", &file]);
+    assert!(told.contains("with its memory, as they were while in use"), "{told}");
     shell.run("echo sti''ll", "still");
+    nothing_remains(&service, &alice);
+    let there = Service::start();
+    let restored = done(&there, &["account", "restore", &file]);
+    assert!(restored.contains("and its memory"), "{restored}");
+    let mut shell = moved(&service, &there);
+    let shown = shell.expect("-yes-");
+    assert!(shown.contains("resumed from") && !shown.contains("still"), "{shown}");
 }
 
 #[test]

@@ -24,14 +24,16 @@ fn a_shell_goes_back_to_its_checkpoint_and_forth_again() {
     service.account("alice");
     let mut shell = Shell::open(&service, "alice");
     shell.run("echo at-fi''rst", "at-first");
-    let refused = hermitage(&service, &["checkpoint", "create", "alice", "one"]);
-    assert!(stderr(&refused).contains("--stop"), "{}", stderr(&refused));
-    let made = done(&service, &["checkpoint", "create", "alice", "one", "--stop"]);
-    assert!(made.contains("files and memory"), "{made}");
+    // While she is there, and with her machine put to rest.
+    let made = done(&service, &["checkpoint", "create", "alice", "one"]);
+    assert!(made.contains("files and memory") && made.contains("goes on"), "{made}");
+    shell.run("echo go''es", "goes");
+    let made = done(&service, &["checkpoint", "create", "alice", "two", "--stop"]);
+    assert!(made.contains("files and memory") && !made.contains("goes on"), "{made}");
     assert_eq!(shell.wait(), 255);
 
     let mut shell = Shell::open(&service, "alice");
-    assert!(shell.expect("at-first").contains("resumed from"));
+    assert!(shell.expect("goes").contains("resumed from"));
     shell.run("echo and-th''en", "and-then");
     let back = done(&service, &["checkpoint", "restore", "alice", "one", "--stop"]);
     assert!(back.contains("the next login resumes it"), "{back}");
@@ -39,7 +41,7 @@ fn a_shell_goes_back_to_its_checkpoint_and_forth_again() {
     let mut shell = Shell::open(&service, "alice");
     assert!(shell.expect("at-first").contains("resumed from"));
     shell.run("echo -$RESUMED-", "-yes-");
-    assert!(!shell.shown().contains("and-then"));
+    assert!(!shell.shown().contains("goes") && !shell.shown().contains("and-then"));
 
     // What that replaced is there as well; the service is asked for it while it has the machine.
     let kept = back.split_whitespace().last().unwrap().to_owned();
@@ -62,6 +64,17 @@ fn files_without_memory_go_back_and_she_is_told() {
     shell.expect("cold start: you are back at the checkpoint new; your files are all here");
 }
 
+/// Alice's shell on the service that she was brought to: her key goes with her.
+pub fn moved(here: &Service, there: &Service) -> Shell {
+    let mut ssh = Command::new("ssh");
+    there.client_options(&mut ssh);
+    ssh.arg("-i").arg(here.path("id"));
+    ssh.args(["-o", "BatchMode=yes", "-tt", "-p"]).arg(there.port.to_string());
+    ssh.arg(crate::harness::at("alice"));
+    ssh.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    Shell::of(&mut ssh)
+}
+
 #[test]
 fn an_account_moves_with_its_shell_between_services() {
     let (here, there) = (Service::start(), Service::start());
@@ -73,14 +86,7 @@ fn an_account_moves_with_its_shell_between_services() {
     assert_eq!(shell.wait(), 255);
     let restored = done(&there, &["account", "restore", &file]);
     assert!(restored.contains("and its memory"), "{restored}");
-    // The key is the account's, and goes with it.
-    let key = here.path("id");
-    let mut ssh = Command::new("ssh");
-    there.client_options(&mut ssh);
-    ssh.arg("-i").arg(key).args(["-o", "BatchMode=yes", "-tt", "-p"]).arg(there.port.to_string());
-    ssh.arg(crate::harness::at("alice"));
-    ssh.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-    let mut shell = Shell::of(&mut ssh);
+    let mut shell = moved(&here, &there);
     assert!(shell.expect("still-here").contains("resumed from"));
     shell.run("echo -$RESUMED-", "-yes-");
     wait_for("the memory to be used up", || {

@@ -9,6 +9,7 @@ use hermitage_storage::accounts::PublicKey;
 
 use crate::{
     harness::{Options, PASSWORD, Service, at, finish, finish_child, stderr, stdout, wait_for},
+    keeping::hermitage,
     terminals::Shell,
 };
 
@@ -205,16 +206,12 @@ fn who_asks_too_often_waits() {
 }
 
 #[test]
-fn a_user_keeps_her_files_and_memory_when_she_is_not_there() {
+fn a_user_keeps_her_files_and_memory_while_she_works() {
     let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
     let alice = service.account("alice");
     assert!(stdout(&ask(&service, "alice+checkpoint", &[])).starts_with("No checkpoints."));
     let mut shell = Shell::open(&service, "alice");
     shell.run("echo i-was-he''re", "i-was-here");
-    let said = refused(&ask(&service, "alice+checkpoint", &["one"]));
-    assert!(said.contains("log out of your other session"), "{said}");
-    shell.run("echo st''ill", "still");
-    shell.cut(&service);
     let made = ask(&service, "alice+checkpoint", &["one"]);
     assert_eq!(
         stdout(&made),
@@ -222,13 +219,16 @@ fn a_user_keeps_her_files_and_memory_when_she_is_not_there() {
         "{}",
         stderr(&made)
     );
-    // What worked in it goes on.
-    wait_for("the machine", || {
-        service.account_status("alice").filter(|status| status.state == "lingering")
-    });
+    let state = || service.account_status("alice").map(|status| status.state);
+    assert_eq!(state().as_deref(), Some("running"));
+    shell.run("echo st''ill", "still");
+    shell.cut(&service);
+    wait_for("the machine to linger", || state().filter(|state| state == "lingering"));
+    // Nobody is there, and what works in it goes on.
+    assert!(ask(&service, "alice+checkpoint", &["two"]).status.success());
+    assert_eq!(state().as_deref(), Some("lingering"));
     let listed = stdout(&ask(&service, "alice+checkpoint", &[]));
     assert!(listed.starts_with("one ") && listed.ends_with("files and memory\n"), "{listed}");
-    assert!(ask(&service, "alice+checkpoint", &["two"]).status.success());
     for (name, words) in [("one", "already"), ("three", "you take 2 at most"), ("../x", "no name")]
     {
         let said = refused(&ask(&service, "alice+checkpoint", &[name]));
@@ -238,16 +238,37 @@ fn a_user_keeps_her_files_and_memory_when_she_is_not_there() {
     let taken = wait_for("the audit log", || {
         let copies = crate::watching::audited(&service, "copy");
         // What was refused, too, but for a name that is none.
-        (copies.len() == 5).then_some(copies)
+        (copies.len() == 4).then_some(copies)
     });
     let told: Vec<_> =
         taken.iter().map(|copy| (copy["place"].as_str(), copy.get("error"))).collect();
-    assert!(matches!(told[0], (Some("one"), Some(_))), "her other session: {told:?}");
-    assert!(matches!(told[1..3], [(Some("one"), None), (Some("two"), None)]), "{told:?}");
-    assert!(told[3..].iter().all(|(_, error)| error.is_some()), "{told:?}");
-    assert!(taken[1]["bytes"].is_u64() && taken[1].get("uid").is_none(), "{}", taken[1]);
-    assert_eq!((&taken[1]["what"], &taken[1]["account"]), (&"checkpoint".into(), &"alice".into()));
-    // And goes on where she was.
+    assert!(matches!(told[..2], [(Some("one"), None), (Some("two"), None)]), "{told:?}");
+    assert!(told[2..].iter().all(|(_, error)| error.is_some()), "{told:?}");
+    assert!(taken[0]["bytes"].is_u64() && taken[0].get("uid").is_none(), "{}", taken[0]);
+    assert_eq!((&taken[0]["what"], &taken[0]["account"]), (&"checkpoint".into(), &"alice".into()));
+    // And goes on where she was; or, taken back by her operator, where she was then.
     let mut shell = Shell::open(&service, "alice");
-    assert!(shell.expect("still").contains("resumed from"));
+    shell.expect("still");
+    shell.cut(&service);
+    let back = hermitage(&service, &["checkpoint", "restore", "alice", "one", "--stop"]);
+    assert!(back.status.success(), "{}", stderr(&back));
+    let mut shell = Shell::open(&service, "alice");
+    let shown = shell.expect("i-was-here");
+    assert!(shown.contains("resumed from") && !shown.contains("still"), "{shown}");
+}
+
+/// What has no memory to keep, and what can't be saved.
+#[test]
+fn a_checkpoint_of_a_machine_that_is_not_saved_changes_nothing() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    service.account("unsaveable");
+    let made = ask(&service, "unsaveable+checkpoint", &["files"]);
+    assert_eq!(stdout(&made), "files has your files as they are now.\n", "{}", stderr(&made));
+    let mut shell = Shell::open(&service, "unsaveable");
+    shell.run("echo he''re", "here");
+    let said = refused(&ask(&service, "unsaveable+checkpoint", &["both"]));
+    assert!(said.contains("could not be copied"), "{said}");
+    let listed = stdout(&ask(&service, "unsaveable+checkpoint", &[]));
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+    shell.run("echo st''ill", "still");
 }

@@ -8,8 +8,9 @@ use crate::{
     stories::space::in_order,
 };
 
-pub const TESTS: [Test; 3] = [
+pub const TESTS: [Test; 4] = [
     test("checkpoint_brings_shell_and_files_back", 240, back_to_a_checkpoint),
+    test("a_machine_in_use_is_kept_as_it_is_and_goes_on", 300, kept_in_use),
     test("archive_becomes_an_account_of_another_name", 240, another_name),
     test("an_account_in_use_is_exported_and_backed_up", 420, while_in_use),
 ];
@@ -34,6 +35,57 @@ fn back_to_a_checkpoint(story: &Story) -> Result<()> {
     shell.send("\n")?;
     same("at the checkpoint", shell.run(look)?.trim(), "first first first")?;
     shell.cut()
+}
+
+/// Lines for some 20 s, and nothing that is asked of it: a command that somebody waits for.
+const LINES: &str = "i=0; while [ $i -lt 40 ]; do i=$((i + 1)); echo $i; sleep 0.5; done";
+
+fn kept_in_use(story: &Story) -> Result<()> {
+    let alice = story.account("alice")?;
+    let host = story.host();
+    let mut shell = alice.login().terminal(None, 80, 24)?;
+    // Of the file nothing is synced.
+    shell.run("n=first; echo $n > /dev/shm/note; head -c 8000000 /dev/urandom > kept; sha256sum kept > sum")?;
+    shell.run("while :; do date +%s > alive; sleep 0.2; done & echo")?;
+    let machine = alice.running_machine()?;
+    std::thread::scope(|scope| -> Result<()> {
+        let command = scope.spawn(|| alice.login().exec(LINES)?.success());
+        let made = host.run(&format!("hermitage checkpoint create {} used", alice.name))?;
+        says("what the operator is told", &made, "files and memory")?;
+        says("what the operator is told", &made, "her machine goes on")?;
+        let asked = alice.login_as(&format!("{}+checkpoint", alice.name)).exec("hers")?;
+        says(
+            "what she is told",
+            &asked.success()?,
+            "hers has your files and memory as they are now",
+        )?;
+        same("her shell", shell.run("echo $n; kill -0 $! && echo lives")?.trim(), "first\nlives")?;
+        let lines = command.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+        let all: Vec<String> = (1..=40).map(|n| n.to_string()).collect();
+        same("her command's lines", lines.lines().collect::<Vec<_>>().join(" "), all.join(" "))
+    })?;
+    same("her machine", alice.running_machine()?, machine)?;
+    shell.run("n=second; echo $n > /dev/shm/note; echo other > kept; sync")?;
+
+    for (name, after) in [("used", "third"), ("hers", "fourth")] {
+        let back = format!("hermitage checkpoint restore {} {name} --stop", alice.name);
+        says("what the operator is told", &host.run(&back)?, "resumes it")?;
+        shell.wait_end(60).context("her session when she was taken back")?;
+        shell = alice.login().terminal(None, 80, 24)?;
+        shell.send("\n")?;
+        let found = shell
+            .run("echo $n $(cat /dev/shm/note); sha256sum -c sum; kill -0 $! && echo lives")?;
+        same(name, found.trim(), "first first\nkept: OK\nlives")?;
+        // What works in it goes on, and knows the time.
+        story.wait_for("her program to go on", 60, || {
+            let lag = alice.output("echo $(($(date +%s) - $(cat alive)))")?;
+            Ok((lag.trim().parse::<i64>()?.abs() < 5).then_some(()))
+        })?;
+        shell.run(&format!("n={after}; echo $n > /dev/shm/note; echo other > kept; sync"))?;
+    }
+    shell.cut()?;
+    host.run(&format!("hermitage account stop {}", alice.name))?;
+    in_order(story, &alice)
 }
 
 fn another_name(story: &Story) -> Result<()> {
