@@ -13,6 +13,7 @@ use std::{
 
 use hermitage_guest_proto::CONTROL_PORT;
 use hermitage_vmm_proto::End;
+use kvm_bindings::kvm_irqchip;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
@@ -22,16 +23,17 @@ use crate::{
     devices::{
         bus::{
             I8042_COMMAND_PORT, I8042_RESET, PCI_ADDRESS_PORT, RESET_PORT, RESET_VALUE,
-            SLEEP_CONTROL_PORT, VIRTIO_DEVICES,
+            SLEEP_CONTROL_PORT, VIRTIO_DEVICES, VSOCK,
         },
         serial::{BASE_PORT, SerialConsole, SerialConsoleState},
         virtio::{
             Balloon, Block, Console, Fault, Interrupt, StateError, Transport, TransportState,
-            VirtioDevice, Vsock,
+            VirtioDevice, Vsock, acknowledge,
         },
     },
+    kvm,
     memory::{
-        GuestMemory,
+        GuestMemory, ShownPage,
         layout::{FIRST_GSI, MMIO_START, MMIO_WINDOW, SERIAL_GSI},
     },
     poller::{Key, Poller},
@@ -59,7 +61,6 @@ pub struct DeviceStates {
 
 /// Position in the table: memory window and interrupt line.
 const CONSOLE: u32 = 0;
-const VSOCK: u32 = 1;
 const BLOCK: u32 = 2;
 const BALLOON: u32 = 3;
 const SERIAL: Key = Key { owner: owner::SERIAL, token: 0 };
@@ -81,9 +82,25 @@ fn line_of(vm: &Arc<VmFd>, gsi: u32) -> Line {
     Line { vm: vm.clone(), gsi }
 }
 
+/// Lets the guest read that device's registers, and acknowledge used buffers, without bothering us. Only for a
+/// guest that takes its interrupts for edge-triggered.
+fn shown<D: VirtioDevice>(
+    device: Transport<D>,
+    number: u32,
+    vm: &VmFd,
+) -> Result<Transport<D>, MachineError> {
+    let window = MMIO_START + u64::from(number) * MMIO_WINDOW;
+    let page = ShownPage::new().map_err(MachineError::Page)?;
+    kvm::show_page(vm, number, window, &page)?;
+    let (register, word) = acknowledge::USED_BUFFERS;
+    kvm::drop_writes(vm, window + register, word)?;
+    Ok(device.shown_on(page))
+}
+
 /// What devices are restored with.
 pub struct RestoreDevices<'a> {
     pub state: &'a DeviceStates,
+    pub io_apic: &'a kvm_irqchip,
     pub memory: &'a GuestMemory,
     pub vm: &'a Arc<VmFd>,
     pub poller: &'a Arc<Poller>,
@@ -98,19 +115,23 @@ impl Devices {
         poller: &Arc<Poller>,
         end: Arc<EndCell>,
         serial_log: Option<File>,
-    ) -> Self {
+    ) -> Result<Self, MachineError> {
         let line = |n| line_of(vm, FIRST_GSI + n);
-        Self {
+        Ok(Self {
             console: Transport::new(
                 Console::new(poller.clone(), owner::CONSOLE),
                 memory.clone(),
                 line(CONSOLE),
             ),
-            vsock: Transport::new(
-                Vsock::new(poller.clone(), owner::VSOCK),
-                memory.clone(),
-                line(VSOCK),
-            ),
+            vsock: shown(
+                Transport::new(
+                    Vsock::new(poller.clone(), owner::VSOCK),
+                    memory.clone(),
+                    line(VSOCK),
+                ),
+                VSOCK,
+                vm,
+            )?,
             block: Transport::new(Block::new(), memory.clone(), line(BLOCK)),
             balloon: Transport::new(Balloon::new(), memory.clone(), line(BALLOON)),
             serial: Mutex::new(SerialConsole::new(
@@ -121,14 +142,24 @@ impl Devices {
             )),
             pci_address: AtomicU32::new(0),
             end,
-        }
+        })
     }
 
     /// After the interrupt controllers' state is in place. Nothing reaches guest or disk before
     /// [`resume`](Self::resume).
     pub fn restore(with: RestoreDevices<'_>) -> Result<Self, MachineError> {
-        let RestoreDevices { state, memory, vm, poller, end, disk } = with;
+        let RestoreDevices { state, io_apic, memory, vm, poller, end, disk } = with;
         let line = |n| line_of(vm, FIRST_GSI + n);
+        let mut vsock = Transport::restore(
+            state.vsock.clone(),
+            Vsock::new(poller.clone(), owner::VSOCK),
+            memory.clone(),
+            line(VSOCK),
+        )?;
+        // A base that was made before knows a level-triggered interrupt, which has to see acknowledgements.
+        if kvm::is_edge_triggered(io_apic, FIRST_GSI + VSOCK) {
+            vsock = shown(vsock, VSOCK, vm)?;
+        }
         let devices = Self {
             console: Transport::restore(
                 state.console.clone(),
@@ -136,12 +167,7 @@ impl Devices {
                 memory.clone(),
                 line(CONSOLE),
             )?,
-            vsock: Transport::restore(
-                state.vsock.clone(),
-                Vsock::new(poller.clone(), owner::VSOCK),
-                memory.clone(),
-                line(VSOCK),
-            )?,
+            vsock,
             block: Transport::restore(
                 state.block.clone(),
                 Block::new(),

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     devices::virtio::{
         Context, Fault, VirtioDevice as _,
-        chain::{Chain, read_prefix, window, write_prefix},
+        chain::{Chain, read_prefix, total, window, write_prefix},
     },
     memory::GuestMemory,
     poller::Key,
@@ -181,6 +181,10 @@ impl Vsock {
             let header = connection.header(op::RW, 0, count);
             self.stats.to_guest += u64::from(count);
             self.put(&header, &chain, context)?;
+            if u64::from(count) < total(&into) {
+                // That was all; of an end behind it the poller tells again.
+                break;
+            }
         }
         self.settle(port);
         self.pay(context)
