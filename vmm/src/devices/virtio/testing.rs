@@ -85,6 +85,8 @@ pub struct Driver<D> {
     /// Where it reads registers, if not by asking the device.
     page: Option<ShownPage>,
     pub rings: Vec<Ring>,
+    /// How often it notified.
+    pub notifications: u32,
     next_buffer: u64,
     turns: u32,
 }
@@ -123,6 +125,7 @@ impl<D: VirtioDevice> Driver<D> {
             line,
             page,
             rings: Vec::new(),
+            notifications: 0,
             next_buffer: BUFFERS,
             turns: 0,
         };
@@ -229,6 +232,7 @@ impl<D: VirtioDevice> Driver<D> {
         let (old, new) = (ring.notified, ring.available);
         ring.notified = new;
         if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+            self.notifications += 1;
             return self.set(register::QUEUE_NOTIFY, queue as u32);
         }
         Ok(())
@@ -331,7 +335,16 @@ impl<D: VirtioDevice> Driver<D> {
         let page = self.page.as_ref().map(|_| ShownPage::new().unwrap());
         let device = shown(device, &page);
         let rings = self.rings.iter().map(Ring::copy).collect();
-        Self { device, memory, line, page, rings, next_buffer: self.next_buffer, turns: 0 }
+        Self {
+            device,
+            memory,
+            line,
+            page,
+            rings,
+            notifications: 0,
+            next_buffer: self.next_buffer,
+            turns: 0,
+        }
     }
 }
 

@@ -62,6 +62,12 @@ pub trait VirtioDevice: Send + Sized + 'static {
     /// Forgets everything the driver said. The queues are reset by the transport.
     fn reset(&mut self);
 
+    /// A state is about to be taken, or the machine goes on after all: nothing may be left for later that the
+    /// state does not hold. The virtual CPUs stand still.
+    fn quiesce(&mut self, _context: &mut Context<'_>) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// The state for a snapshot. A device in the middle of something refuses with
     /// [`StateError::Busy`].
     fn save(&self) -> Result<Self::State, StateError>;

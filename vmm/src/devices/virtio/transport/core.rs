@@ -287,6 +287,9 @@ impl<D: VirtioDevice> Core<D> {
                 news |= INTERRUPT_QUEUE;
             }
         }
+        if news & INTERRUPT_QUEUE != 0 {
+            self.queues.iter_mut().for_each(VirtQueue::said);
+        }
         self.tell(news)?;
         Ok(result)
     }
@@ -329,7 +332,12 @@ impl<D: VirtioDevice> Core<D> {
         }
     }
 
-    pub(super) fn save(&self) -> Result<TransportState<D::State>, StateError> {
+    pub(super) fn save(&mut self) -> Result<TransportState<D::State>, StateError> {
+        if self.active() {
+            self.run(|device, context| device.quiesce(context)).map_err(|fault| {
+                StateError::invalid(D::NAME, format!("it can't come to rest: {fault}"))
+            })?;
+        }
         if self.device.busy() {
             return Err(StateError::busy(D::NAME, "requests are under way"));
         }

@@ -1,6 +1,6 @@
-//! When the guest hears that its packets were taken: by interrupt each would cost it three exits.
+//! When the guest hears that its packets were taken: an interrupt for each would be several exits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{
     super::{
@@ -61,13 +61,18 @@ fn the_guest_hears_of_the_last_packet_in_a_while() {
         guest.driver.acknowledge();
         send(&mut guest, 0);
         assert!(!guest.driver.line.is_high());
-        let mut events = Vec::new();
-        guest.poller.wait(&mut events, Some(QUIET_TIME + Duration::from_secs(10))).unwrap();
-        for event in &events {
-            assert_eq!(event.key.owner, OWNER);
-            guest.driver.device.ready(event).unwrap();
+        let sent = Instant::now();
+        while !guest.driver.line.is_high() {
+            // The timer may have been set for an earlier packet, and is set again then.
+            assert!(sent.elapsed() < Duration::from_secs(10));
+            let mut events = Vec::new();
+            guest.poller.wait(&mut events, Some(QUIET_TIME + Duration::from_secs(10))).unwrap();
+            for event in &events {
+                assert_eq!(event.key.owner, OWNER);
+                guest.driver.device.ready(event).unwrap();
+            }
         }
-        assert!(guest.driver.line.is_high());
+        assert!(sent.elapsed() >= QUIET_TIME);
     }
 }
 
