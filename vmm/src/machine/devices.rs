@@ -31,7 +31,7 @@ use crate::{
             VirtioDevice, Vsock, acknowledge,
         },
     },
-    kvm,
+    kvm::{self, KvmError},
     memory::{
         GuestMemory, ShownPage,
         layout::{FIRST_GSI, MMIO_START, MMIO_WINDOW, SERIAL_GSI},
@@ -48,6 +48,8 @@ pub struct Devices {
     /// Used while booting only: not part of the state.
     pci_address: AtomicU32,
     end: Arc<EndCell>,
+    /// To be shown with the first stream: a fork is not to wait for it, and a shell needs none.
+    hidden: Mutex<Option<StreamRegisters>>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -82,19 +84,25 @@ fn line_of(vm: &Arc<VmFd>, gsi: u32) -> Line {
     Line { vm: vm.clone(), gsi }
 }
 
-/// Lets the guest read that device's registers, and acknowledge used buffers, without bothering us. Only for a
-/// guest that takes its interrupts for edge-triggered.
-fn shown<D: VirtioDevice>(
-    device: Transport<D>,
-    number: u32,
-    vm: &VmFd,
-) -> Result<Transport<D>, MachineError> {
-    let window = MMIO_START + u64::from(number) * MMIO_WINDOW;
-    let page = ShownPage::new().map_err(MachineError::Page)?;
-    kvm::show_page(vm, number, window, &page)?;
-    let (register, word) = acknowledge::USED_BUFFERS;
-    kvm::drop_writes(vm, window + register, word)?;
-    Ok(device.shown_on(page))
+/// The streams' registers, which the guest is to read, and to acknowledge used buffers, without bothering us. Only for
+/// a guest that takes their interrupts for edge-triggered.
+struct StreamRegisters {
+    vm: Arc<VmFd>,
+    page: ShownPage,
+}
+
+impl StreamRegisters {
+    fn new(vm: &Arc<VmFd>) -> Result<Self, MachineError> {
+        Ok(Self { vm: vm.clone(), page: ShownPage::new().map_err(MachineError::Page)? })
+    }
+
+    /// From here on the guest need not ask. KVM waits for its own threads at each of these calls.
+    fn show(&self) -> Result<(), KvmError> {
+        let window = MMIO_START + u64::from(VSOCK) * MMIO_WINDOW;
+        kvm::show_page(&self.vm, VSOCK, window, &self.page)?;
+        let (register, word) = acknowledge::USED_BUFFERS;
+        kvm::drop_writes(&self.vm, window + register, word)
+    }
 }
 
 /// What devices are restored with.
@@ -117,21 +125,19 @@ impl Devices {
         serial_log: Option<File>,
     ) -> Result<Self, MachineError> {
         let line = |n| line_of(vm, FIRST_GSI + n);
+        let registers = StreamRegisters::new(vm)?;
         Ok(Self {
             console: Transport::new(
                 Console::new(poller.clone(), owner::CONSOLE),
                 memory.clone(),
                 line(CONSOLE),
             ),
-            vsock: shown(
-                Transport::new(
-                    Vsock::new(poller.clone(), owner::VSOCK),
-                    memory.clone(),
-                    line(VSOCK),
-                ),
-                VSOCK,
-                vm,
-            )?,
+            vsock: Transport::new(
+                Vsock::new(poller.clone(), owner::VSOCK),
+                memory.clone(),
+                line(VSOCK),
+            )
+            .shown_on(registers.page.clone()),
             block: Transport::new(Block::new(), memory.clone(), line(BLOCK)),
             balloon: Transport::new(Balloon::new(), memory.clone(), line(BALLOON)),
             serial: Mutex::new(SerialConsole::new(
@@ -142,6 +148,7 @@ impl Devices {
             )),
             pci_address: AtomicU32::new(0),
             end,
+            hidden: Mutex::new(Some(registers)),
         })
     }
 
@@ -157,8 +164,10 @@ impl Devices {
             line(VSOCK),
         )?;
         // A base that was made before knows a level-triggered interrupt, which has to see acknowledgements.
+        let mut hidden = None;
         if kvm::is_edge_triggered(io_apic, FIRST_GSI + VSOCK) {
-            vsock = shown(vsock, VSOCK, vm)?;
+            let registers = hidden.insert(StreamRegisters::new(vm)?);
+            vsock = vsock.shown_on(registers.page.clone());
         }
         let devices = Self {
             console: Transport::restore(
@@ -188,6 +197,7 @@ impl Devices {
             )?),
             pci_address: AtomicU32::new(0),
             end,
+            hidden: Mutex::new(hidden),
         };
         let (saved, found) = (state.block.device.bytes(), disk.metadata().map_or(0, |m| m.len()));
         if found < saved {
@@ -206,6 +216,16 @@ impl Devices {
         self.block.resume()?;
         self.balloon.resume()?;
         Ok(())
+    }
+
+    /// Connects a stream ([`Transport::connect`]).
+    pub fn connect(&self, stream: u64, port: u32, socket: OwnedFd) -> Result<(), Fault> {
+        if let Some(registers) = lock(&self.hidden).take()
+            && let Err(error) = registers.show()
+        {
+            tracing::warn!(%error, "streams cost more exits than they need");
+        }
+        self.vsock.connect(stream, port, socket)
     }
 
     /// The vCPUs are paused. Waits for requests under way.
