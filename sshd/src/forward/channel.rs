@@ -5,11 +5,14 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use hermitage_guest_proto::forward::ForwardId;
 use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf, server::Msg};
-use tokio::{net::UnixStream, time::timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::link::Use;
-use crate::session::{Inflow, InputQueue, feed, pump, shut_down};
+use crate::{
+    machine::ByteStream,
+    session::{Inflow, InputQueue, feed, pump, shut_down},
+};
 
 /// How long what was sent before a channel was closed, or before a machine ended, may take to arrive.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -18,7 +21,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn relay(
     link: &Use,
     id: ForwardId,
-    stream: UnixStream,
+    stream: ByteStream,
     channel: &ChannelWriteHalf<Msg>,
     input: &InputQueue,
     closed: &CancellationToken,

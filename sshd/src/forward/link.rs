@@ -16,7 +16,6 @@ use hermitage_guest_proto::{
 };
 use tokio::{
     io::AsyncWriteExt,
-    net::{UnixStream, unix::OwnedWriteHalf},
     sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
     time::{sleep, timeout},
 };
@@ -25,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Inner, Listener};
 use crate::{
     lifecycle::Lease,
-    machine::{Forwarder, OpenError, Reader, printable},
+    machine::{ByteStream, Forwarder, OpenError, Reader, WriteHalf, printable},
     watch::{Live, NewSession, Presence},
 };
 
@@ -191,7 +190,7 @@ impl Use {
     }
 
     /// Connects to an address in the machine.
-    pub(super) async fn dial(&self, to: Place) -> Result<(ForwardId, UnixStream), String> {
+    pub(super) async fn dial(&self, to: Place) -> Result<(ForwardId, ByteStream), String> {
         let id = self.0.next();
         self.0.ask(id, ForwardRequest::Dial { id, to }).await?;
         match self.stream(id).await {
@@ -219,7 +218,7 @@ impl Use {
     }
 
     /// The stream of a connection.
-    pub(super) async fn stream(&self, id: ForwardId) -> Result<UnixStream, String> {
+    pub(super) async fn stream(&self, id: ForwardId) -> Result<ByteStream, String> {
         let stream = self.0.lease.machine.stream_to(self.0.port, id);
         stream.await.map_err(|error| error.to_string())
     }
@@ -384,7 +383,7 @@ async fn listen_to(inner: &Arc<Inner>, link: &Arc<Link>, mut events: Reader) -> 
     }
 }
 
-async fn say(mut to: OwnedWriteHalf, mut requests: mpsc::Receiver<ForwardRequest>) {
+async fn say(mut to: WriteHalf, mut requests: mpsc::Receiver<ForwardRequest>) {
     while let Some(request) = requests.recv().await {
         let Ok(frame) = encode(&request) else { continue };
         if to.write_all(&frame).await.is_err() {

@@ -5,9 +5,10 @@ use hermitage_guest_proto::{Decoder, FrameError, HostMessage, encode};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::unix::{OwnedReadHalf, OwnedWriteHalf},
     sync::mpsc,
 };
+
+use super::{ReadHalf, WriteHalf};
 
 /// Why the conversation ended.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +26,7 @@ pub enum AgentError {
 const MOST_HELD: usize = 256;
 
 /// Sends what comes over `messages` until either side is gone.
-pub async fn write(mut socket: OwnedWriteHalf, mut messages: mpsc::Receiver<HostMessage>) {
+pub async fn write(mut socket: WriteHalf, mut messages: mpsc::Receiver<HostMessage>) {
     let mut order = Order::default();
     while let Some(message) = messages.recv().await {
         for message in order.take(message) {
@@ -79,13 +80,13 @@ impl Order {
 
 /// Reads messages; cancellation-safe.
 pub struct Reader {
-    socket: OwnedReadHalf,
+    socket: ReadHalf,
     decoder: Decoder,
     chunk: Box<[u8]>,
 }
 
 impl Reader {
-    pub fn new(socket: OwnedReadHalf) -> Self {
+    pub fn new(socket: ReadHalf) -> Self {
         Self { socket, decoder: Decoder::default(), chunk: vec![0; 8 * 1024].into() }
     }
 

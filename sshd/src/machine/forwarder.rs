@@ -4,9 +4,9 @@
 use std::{sync::Arc, time::Duration};
 
 use hermitage_guest_proto::{Program, forward::ForwardEvent};
-use tokio::{net::unix::OwnedWriteHalf, time::timeout};
+use tokio::time::timeout;
 
-use super::{Command, Machine, OpenError, Reader, open::Running};
+use super::{Command, Machine, OpenError, Reader, WriteHalf, open::Running};
 
 /// How long it may take to say where it takes streams.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -16,7 +16,7 @@ pub struct Forwarder {
     /// vsock port for its streams.
     pub port: u32,
     pub events: Reader,
-    pub to: OwnedWriteHalf,
+    pub to: WriteHalf,
     pub program: Running,
 }
 

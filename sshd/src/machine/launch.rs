@@ -14,13 +14,12 @@ use hermitage_guest_proto::{Attach, HostMessage, encode};
 use hermitage_storage::base::Size;
 use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
 use tokio::{
-    net::UnixStream,
     sync::{mpsc, oneshot, watch},
     time::{Instant, timeout},
 };
 
 use super::{
-    AGENT_QUEUE, Machine,
+    AGENT_QUEUE, ByteStream, Machine,
     agent::{self, AgentError, Reader},
     fork_server::{ForkError, ForkServers, Forked},
     given::Given,
@@ -120,7 +119,7 @@ pub async fn launch(
     }
     let mut agent = std::os::unix::net::UnixStream::from(agent);
     agent.write_all(&frames)?;
-    let agent = UnixStream::from_std(agent)?;
+    let agent = ByteStream::new(agent)?;
 
     let group = cgroups.admit(&spec.admission, given.size).await?;
     let descriptors = [control_far, agent_far, spec.disk];
@@ -194,9 +193,7 @@ pub async fn resume(
 ) -> Result<Arc<Machine>, ResumeError> {
     let (control, control_far) = message_pair(false)?;
     let (agent, agent_far) = stream_pair(true)?;
-    let agent = std::os::unix::net::UnixStream::from(agent);
-    agent.set_nonblocking(true)?;
-    let agent = UnixStream::from_std(agent)?;
+    let agent = ByteStream::new(agent)?;
     let Sleeper {
         label,
         base,
@@ -282,7 +279,7 @@ struct Born {
 fn supervise(
     born: Born,
     control: MessageSocket,
-    agent: UnixStream,
+    agent: ByteStream,
     scarce: watch::Receiver<bool>,
 ) -> Arc<Machine> {
     let most = born.most;
@@ -297,7 +294,7 @@ fn supervise(
 fn supervise_with<T>(
     Born { label, forked, given, most, group }: Born,
     control: MessageSocket,
-    agent: UnixStream,
+    agent: ByteStream,
     before: impl FnOnce(&Machine) -> T,
 ) -> (Arc<Machine>, T) {
     let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);

@@ -20,12 +20,14 @@ mod open;
 mod processes;
 mod sleep;
 mod socket;
+mod stream;
 mod takeover;
 mod terminals;
 mod work;
 
 use std::{
     collections::HashMap,
+    io::Write as _,
     os::fd::AsFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -35,7 +37,7 @@ use std::{
 };
 
 use hermitage_guest_proto::{AgentMessage, ExitStatus, HostMessage, SessionId, TERMINALS};
-use hermitage_vmm_proto::{MachineEvent, MachineId, MachineRequest, SocketError};
+use hermitage_vmm_proto::{MachineEvent, MachineId, MachineRequest, SocketError, stream_pair};
 use tokio::{
     net::UnixStream,
     sync::{Notify, mpsc, oneshot, watch},
@@ -52,6 +54,7 @@ pub use open::{Command, OpenError, Remote, Terminal, TerminalSpec};
 pub use processes::Counted;
 pub use sleep::clock;
 use socket::MessageSocket;
+pub use stream::{ByteStream, ReadHalf, WriteHalf};
 pub use takeover::{Claim, Taken};
 use terminals::TerminalState;
 
@@ -142,11 +145,11 @@ impl Machine {
 
     /// Attaches the serial console; the socket carries it until the machine ends.
     pub async fn console(&self) -> Result<UnixStream, OpenError> {
-        let (ours, theirs) = byte_pair()?;
+        let (ours, theirs) = stream_pair(true)?;
         self.request(&MachineRequest::AttachConsole, &[theirs.as_fd()])
             .await
             .map_err(|error| self.lost(error))?;
-        Ok(ours)
+        Ok(UnixStream::from_std(ours.into())?)
     }
 
     /// Asks the guest to power off.
@@ -267,12 +270,13 @@ async fn wait_for(reason: &watch::Sender<Option<String>>) -> String {
     }
 }
 
-/// A pair of byte sockets: ours under tokio, theirs to hand over.
-fn byte_pair() -> std::io::Result<(UnixStream, std::os::fd::OwnedFd)> {
-    let (ours, theirs) = hermitage_vmm_proto::stream_pair(true)?;
-    let ours = std::os::unix::net::UnixStream::from(ours);
-    ours.set_nonblocking(true)?;
-    Ok((UnixStream::from_std(ours)?, theirs))
+/// A pair of byte sockets: ours under tokio, theirs to hand over. What is `first` waits in it for the machine; it
+/// is short.
+fn byte_pair(first: &[u8]) -> std::io::Result<(ByteStream, std::os::fd::OwnedFd)> {
+    let (ours, theirs) = stream_pair(true)?;
+    let mut ours = std::os::unix::net::UnixStream::from(ours);
+    ours.write_all(first)?;
+    Ok((ByteStream::new(ours)?, theirs))
 }
 
 /// A guest's words for a log or a user's terminal: bounded, and without control characters.

@@ -6,9 +6,9 @@ use hermitage_guest_proto::{
     Exec, ExitStatus, HostMessage, OpenTerminal, Program, STREAM_PORT, SessionId, TERMINALS, Window,
 };
 use hermitage_vmm_proto::{MachineRequest, SocketError};
-use tokio::{io::AsyncWriteExt, net::UnixStream, sync::oneshot, time::timeout};
+use tokio::{sync::oneshot, time::timeout};
 
-use super::{Claim, Machine, Taken, Waiting, byte_pair, terminals::Slot};
+use super::{ByteStream, Claim, Machine, Taken, Waiting, byte_pair, terminals::Slot};
 
 /// How long the guest may take to start a program.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -58,7 +58,7 @@ pub struct TerminalSpec {
 /// A program on a terminal. Dropping it leaves a shell on its terminal; another program is hung up, and
 /// the terminal is free once it has ended.
 pub struct Terminal {
-    pub socket: UnixStream,
+    pub socket: ByteStream,
     pub program: Running,
     /// When somebody else has it: this is to be dropped then.
     pub taken: Taken,
@@ -66,8 +66,8 @@ pub struct Terminal {
 
 /// A program on streams of its own. Dropping it hangs the program up.
 pub struct Command {
-    pub stdio: UnixStream,
-    pub stderr: UnixStream,
+    pub stdio: ByteStream,
+    pub stderr: ByteStream,
     pub program: Running,
 }
 
@@ -78,7 +78,7 @@ impl Machine {
         claim: &Claim,
     ) -> Result<Terminal, OpenError> {
         let slot = Slot::take(self)?;
-        let (ours, theirs) = byte_pair()?;
+        let (ours, theirs) = byte_pair(&[])?;
         let terminal = slot.index;
         let attach = MachineRequest::AttachTerminal { terminal, redraw: None };
         self.request(&attach, &[theirs.as_fd()]).await.map_err(|error| self.lost(error))?;
@@ -116,7 +116,7 @@ impl Machine {
         window: Window,
         claim: &Claim,
     ) -> Result<Option<Terminal>, OpenError> {
-        let (ours, theirs) = byte_pair()?;
+        let (ours, theirs) = byte_pair(&[])?;
         self.reclaim(claim).await;
         let Some(program) = self.take_left().await else { return Ok(None) };
         let Some(terminal) = program.slot.as_ref().map(|slot| slot.index) else { return Ok(None) };
@@ -150,13 +150,12 @@ impl Machine {
     }
 
     /// A stream to a program that listens in the guest, with the token that it knows it by.
-    pub async fn stream_to(&self, port: u32, token: u64) -> Result<UnixStream, OpenError> {
+    pub async fn stream_to(&self, port: u32, token: u64) -> Result<ByteStream, OpenError> {
         self.connect(port, Some(token)).await.map(|(stream, _)| stream)
     }
 
     /// A stream into the guest and the token that names it there: its own number, if none is given.
-    async fn connect(&self, port: u32, token: Option<u64>) -> Result<(UnixStream, u64), OpenError> {
-        let (mut ours, theirs) = byte_pair()?;
+    async fn connect(&self, port: u32, token: Option<u64>) -> Result<(ByteStream, u64), OpenError> {
         let (sender, connected) = oneshot::channel();
         let stream = {
             let mut table = self.table();
@@ -167,7 +166,7 @@ impl Machine {
         };
         // The token goes first whatever happens: it waits in the socket.
         let token = token.unwrap_or(stream);
-        ours.write_all(&token.to_le_bytes()).await?;
+        let (ours, theirs) = byte_pair(&token.to_le_bytes())?;
         let request = MachineRequest::Connect { stream, port };
         let outcome = match self.request(&request, &[theirs.as_fd()]).await {
             Ok(()) => {

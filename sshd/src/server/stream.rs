@@ -14,7 +14,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
     time::{Instant, Sleep, sleep},
 };
@@ -23,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::session::Inflow;
 
 pub struct Stream {
-    tcp: TcpStream,
+    /// russh reads a packet's length and then the rest: buffered, small packets are one read of the socket.
+    tcp: BufReader<TcpStream>,
     inflow: Arc<Inflow>,
     switch: Arc<Switch>,
     pace: Pace,
@@ -81,6 +82,7 @@ impl Stream {
     pub fn new(tcp: TcpStream, inflow: Arc<Inflow>) -> (Self, Arc<Switch>) {
         let switch = Arc::new(Switch::default());
         let pace = Pace { reads: MOST_READS, refill: Box::pin(sleep(REFILL_EVERY)) };
+        let tcp = BufReader::new(tcp);
         (Self { tcp, inflow, switch: switch.clone(), pace }, switch)
     }
 }

@@ -25,7 +25,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::{
     devices::bus::{
-        RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VIRTIO_DEVICES,
+        RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VIRTIO_DEVICES, VSOCK,
     },
     memory::{
         GuestMemory,
@@ -125,9 +125,9 @@ fn dsdt(growth: impl Iterator<Item = Range>) -> Sdt {
                     "_CRS".into(),
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, window as u32, layout::MMIO_WINDOW as u32),
-                        // Level-triggered, active high: high while the device's interrupt status is
+                        // Active high. Level-triggered is high while the device's interrupt status is
                         // not zero.
-                        &Interrupt::new(true, false, false, false, layout::FIRST_GSI + n),
+                        &Interrupt::new(true, n == VSOCK, false, false, layout::FIRST_GSI + n),
                     ]),
                 ),
             ],

@@ -3,6 +3,9 @@
 /// virtio devices described to the guest: terminals, streams, account disk.
 pub const VIRTIO_DEVICES: u32 = 4;
 
+/// Which of them streams are. Its interrupt is edge-triggered (docs/devices.md, "Transport"), the others' are not.
+pub const VSOCK: u32 = 1;
+
 /// Writing SLP_EN with [`crate::boot::acpi::S5`] here powers the machine off (ACPI 6.5 §4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;

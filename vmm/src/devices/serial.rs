@@ -56,8 +56,7 @@ impl Trigger for Pulse {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.set_level(true)?;
-        self.0.set_level(false)
+        self.0.pulse()
     }
 }
 

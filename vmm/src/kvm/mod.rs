@@ -13,7 +13,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_READONLY,
     kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
 pub use vcpu::{
@@ -21,7 +21,9 @@ pub use vcpu::{
     save_vcpu,
 };
 
-use crate::memory::{GuestMemory, host_ranges, layout};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::{GuestMemory, PAGE_SIZE, ShownPage, host_ranges, layout};
 
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
@@ -58,6 +60,7 @@ pub fn open() -> Result<Kvm, KvmError> {
         (Cap::Irqchip, "an in-kernel interrupt controller"),
         (Cap::UserMemory, "user memory regions"),
         (Cap::ReadonlyMem, "read-only memory regions"),
+        (Cap::Ioeventfd, "writes that don't exit (KVM_IOEVENTFD)"),
         (Cap::AdjustClock, "KVM_SET_CLOCK"),
         (Cap::VcpuEvents, "KVM_GET_VCPU_EVENTS"),
         (Cap::Xsave, "KVM_GET_XSAVE"),
@@ -136,6 +139,43 @@ pub fn map_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
     Ok(())
 }
 
+/// Slot of the first page that is shown; RAM and root image have a handful before it.
+const SHOWN_SLOT: u32 = 32;
+
+/// Has the guest read `page` at that address without an exit. What it writes there exits, as it would without.
+/// `number` is the page's own, and less than 32.
+pub fn show_page(vm: &VmFd, number: u32, guest: u64, page: &ShownPage) -> Result<(), KvmError> {
+    let region = kvm_userspace_memory_region {
+        slot: SHOWN_SLOT + number,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: guest,
+        memory_size: PAGE_SIZE as u64,
+        userspace_addr: page.address(),
+    };
+    // SAFETY: the address is that of a whole page. The device that it is for holds it, and virtual CPUs run no
+    // longer than there are devices.
+    unsafe { vm.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")
+}
+
+/// Has KVM drop the guest's writes of exactly this word at that address: they don't reach us.
+pub fn drop_writes(vm: &VmFd, guest: u64, word: u32) -> Result<(), KvmError> {
+    // What KVM calls an event nobody waits for. KVM keeps it when it is closed here.
+    let event = EventFd::new(0).map_err(|error| KvmError::Ioctl {
+        call: "eventfd2",
+        source: kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(libc::EIO)),
+    })?;
+    let address = IoEventAddress::Mmio(guest);
+    vm.register_ioevent(&event, &address, word).named("KVM_IOEVENTFD")
+}
+
+/// Whether the guest has that input of the I/O APIC in use, as an edge-triggered one.
+pub fn is_edge_triggered(io_apic: &kvm_irqchip, gsi: u32) -> bool {
+    // SAFETY: both unions' members are integers of the same bytes, for which any value is valid.
+    let entry = unsafe { io_apic.chip.ioapic.redirtbl.get(gsi as usize).map(|entry| entry.bits) };
+    // Trigger mode and mask (82093AA I/O APIC, 3.2.4).
+    entry.is_some_and(|entry| entry & (1 << 15 | 1 << 16) == 0)
+}
+
 /// What belongs to the VM rather than to one CPU.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
@@ -173,4 +213,23 @@ pub fn restore_vm(vm: &VmFd, state: &VmState) -> Result<(), KvmError> {
     // Flags are output of KVM_GET_CLOCK; as input they mean other things (KVM API 4.30).
     let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
     vm.set_clock(&clock).named("KVM_SET_CLOCK")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_input_that_is_edge_triggered_is_one_in_use() {
+        let mut io_apic = kvm_irqchip::default();
+        let entry = |bits| kvm_bindings::kvm_ioapic_state__bindgen_ty_1 { bits };
+        // Delivery to some CPU, fixed, vector 0x24; then the same level-triggered, masked, and as after power-on.
+        for (n, bits) in [0x0100_0000_0000_0024, 0x8024, 0x1_0024, 0x1_0000].into_iter().enumerate()
+        {
+            // SAFETY: an I/O APIC's state is integers.
+            unsafe { io_apic.chip.ioapic.redirtbl[n] = entry(bits) };
+        }
+        let edges = [0, 1, 2, 3, 24, u32::MAX].map(|gsi| is_edge_triggered(&io_apic, gsi));
+        assert_eq!(edges, [true, false, false, false, false, false]);
+    }
 }

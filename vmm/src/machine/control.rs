@@ -201,7 +201,7 @@ impl Server<'_> {
             MachineRequest::Connect { stream, port } => {
                 let result = match descriptors.next() {
                     Some(socket) => {
-                        devices.vsock.connect(stream, port, socket).map_err(|e| e.to_string())
+                        devices.connect(stream, port, socket).map_err(|e| e.to_string())
                     }
                     None => Err("the request came without a descriptor".into()),
                 };

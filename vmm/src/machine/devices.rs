@@ -13,6 +13,7 @@ use std::{
 
 use hermitage_guest_proto::CONTROL_PORT;
 use hermitage_vmm_proto::End;
+use kvm_bindings::kvm_irqchip;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
@@ -22,16 +23,17 @@ use crate::{
     devices::{
         bus::{
             I8042_COMMAND_PORT, I8042_RESET, PCI_ADDRESS_PORT, RESET_PORT, RESET_VALUE,
-            SLEEP_CONTROL_PORT, VIRTIO_DEVICES,
+            SLEEP_CONTROL_PORT, VIRTIO_DEVICES, VSOCK,
         },
         serial::{BASE_PORT, SerialConsole, SerialConsoleState},
         virtio::{
             Balloon, Block, Console, Fault, Interrupt, StateError, Transport, TransportState,
-            VirtioDevice, Vsock,
+            VirtioDevice, Vsock, acknowledge,
         },
     },
+    kvm::{self, KvmError},
     memory::{
-        GuestMemory,
+        GuestMemory, ShownPage,
         layout::{FIRST_GSI, MMIO_START, MMIO_WINDOW, SERIAL_GSI},
     },
     poller::{Key, Poller},
@@ -46,6 +48,8 @@ pub struct Devices {
     /// Used while booting only: not part of the state.
     pci_address: AtomicU32,
     end: Arc<EndCell>,
+    /// To be shown with the first stream: a fork is not to wait for it, and a shell needs none.
+    hidden: Mutex<Option<StreamRegisters>>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -59,7 +63,6 @@ pub struct DeviceStates {
 
 /// Position in the table: memory window and interrupt line.
 const CONSOLE: u32 = 0;
-const VSOCK: u32 = 1;
 const BLOCK: u32 = 2;
 const BALLOON: u32 = 3;
 const SERIAL: Key = Key { owner: owner::SERIAL, token: 0 };
@@ -81,9 +84,31 @@ fn line_of(vm: &Arc<VmFd>, gsi: u32) -> Line {
     Line { vm: vm.clone(), gsi }
 }
 
+/// The streams' registers, which the guest is to read, and to acknowledge used buffers, without bothering us. Only for
+/// a guest that takes their interrupts for edge-triggered.
+struct StreamRegisters {
+    vm: Arc<VmFd>,
+    page: ShownPage,
+}
+
+impl StreamRegisters {
+    fn new(vm: &Arc<VmFd>) -> Result<Self, MachineError> {
+        Ok(Self { vm: vm.clone(), page: ShownPage::new().map_err(MachineError::Page)? })
+    }
+
+    /// From here on the guest need not ask. KVM waits for its own threads at each of these calls.
+    fn show(&self) -> Result<(), KvmError> {
+        let window = MMIO_START + u64::from(VSOCK) * MMIO_WINDOW;
+        kvm::show_page(&self.vm, VSOCK, window, &self.page)?;
+        let (register, word) = acknowledge::USED_BUFFERS;
+        kvm::drop_writes(&self.vm, window + register, word)
+    }
+}
+
 /// What devices are restored with.
 pub struct RestoreDevices<'a> {
     pub state: &'a DeviceStates,
+    pub io_apic: &'a kvm_irqchip,
     pub memory: &'a GuestMemory,
     pub vm: &'a Arc<VmFd>,
     pub poller: &'a Arc<Poller>,
@@ -98,9 +123,10 @@ impl Devices {
         poller: &Arc<Poller>,
         end: Arc<EndCell>,
         serial_log: Option<File>,
-    ) -> Self {
+    ) -> Result<Self, MachineError> {
         let line = |n| line_of(vm, FIRST_GSI + n);
-        Self {
+        let registers = StreamRegisters::new(vm)?;
+        Ok(Self {
             console: Transport::new(
                 Console::new(poller.clone(), owner::CONSOLE),
                 memory.clone(),
@@ -110,7 +136,8 @@ impl Devices {
                 Vsock::new(poller.clone(), owner::VSOCK),
                 memory.clone(),
                 line(VSOCK),
-            ),
+            )
+            .shown_on(registers.page.clone()),
             block: Transport::new(Block::new(), memory.clone(), line(BLOCK)),
             balloon: Transport::new(Balloon::new(), memory.clone(), line(BALLOON)),
             serial: Mutex::new(SerialConsole::new(
@@ -121,14 +148,27 @@ impl Devices {
             )),
             pci_address: AtomicU32::new(0),
             end,
-        }
+            hidden: Mutex::new(Some(registers)),
+        })
     }
 
     /// After the interrupt controllers' state is in place. Nothing reaches guest or disk before
     /// [`resume`](Self::resume).
     pub fn restore(with: RestoreDevices<'_>) -> Result<Self, MachineError> {
-        let RestoreDevices { state, memory, vm, poller, end, disk } = with;
+        let RestoreDevices { state, io_apic, memory, vm, poller, end, disk } = with;
         let line = |n| line_of(vm, FIRST_GSI + n);
+        let mut vsock = Transport::restore(
+            state.vsock.clone(),
+            Vsock::new(poller.clone(), owner::VSOCK),
+            memory.clone(),
+            line(VSOCK),
+        )?;
+        // A base that was made before knows a level-triggered interrupt, which has to see acknowledgements.
+        let mut hidden = None;
+        if kvm::is_edge_triggered(io_apic, FIRST_GSI + VSOCK) {
+            let registers = hidden.insert(StreamRegisters::new(vm)?);
+            vsock = vsock.shown_on(registers.page.clone());
+        }
         let devices = Self {
             console: Transport::restore(
                 state.console.clone(),
@@ -136,12 +176,7 @@ impl Devices {
                 memory.clone(),
                 line(CONSOLE),
             )?,
-            vsock: Transport::restore(
-                state.vsock.clone(),
-                Vsock::new(poller.clone(), owner::VSOCK),
-                memory.clone(),
-                line(VSOCK),
-            )?,
+            vsock,
             block: Transport::restore(
                 state.block.clone(),
                 Block::new(),
@@ -162,6 +197,7 @@ impl Devices {
             )?),
             pci_address: AtomicU32::new(0),
             end,
+            hidden: Mutex::new(hidden),
         };
         let (saved, found) = (state.block.device.bytes(), disk.metadata().map_or(0, |m| m.len()));
         if found < saved {
@@ -180,6 +216,16 @@ impl Devices {
         self.block.resume()?;
         self.balloon.resume()?;
         Ok(())
+    }
+
+    /// Connects a stream ([`Transport::connect`]).
+    pub fn connect(&self, stream: u64, port: u32, socket: OwnedFd) -> Result<(), Fault> {
+        if let Some(registers) = lock(&self.hidden).take()
+            && let Err(error) = registers.show()
+        {
+            tracing::warn!(%error, "streams cost more exits than they need");
+        }
+        self.vsock.connect(stream, port, socket)
     }
 
     /// The vCPUs are paused. Waits for requests under way.

@@ -64,6 +64,8 @@ pub enum MachineError {
     Leftover(usize),
     #[error("set up the machine's event loop: {0}")]
     Poller(#[source] io::Error),
+    #[error("make a page for a device's registers: {0}")]
+    Page(#[source] io::Error),
     #[error("{0}")]
     Ended(End),
 }
@@ -168,7 +170,8 @@ impl Machine {
         }
         let poller = Arc::new(Poller::new().map_err(MachineError::Poller)?);
         let end = EndCell::new(poller.clone());
-        let devices = Arc::new(Devices::new(&memory, &vm, &poller, end.clone(), config.serial_log));
+        let devices =
+            Arc::new(Devices::new(&memory, &vm, &poller, end.clone(), config.serial_log)?);
         Self::start(memory, devices, poller, end, fds, vm)
     }
 
@@ -198,6 +201,7 @@ impl Machine {
         let end = EndCell::new(poller.clone());
         let devices = Arc::new(Devices::restore(RestoreDevices {
             state: &state.devices,
+            io_apic: &state.vm.io_apic,
             memory: &memory,
             vm: &vm,
             poller: &poller,

@@ -6,6 +6,7 @@
 
 pub mod layout;
 pub mod release;
+mod shown;
 
 use std::{fs::File, io, os::fd::AsRawFd as _, sync::Arc};
 
@@ -15,6 +16,7 @@ use vm_memory::{
 };
 
 use layout::Layout;
+pub use shown::ShownPage;
 
 /// RAM and the root image, as the guest addresses them.
 pub type GuestMemory = GuestMemoryMmap<()>;

@@ -5,7 +5,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::session::make_random;
 use crate::{
@@ -17,10 +17,11 @@ use crate::{
     runner::{Test, skip, test},
 };
 
-pub const TESTS: [Test; 4] = [
+pub const TESTS: [Test; 5] = [
     test("scp_there_and_back", 300, scp),
     test("scp_of_the_old_protocol", 300, scp_legacy),
     test("sftp_session", 300, sftp),
+    test("small_files_bother_the_machine_little", 300, small_files),
     test("rsync_there_and_back", 300, rsync),
 ];
 
@@ -70,6 +71,35 @@ fn sftp(story: &Story) -> Result<()> {
     same("the file that came back", fs::read_to_string(&back)?.as_str(), "by sftp\n")?;
     let owner = alice.output("stat -c '%U %a' box/two")?;
     same("owner and mode in her home", owner, format!("{} 600", alice.name))
+}
+
+/// Each request of sftp is a packet into the machine and one out of it. That it is slow if these cost more accesses to
+/// devices than the one that tells of the answer, only their number shows.
+fn small_files(story: &Story) -> Result<()> {
+    const FILES: u64 = 50;
+    // Open, write, close and what else a client asks for a file; one access each, and a few by the way.
+    const MOST: u64 = 6 * FILES;
+    let alice = story.account("alice")?;
+    alice.output("mkdir box")?;
+    let pid = alice.running_machine()?;
+    let accesses = || -> Result<Option<u64>> {
+        let script = format!("cat /sys/kernel/debug/kvm/{pid}-*/mmio_exits || true");
+        Ok(story.host().run(&script)?.trim().parse().ok())
+    };
+    let Some(before) = accesses()? else { return skip("KVM's counters can't be read there") };
+    let there = story.path("there");
+    fs::write(&there, [b'.'; 1024])?;
+    let put = |n| format!("put {} box/{n}\n", there.display());
+    let batch: String = (0..FILES).map(put).collect();
+    let mut command = alice.login().client("sftp")?;
+    command.args(["-b", "-"]).arg(alice.login().destination());
+    process::run("sftp", command, Input::Bytes(batch.into_bytes()), story.within(120))?
+        .success()?;
+    let cost = accesses()?.context("the machine is gone")? - before;
+    same("files that arrived", alice.output("ls box | wc -l")?, FILES.to_string())?;
+    ensure!(cost <= MOST, "{FILES} small files were {cost} accesses to devices");
+    ensure!(cost >= FILES, "{FILES} small files can't be only {cost} accesses to devices");
+    Ok(())
 }
 
 fn rsync(story: &Story) -> Result<()> {

@@ -232,7 +232,10 @@ impl<D: Subject> Run<D> {
     fn start(seed: u64) -> Self {
         let poller = Arc::new(Poller::new().unwrap());
         let mut dice = Dice::new(seed);
-        Self { wild: dice.one_in(2), driver: Driver::start(D::fresh(&poller)), poller, dice }
+        let device = D::fresh(&poller);
+        let shown = dice.one_in(2);
+        let driver = if shown { Driver::start_shown(device) } else { Driver::start(device) };
+        Self { wild: dice.one_in(2), driver, poller, dice }
     }
 
     fn steps(&mut self) {
@@ -245,6 +248,10 @@ impl<D: Subject> Run<D> {
                 Err(fault) => panic!("the host is blamed for what a guest did: {fault}"),
             }
             D::check(&self.driver.device);
+            // What a thread of the device's does meanwhile shows a moment later.
+            if D::ID != 2 {
+                self.driver.check_page();
+            }
             assert!(before.elapsed() < STEP_LIMIT, "a step took {:?}", before.elapsed());
         }
         D::finish(&self.driver.device);
@@ -393,8 +400,7 @@ impl<D: Subject> Run<D> {
         let memory = self.driver.memory.clone();
         match Transport::restore(state, D::fresh(&self.poller), memory, line.clone()) {
             Ok(device) => {
-                self.driver.device = device;
-                self.driver.line = line;
+                self.driver.put_on(device, line);
                 self.driver.device.resume()
             }
             Err(error) if whole => panic!("what was saved is refused: {error}"),

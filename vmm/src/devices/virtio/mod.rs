@@ -24,7 +24,7 @@ mod testing;
 pub use balloon::Balloon;
 pub use block::{Block, BlockStats, CopyNews, CopyOrder, WhichCopy};
 pub use console::{Console, ConsoleStats};
-pub use transport::{Context, Transport, TransportState, VirtioDevice};
+pub use transport::{Context, Transport, TransportState, VirtioDevice, acknowledge};
 pub use vsock::{Vsock, VsockOutcome, VsockState, VsockStats};
 
 use std::io::Error as IoError;
@@ -33,6 +33,12 @@ use std::io::Error as IoError;
 /// (virtio 1.2 §4.2.2, InterruptStatus).
 pub trait Interrupt: Send + Sync {
     fn set_level(&self, high: bool) -> std::io::Result<()>;
+
+    /// One interrupt of a line that is edge-triggered.
+    fn pulse(&self) -> std::io::Result<()> {
+        self.set_level(true)?;
+        self.set_level(false)
+    }
 }
 
 impl<I: Interrupt + ?Sized> Interrupt for std::sync::Arc<I> {

@@ -192,7 +192,7 @@ impl VirtQueue {
 
     /// Gives back a chain that the driver only frees: it hears of it with the next interrupt for whatever else,
     /// or when [`QUIET_BYTES`] or a quarter of the ring have come back so. An interrupt through virtio-mmio is
-    /// three exits of the guest, and a stream of small packets would have one for each. It must hear
+    /// several exits of the guest, and a stream of small packets would have one for each. It must hear
     /// of the last ones in the end ([`say_all`](Self::say_all)): Linux wakes a writer only once enough of the
     /// memory of its packets is free again (`sock_def_write_space`), even if there is room at the other end.
     pub fn complete_quietly(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<(), Fault> {
@@ -211,6 +211,13 @@ impl VirtQueue {
         !self.added && self.unsaid != Unsaid::default()
     }
 
+    /// The driver is interrupted for another queue, and looks at all of them (§4.2.2, InterruptStatus).
+    pub(super) fn said(&mut self) {
+        if !self.added {
+            self.unsaid = Unsaid::default();
+        }
+    }
+
     /// Lets the driver hear of all that came back.
     pub fn say_all(&mut self) {
         self.added |= self.unsaid != Unsaid::default();
@@ -219,8 +226,18 @@ impl VirtQueue {
     /// Asks the driver to notify when it makes the next chain available. True if there is one already:
     /// the notification for it may never come.
     pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
+        self.arm_after(0, memory)
+    }
+
+    /// The same for the chain after the next one: of one alone it does not notify. A driver without event indices
+    /// notifies of each.
+    pub fn arm_for_second(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
+        self.arm_after(1, memory)
+    }
+
+    fn arm_after(&mut self, skipped: u16, memory: &GuestMemory) -> Result<bool, Fault> {
         let Some(queue) = &self.running else { return Ok(false) };
-        ask_for_notification(queue, memory)
+        ask_for_notification(queue, skipped, memory)
             .and_then(|()| queue.avail_idx(memory, Ordering::Acquire))
             .map(|available| available.0 != queue.next_avail())
             .map_err(|error| self.broken(error.to_string()))
@@ -286,15 +303,15 @@ impl VirtQueue {
     }
 }
 
-/// Sets `avail_event` to the next chain (§2.7.10), unless it is that already: in a fork the write would
+/// Sets `avail_event` to the next chain or so many later (§2.7.10), unless it is that already: in a fork the write would
 /// cost a page. Without event indices nothing is to be done, as notifications are never switched off.
-fn ask_for_notification(queue: &Queue, memory: &GuestMemory) -> Result<(), Error> {
+fn ask_for_notification(queue: &Queue, skipped: u16, memory: &GuestMemory) -> Result<(), Error> {
     if !queue.event_idx_enabled() {
         return Ok(());
     }
     // The rings were found to lie in memory, so this can't overflow.
     let address = GuestAddress(queue.used_ring() + 4 + 8 * u64::from(queue.size()));
-    let wanted = queue.next_avail();
+    let wanted = queue.next_avail().wrapping_add(skipped);
     let current = memory.load::<u16>(address, Ordering::Relaxed).map_err(Error::GuestMemory)?;
     if current != wanted.to_le() {
         let stored = memory.store(wanted.to_le(), address, Ordering::Relaxed);

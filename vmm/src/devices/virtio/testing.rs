@@ -15,29 +15,47 @@ use std::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    Fault, Interrupt, Transport, VirtioDevice,
+    Fault, Interrupt, Transport, VirtioDevice, acknowledge,
     transport::{register, status},
 };
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, ShownPage};
 
 pub const MEMORY: u64 = 32 << 20;
 /// Queues' rings come first, each in a window of its own; buffers from here on.
 const BUFFERS: u64 = 4 << 20;
 const QUEUE_WINDOW: u64 = 64 << 10;
 
-/// An interrupt line that remembers its level.
+/// An interrupt line that remembers its level, or, edge-triggered, that it has risen.
 #[derive(Clone, Default)]
-pub struct Line(Arc<AtomicBool>);
+pub struct Line {
+    high: Arc<AtomicBool>,
+    risen: Arc<AtomicBool>,
+    edge: bool,
+}
 
 impl Line {
+    fn triggered(edge: bool) -> Self {
+        Self { edge, ..Self::default() }
+    }
+
+    /// Whether the guest is interrupted.
     pub fn is_high(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        let state = if self.edge { &self.risen } else { &self.high };
+        state.load(Ordering::SeqCst)
+    }
+
+    /// The guest takes the interrupt. A level stays.
+    fn take(&self) -> bool {
+        if self.edge { self.risen.swap(false, Ordering::SeqCst) } else { self.is_high() }
     }
 }
 
 impl Interrupt for Line {
     fn set_level(&self, high: bool) -> io::Result<()> {
-        self.0.store(high, Ordering::SeqCst);
+        if high && !self.high.swap(high, Ordering::SeqCst) {
+            self.risen.store(true, Ordering::SeqCst);
+        }
+        self.high.store(high, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -64,7 +82,11 @@ pub struct Driver<D> {
     pub device: Transport<D>,
     pub memory: GuestMemory,
     pub line: Line,
+    /// Where it reads registers, if not by asking the device.
+    page: Option<ShownPage>,
     pub rings: Vec<Ring>,
+    /// How often it notified.
+    pub notifications: u32,
     next_buffer: u64,
     turns: u32,
 }
@@ -86,13 +108,24 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// The same with a memory that begins as [`memory`]'s.
     pub fn start_in(device: D, memory: GuestMemory) -> Self {
-        let line = Line::default();
+        Self::start_with(device, memory, None)
+    }
+
+    /// With its registers on a page, and interrupted by edges.
+    pub fn start_shown(device: D) -> Self {
+        Self::start_with(device, memory(), Some(ShownPage::new().unwrap()))
+    }
+
+    fn start_with(device: D, memory: GuestMemory, page: Option<ShownPage>) -> Self {
+        let line = Line::triggered(page.is_some());
         let transport = Transport::new(device, memory.clone(), line.clone());
         let mut driver = Self {
-            device: transport,
+            device: shown(transport, &page),
             memory,
             line,
+            page,
             rings: Vec::new(),
+            notifications: 0,
             next_buffer: BUFFERS,
             turns: 0,
         };
@@ -135,12 +168,19 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     pub fn get(&self, register: u64) -> u32 {
+        if let Some(page) = &self.page {
+            return page.get(register);
+        }
         let mut raw = [0; 4];
         self.device.read(register, &mut raw);
         u32::from_le_bytes(raw)
     }
 
     pub fn set(&self, register: u64, value: u32) -> Result<(), Fault> {
+        if self.page.is_some() && (register, value) == acknowledge::USED_BUFFERS {
+            // KVM drops it.
+            return Ok(());
+        }
         self.device.write(register, &value.to_le_bytes())
     }
 
@@ -192,6 +232,7 @@ impl<D: VirtioDevice> Driver<D> {
         let (old, new) = (ring.notified, ring.available);
         ring.notified = new;
         if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+            self.notifications += 1;
             return self.set(register::QUEUE_NOTIFY, queue as u32);
         }
         Ok(())
@@ -207,9 +248,12 @@ impl<D: VirtioDevice> Driver<D> {
     /// Chains that came back since the last call: head and length. The device must have raised its
     /// interrupt for them.
     pub fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
-        let high = self.line.is_high();
+        let interrupted = self.line.take();
         let used = self.used_quietly(queue);
-        assert!(used.is_empty() || high, "chains came back on queue {queue} without an interrupt");
+        assert!(
+            used.is_empty() || interrupted,
+            "chains came back on queue {queue} without an interrupt"
+        );
         used
     }
 
@@ -245,11 +289,34 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// What an interrupt handler does first.
     pub fn acknowledge(&self) -> u32 {
+        let interrupted = self.line.take();
         let status = self.get(register::INTERRUPT_STATUS);
-        assert_eq!(self.line.is_high(), status != 0);
+        if self.page.is_some() {
+            // Used buffers may stay noted there. That looks like an interrupt for nothing at worst.
+            assert!(!interrupted || status != 0);
+        } else {
+            assert_eq!(interrupted, status != 0);
+        }
         self.set(register::INTERRUPT_ACK, status).unwrap();
         assert!(!self.line.is_high());
         status
+    }
+
+    /// On another device, restored from this one's state with this one's memory.
+    pub fn put_on(&mut self, device: Transport<D>, line: Line) {
+        self.page = self.page.as_ref().map(|_| ShownPage::new().unwrap());
+        self.device = shown(device, &self.page);
+        self.line = Line { edge: self.page.is_some(), ..line };
+    }
+
+    /// What the page shows is what the device would answer.
+    pub fn check_page(&self) {
+        let Some(page) = &self.page else { return };
+        for offset in (0..register::CONFIG + 64).step_by(4) {
+            let mut raw = [0; 4];
+            self.device.read(offset, &mut raw);
+            assert_eq!(page.get(offset), u32::from_le_bytes(raw), "register {offset:#x}");
+        }
     }
 
     /// Saves the device and goes on with a restored one, with a copy of the memory, as a fork does.
@@ -262,11 +329,29 @@ impl<D: VirtioDevice> Driver<D> {
         let bytes = postcard::to_stdvec(&state).unwrap();
         let memory = memory();
         memory.write_slice(&self.bytes(0, MEMORY as usize), GuestAddress(0)).unwrap();
-        let line = Line::default();
+        let line = Line::triggered(self.page.is_some());
         let state = postcard::from_bytes(&bytes).unwrap();
         let device = Transport::restore(state, fresh, memory.clone(), line.clone()).unwrap();
+        let page = self.page.as_ref().map(|_| ShownPage::new().unwrap());
+        let device = shown(device, &page);
         let rings = self.rings.iter().map(Ring::copy).collect();
-        Self { device, memory, line, rings, next_buffer: self.next_buffer, turns: 0 }
+        Self {
+            device,
+            memory,
+            line,
+            page,
+            rings,
+            notifications: 0,
+            next_buffer: self.next_buffer,
+            turns: 0,
+        }
+    }
+}
+
+fn shown<D: VirtioDevice>(device: Transport<D>, page: &Option<ShownPage>) -> Transport<D> {
+    match page {
+        Some(page) => device.shown_on(page.clone()),
+        None => device,
     }
 }
 

@@ -18,9 +18,16 @@ use super::{
     Fault, Interrupt, StateError,
     queue::{QueueState, VirtQueue},
 };
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, ShownPage};
 use core::Core;
 pub use registers::{feature, register, status};
+
+/// Writes by which a driver says that it has seen why it was interrupted.
+pub mod acknowledge {
+    /// Register and value where the reason was used buffers alone.
+    pub const USED_BUFFERS: (u64, u32) =
+        (super::register::INTERRUPT_ACK, super::core::INTERRUPT_QUEUE);
+}
 
 /// Bytes of address space a transport takes: registers, then configuration from 0x100.
 pub const WINDOW: u64 = 0x1000;
@@ -54,6 +61,12 @@ pub trait VirtioDevice: Send + Sized + 'static {
 
     /// Forgets everything the driver said. The queues are reset by the transport.
     fn reset(&mut self);
+
+    /// A state is about to be taken, or the machine goes on after all: nothing may be left for later that the
+    /// state does not hold. The virtual CPUs stand still.
+    fn quiesce(&mut self, _context: &mut Context<'_>) -> Result<(), Fault> {
+        Ok(())
+    }
 
     /// The state for a snapshot. A device in the middle of something refuses with
     /// [`StateError::Busy`].
@@ -155,6 +168,13 @@ impl<D: VirtioDevice> Transport<D> {
         Ok(Self::build(core))
     }
 
+    /// The guest reads the registers from `page` instead of by exits, its interrupt line is edge-triggered, and
+    /// acknowledgements of used buffers alone need not arrive (docs/devices.md, "Transport").
+    pub fn shown_on(self, page: ShownPage) -> Self {
+        self.lock().show_on(page);
+        self
+    }
+
     fn build(core: Core<D>) -> Self {
         let transport = Self(Arc::new(Shared { core: Mutex::new(core), idle: Condvar::new() }));
         let handle = Handle(Arc::downgrade(&transport.0));
@@ -166,7 +186,7 @@ impl<D: VirtioDevice> Transport<D> {
     /// their state and before a virtual CPU runs: what the device has to say is said here.
     pub fn resume(&self) -> Result<(), Fault> {
         let mut core = self.lock();
-        core.held = false;
+        core.release();
         core.run(|device, context| device.resume(context))
     }
 
@@ -213,8 +233,12 @@ impl<D: VirtioDevice> Transport<D> {
         &self,
         work: impl FnOnce(&mut D, &mut Context<'_>) -> Result<R, Fault>,
     ) -> Result<R, Fault> {
-        let result = self.lock().run(work);
-        self.0.idle.notify_all();
+        let mut core = self.lock();
+        let result = core.run(work);
+        // A system call, and mostly for nobody.
+        if core.waiting > 0 {
+            self.0.idle.notify_all();
+        }
         result
     }
 
@@ -235,11 +259,14 @@ impl<D: VirtioDevice> Transport<D> {
 
     fn wait_idle<'a>(
         &'a self,
-        core: MutexGuard<'a, Core<D>>,
+        mut core: MutexGuard<'a, Core<D>>,
         limit: Duration,
     ) -> MutexGuard<'a, Core<D>> {
+        core.waiting += 1;
         let result = self.0.idle.wait_timeout(core, limit);
-        result.unwrap_or_else(PoisonError::into_inner).0
+        let mut core = result.unwrap_or_else(PoisonError::into_inner).0;
+        core.waiting -= 1;
+        core
     }
 }
 

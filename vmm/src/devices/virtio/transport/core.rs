@@ -10,7 +10,7 @@ use crate::{
         queue::{RingFeatures, VirtQueue},
         read_config_bytes,
     },
-    memory::GuestMemory,
+    memory::{GuestMemory, ShownPage},
 };
 
 /// Version of [`TransportState`]; a device's own part changes with it.
@@ -21,7 +21,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"HRMT");
 
 /// Interrupt status bits (§4.2.2).
-const INTERRUPT_QUEUE: u32 = 1;
+pub const INTERRUPT_QUEUE: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
 
 pub(super) struct Core<D> {
@@ -36,10 +36,16 @@ pub(super) struct Core<D> {
     queue_sel: u32,
     interrupt_status: u32,
     config_generation: u32,
-    /// Level of the interrupt line, as last set.
+    /// Level of the interrupt line, as last set. Never high where it is edge-triggered.
     line: bool,
+    /// Where the guest reads the registers without us; its interrupts are edges then.
+    page: Option<ShownPage>,
+    /// An edge is due.
+    edge: bool,
     /// Between `restore` and `resume`: the line is left alone.
-    pub(super) held: bool,
+    held: bool,
+    /// Threads that wait for the device to be no longer busy.
+    pub(super) waiting: u32,
     /// A fault met outside of the guest's access, told at its next one.
     pub(super) fault: Option<Fault>,
 }
@@ -63,7 +69,10 @@ impl<D: VirtioDevice> Core<D> {
             interrupt_status: 0,
             config_generation: 0,
             line: false,
+            page: None,
+            edge: false,
             held: false,
+            waiting: 0,
             fault: None,
         }
     }
@@ -103,7 +112,40 @@ impl<D: VirtioDevice> Core<D> {
         }
     }
 
+    pub(super) fn show_on(&mut self, page: ShownPage) {
+        self.page = Some(page);
+        self.edge = self.interrupt_status != 0;
+        self.show();
+    }
+
+    /// What was restored may be told from here on.
+    pub(super) fn release(&mut self) {
+        self.held = false;
+    }
+
+    /// Brings the page to what reads of registers and configuration would give.
+    fn show(&self) {
+        let Some(page) = &self.page else { return };
+        for offset in (0..register::CONFIG).step_by(4) {
+            page.put(offset, self.read_register(offset));
+        }
+        for (offset, bytes) in (register::CONFIG..).step_by(4).zip(self.device.config().chunks(4)) {
+            let mut word = [0; 4];
+            word[..bytes.len()].copy_from_slice(bytes);
+            page.put(offset, u32::from_le_bytes(word));
+        }
+    }
+
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        let result = self.take_write(offset, data);
+        // A notification changes the interrupt status at most, which `tell` shows.
+        if offset != register::QUEUE_NOTIFY {
+            self.show();
+        }
+        result
+    }
+
+    fn take_write(&mut self, offset: u64, data: &[u8]) -> Result<(), Fault> {
         // No device has configuration that a driver may write.
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return Ok(()) };
         match offset {
@@ -114,7 +156,7 @@ impl<D: VirtioDevice> Core<D> {
             register::QUEUE_NOTIFY => return self.notify(value),
             register::INTERRUPT_ACK => {
                 self.interrupt_status &= !value;
-                return self.drive_line();
+                return self.tell(0);
             }
             register::STATUS => return self.write_status(value),
             register::QUEUE_SIZE..=register::QUEUE_DEVICE_HIGH => {
@@ -175,7 +217,7 @@ impl<D: VirtioDevice> Core<D> {
     fn write_status(&mut self, value: u32) -> Result<(), Fault> {
         if value == 0 {
             self.reset();
-            return self.drive_line();
+            return self.tell(0);
         }
         // §2.1.1: the driver must not clear a bit.
         if self.status & !value != 0 {
@@ -206,6 +248,7 @@ impl<D: VirtioDevice> Core<D> {
         self.driver_features_sel = 0;
         self.queue_sel = 0;
         self.interrupt_status = 0;
+        self.edge = false;
     }
 
     fn notify(&mut self, queue: u32) -> Result<(), Fault> {
@@ -231,34 +274,47 @@ impl<D: VirtioDevice> Core<D> {
             config_changed: false,
         };
         let result = work(&mut self.device, &mut context)?;
+        let mut news = 0;
         if context.config_changed {
             self.config_generation = self.config_generation.wrapping_add(1);
             if active {
-                self.interrupt_status |= INTERRUPT_CONFIG;
+                news |= INTERRUPT_CONFIG;
             }
+            self.show();
         }
         for queue in &mut self.queues {
             if queue.take_signal(&self.memory)? {
-                self.interrupt_status |= INTERRUPT_QUEUE;
+                news |= INTERRUPT_QUEUE;
             }
         }
-        self.drive_line()?;
+        if news & INTERRUPT_QUEUE != 0 {
+            self.queues.iter_mut().for_each(VirtQueue::said);
+        }
+        self.tell(news)?;
         Ok(result)
     }
 
-    /// Brings the line to where the status says it is.
-    fn drive_line(&mut self) -> Result<(), Fault> {
-        let high = self.interrupt_status != 0;
-        if self.held || high == self.line {
-            return Ok(());
-        }
-        self.interrupt.set_level(high).map_err(|source| Fault::Host {
-            device: D::NAME,
-            what: "set the interrupt line",
-            source,
-        })?;
-        self.line = high;
-        Ok(())
+    /// Interrupts the guest if there is news, or brings the line to where the status says it is.
+    fn tell(&mut self, news: u32) -> Result<(), Fault> {
+        self.interrupt_status |= news;
+        let result = if let Some(page) = &self.page {
+            // Before the edge: the guest looks at it when it is interrupted.
+            page.put(register::INTERRUPT_STATUS, self.interrupt_status);
+            self.edge |= news != 0;
+            if self.held || !std::mem::take(&mut self.edge) {
+                return Ok(());
+            }
+            self.interrupt.pulse()
+        } else {
+            let high = self.interrupt_status != 0;
+            if self.held || high == self.line {
+                return Ok(());
+            }
+            self.line = high;
+            self.interrupt.set_level(high)
+        };
+        let what = "set the interrupt line";
+        result.map_err(|source| Fault::Host { device: D::NAME, what, source })
     }
 
     fn active(&self) -> bool {
@@ -276,7 +332,12 @@ impl<D: VirtioDevice> Core<D> {
         }
     }
 
-    pub(super) fn save(&self) -> Result<TransportState<D::State>, StateError> {
+    pub(super) fn save(&mut self) -> Result<TransportState<D::State>, StateError> {
+        if self.active() {
+            self.run(|device, context| device.quiesce(context)).map_err(|fault| {
+                StateError::invalid(D::NAME, format!("it can't come to rest: {fault}"))
+            })?;
+        }
         if self.device.busy() {
             return Err(StateError::busy(D::NAME, "requests are under way"));
         }

@@ -253,3 +253,67 @@ fn a_driver_without_event_indices_is_served_and_interrupted_each_time() {
 fn poller() -> Arc<crate::poller::Poller> {
     Arc::new(crate::poller::Poller::new().unwrap())
 }
+
+/// An edge that falls while the guest serves the last one must not be lost, and nothing is acknowledged here.
+#[test]
+fn edges_come_for_each_news_without_any_acknowledgement() {
+    let mut driver = Driver::start_shown(Block::new());
+    let [header, status] = [16, 1].map(|length| driver.allocate(length));
+    driver.put(header, &[0xff; 16]);
+    for _ in 0..5 {
+        driver.submit(0, &[(header, 16, false), (status, 1, true)]).unwrap();
+        assert!(driver.device.drain(Duration::from_secs(5)));
+        assert_eq!(driver.used(0).len(), 1);
+        assert!(!driver.line.is_high(), "twice for one thing");
+        assert_eq!(driver.get(register::INTERRUPT_STATUS), 1);
+    }
+    driver.check_page();
+}
+
+#[test]
+fn a_change_of_configuration_shows_on_the_page_and_goes_with_its_acknowledgement() {
+    let driver = Driver::start_shown(Block::new());
+    let generation = driver.get(register::CONFIG_GENERATION);
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(512 * 0x1234).unwrap();
+    driver.device.attach(disk).unwrap();
+    assert_ne!(driver.get(register::CONFIG_GENERATION), generation);
+    assert_eq!(driver.get(register::CONFIG), 0x1234);
+    driver.check_page();
+    assert_eq!(driver.acknowledge(), 2);
+    assert_eq!(driver.get(register::INTERRUPT_STATUS), 0);
+    assert_eq!(driver.acknowledge(), 0);
+}
+
+#[test]
+fn the_page_is_right_after_a_restore_a_reset_and_a_new_start() {
+    let driver = Driver::start_shown(Block::new());
+    driver.check_page();
+    let mut fork = driver.fork(Block::new());
+    fork.check_page();
+    fork.device.resume().unwrap();
+    fork.check_page();
+    assert_eq!(fork.get(register::STATUS), SETTLED | status::DRIVER_OK);
+    fork.set(register::STATUS, 0).unwrap();
+    assert_eq!(fork.get(register::STATUS), 0);
+    fork.check_page();
+    fork.initialise().unwrap();
+    fork.check_page();
+}
+
+#[test]
+fn an_edge_that_was_due_when_saved_comes_with_resume_and_not_before() {
+    let mut driver = Driver::start_shown(Block::new());
+    let [header, status] = [16, 1].map(|length| driver.allocate(length));
+    driver.put(header, &[0xff; 16]);
+    driver.submit(0, &[(header, 16, false), (status, 1, true)]).unwrap();
+    assert!(driver.device.drain(Duration::from_secs(5)));
+    let mut fork = driver.fork(Block::new());
+    assert!(!fork.line.is_high());
+    fork.device.resume().unwrap();
+    assert_eq!(fork.used(0).len(), 1);
+    // A fork is told once.
+    assert!(!fork.line.is_high());
+    fork.device.resume().unwrap();
+    assert!(!fork.line.is_high());
+}

@@ -8,6 +8,7 @@ use std::{collections::VecDeque, io};
 
 use super::{
     credit::Credit,
+    lull::Habit,
     packet::{Header, STREAM, op, shutdown},
 };
 use crate::{
@@ -54,6 +55,7 @@ pub struct Connection {
     guest_closed: u32,
     host_closed: u32,
     hung_up: bool,
+    pub habit: Habit,
 }
 
 /// What reading from the socket came to.
@@ -89,6 +91,7 @@ impl Connection {
             guest_closed: 0,
             host_closed: 0,
             hung_up: false,
+            habit: Habit::default(),
         }
     }
 

@@ -10,6 +10,7 @@
 
 mod connection;
 mod credit;
+mod lull;
 mod packet;
 mod traffic;
 
@@ -29,6 +30,7 @@ use super::{Context, Fault, StateError, Transport, VirtioDevice};
 use crate::poller::{Event, Key, Poller, Source};
 use connection::{Connection, State};
 use credit::Credit;
+use lull::Waiting;
 use packet::{Header, STREAM, op};
 
 /// The host (VMADDR_CID_HOST) and the only guest there is.
@@ -61,10 +63,10 @@ const FIRST_PORT: u32 = 1024;
 const GO_ON: u32 = 0;
 /// Posted when there are outcomes to fetch.
 const TOLD: u32 = 1;
-/// Comes back [`QUIET_TIME`] after packets of the guest were taken and it was not told.
-const SAY_ALL: u32 = 2;
+/// Comes back when something was left for a lull.
+const LULL: u32 = 2;
 
-/// How long the guest may not hear that its packets were taken, in a lull between them.
+/// How long the guest may not hear that its packets were taken, or one packet of it not be heard of.
 const QUIET_TIME: Duration = Duration::from_millis(10);
 
 /// What became of a connection that the host asked for.
@@ -90,6 +92,7 @@ pub struct Vsock {
     starved: bool,
     /// The guest's packets wait until there is room for resets.
     paused: bool,
+    waiting: Waiting,
     stats: VsockStats,
 }
 
@@ -132,6 +135,7 @@ impl Vsock {
             owing: VecDeque::new(),
             starved: false,
             paused: false,
+            waiting: Waiting::default(),
             stats: VsockStats::default(),
         }
     }
@@ -215,9 +219,9 @@ impl Vsock {
                 self.take_packets(context)?;
                 return self.pay(context);
             }
-            SAY_ALL => {
-                context.queues[TRANSMIT].say_all();
-                return Ok(());
+            LULL => {
+                self.lull(context)?;
+                return self.pay(context);
             }
             port => port,
         };
@@ -305,6 +309,7 @@ impl VirtioDevice for Vsock {
         self.resets.clear();
         self.owing.clear();
         (self.starved, self.paused) = (false, false);
+        self.waiting = Waiting::default();
     }
 
     fn save(&self) -> Result<VsockState, StateError> {
@@ -365,6 +370,11 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    /// A state has no place for what was left for a lull.
+    fn quiesce(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        self.listen(context)
+    }
+
     /// Connections nobody adopted end here.
     fn resume(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
         let ports: Vec<u32> = self.connections.keys().copied().collect();
@@ -390,7 +400,12 @@ impl Transport<Vsock> {
     pub fn connect(&self, stream: u64, port: u32, socket: OwnedFd) -> Result<(), Fault> {
         self.with(|vsock, context| {
             vsock.connect(stream, port, socket);
-            if context.active { vsock.pay(context) } else { Ok(()) }
+            if !context.active {
+                return Ok(());
+            }
+            // Somebody waits for the answer.
+            vsock.listen(context)?;
+            vsock.pay(context)
         })
     }
 

@@ -1,15 +1,15 @@
 //! Packets between the guest's queues and the connections.
 
 use super::{
-    FAIR_SHARE, GO_ON, GUEST_CID, HOST_CID, MAX_PAYLOAD, MAX_RESETS, QUIET_TIME, RECEIVE, SAY_ALL,
-    TRANSMIT, Vsock, VsockOutcome,
+    FAIR_SHARE, GO_ON, GUEST_CID, HOST_CID, MAX_PAYLOAD, MAX_RESETS, RECEIVE, TRANSMIT, Vsock,
+    VsockOutcome,
     connection::{Input, State},
     packet::{HEADER, Header, STREAM, op},
 };
 use crate::{
     devices::virtio::{
         Context, Fault, VirtioDevice as _,
-        chain::{Chain, read_prefix, window, write_prefix},
+        chain::{Chain, read_prefix, total, window, write_prefix},
     },
     memory::GuestMemory,
     poller::Key,
@@ -18,16 +18,9 @@ use crate::{
 impl Vsock {
     /// Takes packets of the guest: a bounded number, then others get their turn. The guest hears of it soon.
     pub(super) fn take_packets(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        let heard = !context.queues[TRANSMIT].is_quiet();
         self.take_some(context)?;
-        if !context.queues[TRANSMIT].is_quiet() {
-            return Ok(());
-        }
-        let key = Key { owner: self.owner, token: SAY_ALL };
-        self.poller.post_after(QUIET_TIME, key).map_err(|source| Fault::Host {
-            device: Self::NAME,
-            what: "set a timer",
-            source,
-        })
+        self.looked(heard, context)
     }
 
     fn take_some(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
@@ -39,6 +32,7 @@ impl Vsock {
                 return Ok(());
             }
             let Some(chain) = queue.peek(memory)? else {
+                self.listens();
                 if queue.arm(memory)? {
                     continue;
                 }
@@ -75,6 +69,7 @@ impl Vsock {
             return;
         };
         connection.credit.hear(header.buf_alloc, header.fwd_cnt);
+        connection.habit.answered(header.op == op::CREDIT_UPDATE);
         let stream = connection.stream;
         match (header.op, connection.state) {
             (op::RESPONSE, State::Connecting) => {
@@ -168,6 +163,7 @@ impl Vsock {
     pub(super) fn pump_input(&mut self, port: u32, context: &mut Context<'_>) -> Result<(), Fault> {
         // What is owed comes first: the request before the first byte.
         self.pay(context)?;
+        let before = self.stats.to_guest;
         for _ in 0..FAIR_SHARE {
             let Some(connection) = self.connections.get(&port) else { break };
             let room = connection.room().min(MAX_PAYLOAD);
@@ -181,6 +177,13 @@ impl Vsock {
             let header = connection.header(op::RW, 0, count);
             self.stats.to_guest += u64::from(count);
             self.put(&header, &chain, context)?;
+            if u64::from(count) < total(&into) {
+                // That was all; of an end behind it the poller tells again.
+                break;
+            }
+        }
+        if self.stats.to_guest != before {
+            self.gave(port, context)?;
         }
         self.settle(port);
         self.pay(context)

@@ -58,9 +58,19 @@ pub fn vsock() -> (Vsock, Arc<Poller>) {
 }
 
 impl Guest {
+    /// As machines have it: registers on a page, interrupts by edges.
     pub fn start() -> Self {
+        Self::start_on(Driver::start_shown)
+    }
+
+    /// As machines of older bases have it.
+    pub fn start_level() -> Self {
+        Self::start_on(Driver::start)
+    }
+
+    fn start_on(start: impl FnOnce(Vsock) -> Driver<Vsock>) -> Self {
         let (vsock, poller) = vsock();
-        let mut driver = Driver::start(vsock);
+        let mut driver = start(vsock);
         let transmit = (0..QUEUES[TRANSMIT]).map(|_| driver.allocate(SLOT)).collect();
         let kept = (0..QUEUES[RECEIVE]).map(|_| driver.allocate(4096)).collect();
         let mut guest = Self {

@@ -1,4 +1,5 @@
 mod guest;
+mod lull;
 mod quiet;
 
 use std::{io::Write, net::Shutdown, os::unix::net::UnixStream};

@@ -1,6 +1,6 @@
-//! When the guest hears that its packets were taken: by interrupt each would cost it three exits.
+//! When the guest hears that its packets were taken: an interrupt for each would be several exits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{
     super::{
@@ -61,19 +61,25 @@ fn the_guest_hears_of_the_last_packet_in_a_while() {
         guest.driver.acknowledge();
         send(&mut guest, 0);
         assert!(!guest.driver.line.is_high());
-        let mut events = Vec::new();
-        guest.poller.wait(&mut events, Some(QUIET_TIME + Duration::from_secs(10))).unwrap();
-        for event in &events {
-            assert_eq!(event.key.owner, OWNER);
-            guest.driver.device.ready(event).unwrap();
+        let sent = Instant::now();
+        while !guest.driver.line.is_high() {
+            // The timer may have been set for an earlier packet, and is set again then.
+            assert!(sent.elapsed() < Duration::from_secs(10));
+            let mut events = Vec::new();
+            guest.poller.wait(&mut events, Some(QUIET_TIME + Duration::from_secs(10))).unwrap();
+            for event in &events {
+                assert_eq!(event.key.owner, OWNER);
+                guest.driver.device.ready(event).unwrap();
+            }
         }
-        assert!(guest.driver.line.is_high());
+        assert!(sent.elapsed() >= QUIET_TIME);
     }
 }
 
 #[test]
 fn a_fork_hears_of_what_was_not_said_before() {
-    let mut guest = Guest::start();
+    // By level: with edges, which nobody acknowledges, a fork is interrupted once in any case.
+    let mut guest = Guest::start_level();
     sent_until_heard(&mut guest, 0);
     guest.driver.used_quietly(TRANSMIT);
     guest.driver.acknowledge();
