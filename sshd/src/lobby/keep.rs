@@ -10,7 +10,7 @@ use hermitage_storage::{
 };
 use tokio::time::sleep;
 
-use super::Desk;
+use super::{Desk, Way};
 use crate::{lifecycle::StopCause, room, time};
 
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
@@ -35,7 +35,12 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
     Ok(all.iter().map(line).collect())
 }
 
-pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
+pub(super) async fn create(
+    desk: &Desk,
+    account: &Account,
+    name: &str,
+    way: Way,
+) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let (state, id) = (desk.state_dir.clone(), account.id);
     let there = blocking(move || checkpoint::list(&state, id)).await?.map_err(|e| trouble(&e))?;
@@ -53,10 +58,16 @@ pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String
     let quota = desk.quota(account).await?;
     quota.fits(quota.used.disk).map_err(|over| format!("your quota does not allow it: {over}"))?;
     let ran = desk.registry.status_of(id).is_some_and(|machine| machine.machine_pid.is_some());
-    match desk.registry.sessions(id) {
-        0 => desk.registry.stop(id, StopCause::Admin).await,
-        1 => return Err("log out of your other session first".into()),
-        count => return Err(format!("log out of your {count} other sessions first")),
+    match (desk.registry.sessions(id), way) {
+        (0, _) => desk.registry.stop(id, StopCause::Admin).await,
+        (1, Way::Ssh) => return Err("log out of your other session first".into()),
+        (count, Way::Ssh) => return Err(format!("log out of your {count} other sessions first")),
+        (_, Way::Inside) => {
+            return Err(format!(
+                "your machine is in use; log out of it and take one over ssh: ssh {}+checkpoint@… {name}",
+                account.name
+            ));
+        }
     }
     let intent = desk.store.intent(id).await.ok().flatten();
     let known = intent.map_or_else(Known::default, |intent| Known {

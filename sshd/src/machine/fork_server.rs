@@ -174,6 +174,8 @@ pub struct ForkServer {
     pub base: String,
     /// What its machines can have, if the base says.
     pub sizes: Option<base::Machine>,
+    /// What their agent speaks, if the base says.
+    pub agent_protocol: Option<u16>,
     socket: MessageSocket,
     table: Mutex<Table>,
     gone: CancellationToken,
@@ -232,8 +234,8 @@ impl ForkServer {
         }
         let of_base = dir.to_owned();
         let manifest = tokio::task::spawn_blocking(move || Base::manifest(&of_base)).await;
-        let sizes = match manifest {
-            Ok(Ok(manifest)) => Some(manifest.content.machine),
+        let content = match manifest {
+            Ok(Ok(manifest)) => Some(manifest.content),
             other => {
                 let error = other.map(|manifest| manifest.err());
                 tracing::warn!(
@@ -246,7 +248,8 @@ impl ForkServer {
         };
         let server = Arc::new(Self {
             base,
-            sizes,
+            sizes: content.as_ref().map(|content| content.machine),
+            agent_protocol: content.as_ref().map(|content| content.agent_protocol),
             socket,
             table: Mutex::default(),
             gone: CancellationToken::new(),

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use hermitage_guest_proto::{Attach, HostMessage, encode};
+use hermitage_guest_proto::{ASKING, Attach, HostMessage, encode};
 use hermitage_storage::base::Size;
 use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
 use tokio::{
@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    AGENT_QUEUE, Machine,
+    AGENT_QUEUE, Line, Machine,
     agent::{self, AgentError, Reader},
     fork_server::{ForkError, ForkServers, Forked},
     given::Given,
@@ -97,6 +97,7 @@ pub struct Spec {
     /// Whether room for disks is scarce; the guest is kept told.
     pub scarce: watch::Receiver<bool>,
     pub admission: Admission,
+    pub line: Line,
 }
 
 /// Forks a machine and waits until it has its account.
@@ -122,7 +123,7 @@ pub async fn launch(
     let group = cgroups.admit(&spec.admission, given.size).await?;
     let descriptors = [control_far, agent_far, spec.disk];
     let forked = forks.fork(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, given, group };
+    let born = Born { label, forked, given, group, line: spec.line };
     let machine = supervise(born, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
@@ -157,6 +158,7 @@ pub struct Sleeper {
     pub timeout: Duration,
     pub scarce: watch::Receiver<bool>,
     pub admission: Admission,
+    pub line: Line,
 }
 
 /// Why a saved machine did not come back. In any case nothing of it is left running.
@@ -205,6 +207,7 @@ pub async fn resume(
         timeout: limit,
         scarce,
         admission,
+        line,
     } = sleeper;
     let server = forks.server_of(&base).await?;
     if server.sizes.is_some_and(|sizes| !sizes.allows(had)) {
@@ -213,13 +216,14 @@ pub async fn resume(
         return Err(ResumeError::Refused(words));
     }
     let given = Given::of(server.sizes, &admission, Some(had));
+    let asks = server.agent_protocol.is_some_and(|version| version >= ASKING);
     // All of it is read and checked first, as fast as the machine may read.
     let limit = limit + given.time_for(bytes);
     let group = cgroups.admit(&admission, given.size).await.map_err(LaunchError::from)?;
     let descriptors = [control_far, agent_far, disk, snapshot];
     let forked =
         forks.resume(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, given, group };
+    let born = Born { label, forked, given, group, line };
     let machine = supervise_with(born, MessageSocket::new(control)?, agent, |machine| {
         machine.expect_sessions(left);
         machine.when_restored()
@@ -256,6 +260,9 @@ pub async fn resume(
     if let Some(take) = given.message() {
         machine.tell(take).await;
     }
+    if asks {
+        machine.disown_questions().await;
+    }
     // Its first message was another one.
     keep_told(&machine, scarce, None);
     Ok(machine)
@@ -267,6 +274,7 @@ struct Born {
     forked: Forked,
     given: Given,
     group: Option<Group>,
+    line: Line,
 }
 
 /// Starts the tasks that go with a machine.
@@ -283,7 +291,7 @@ fn supervise(
 
 /// The same, with something to be done before the first event is looked at.
 fn supervise_with<T>(
-    Born { label, forked, given, group }: Born,
+    Born { label, forked, given, group, line }: Born,
     control: MessageSocket,
     agent: UnixStream,
     before: impl FnOnce(&Machine) -> T,
@@ -296,6 +304,7 @@ fn supervise_with<T>(
         label,
         control,
         agent: agent_sender,
+        line,
         table: Default::default(),
         terminal_left: Default::default(),
         standing: Default::default(),

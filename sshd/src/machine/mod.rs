@@ -10,6 +10,7 @@
 //! [`Machine::gone`] is the process reaped, after which the account's disk is free.
 
 mod agent;
+mod asking;
 mod copying;
 mod fork_server;
 mod forwarder;
@@ -43,6 +44,7 @@ use tokio::{
 
 use crate::cgroup::Group;
 pub use agent::Reader;
+pub use asking::{Asked, DESK_QUEUE, Line};
 pub use copying::DiskCopy;
 pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use forwarder::Forwarder;
@@ -69,6 +71,7 @@ pub struct Machine {
     pub label: String,
     control: MessageSocket,
     agent: mpsc::Sender<HostMessage>,
+    line: Line,
     table: Mutex<Table>,
     terminal_left: Notify,
     /// Held by whoever has the guest stand still.
@@ -246,6 +249,7 @@ impl Machine {
             AgentMessage::Resumed { sessions } => self.resumed(&sessions),
             AgentMessage::Activity(activity) => self.looked(activity),
             AgentMessage::Took { in_use, fault } => self.took(in_use, fault),
+            AgentMessage::Ask(ask) => self.asked(ask),
         }
     }
 }

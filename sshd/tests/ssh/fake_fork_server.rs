@@ -56,6 +56,8 @@ pub fn run() -> ! {
                     .collect();
                 let mut command = processes::command("machine");
                 command.env("HERMITAGE_LABEL", label);
+                let memory = shape.map_or(1 << 20, |shape| shape.memory_bytes);
+                command.env("HERMITAGE_MEMORY", memory.to_string());
                 if resumed {
                     command.env("HERMITAGE_RESUME", "yes");
                 }

@@ -10,6 +10,7 @@ use std::{
         fd::{FromRawFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream},
     },
+    path::PathBuf,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -225,13 +226,14 @@ impl Machine {
             .enumerate()
             .filter_map(|(n, t)| Some((t.session?, n as u8, t.shown.clone())))
             .collect();
+        let base = PathBuf::from(std::env::var_os("HERMITAGE_BASE").unwrap());
         let description = Description {
-            base: BaseId::parse(&"0f".repeat(16)).unwrap(),
+            base: BaseId::parse(base.file_name().unwrap().to_str().unwrap()).unwrap(),
             account: uuid::Uuid::from_bytes(account),
             disk_tag,
             created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
                 as i64,
-            ram: 1 << 20,
+            ram: std::env::var("HERMITAGE_MEMORY").unwrap().parse().unwrap(),
             vcpus: 1,
             state_version: 1,
         };
