@@ -16,6 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::account::{self, User};
+use crate::ask::{self, Questions};
 use crate::attach;
 use crate::boot::Booted;
 use crate::control::Control;
@@ -54,6 +55,7 @@ pub struct Agent {
     account: Option<String>,
     room: DiskRoom,
     work: Work,
+    questions: Questions,
 }
 
 /// What a polled descriptor is.
@@ -67,6 +69,10 @@ enum Source {
     /// A side of a session's terminal, by the session's index.
     Master(usize),
     Port(usize),
+    /// Where the user's questions come.
+    Questions,
+    /// One of those who ask, by index.
+    Asker(usize),
 }
 
 impl Agent {
@@ -102,6 +108,7 @@ impl Agent {
             account: None,
             room: DiskRoom::new(),
             work: Work::default(),
+            questions: Questions::default(),
         })
     }
 
@@ -120,6 +127,7 @@ impl Agent {
             }
             self.claim_streams()?;
             self.finish_sessions()?;
+            self.questions.sweep(Instant::now());
             if let Some(activity) = self.work.answer(&self.booted.cgroups, Instant::now()) {
                 self.control.send(&AgentMessage::Activity(activity))?;
             }
@@ -132,6 +140,12 @@ impl Agent {
         poller.add(&self.booted.streams, Source::StreamListener, true, false);
         for (index, stream) in self.streams.incomplete() {
             poller.add(stream, Source::Stream(index), true, false);
+        }
+        if let Some(listener) = self.questions.listener() {
+            poller.add(listener, Source::Questions, true, false);
+        }
+        for (index, asker) in self.questions.sockets() {
+            poller.add(asker, Source::Asker(index), true, false);
         }
         for (index, session) in self.sessions.iter().enumerate() {
             let Some(terminal) = &session.terminal else { continue };
@@ -148,7 +162,8 @@ impl Agent {
     /// Until the first deadline.
     fn time_left(&self) -> Option<Duration> {
         let commands = self.waiting.iter().map(|(_, deadline)| *deadline);
-        let first = commands.chain(self.streams.deadline()).chain(self.work.deadline()).min()?;
+        let others = [self.streams.deadline(), self.work.deadline(), self.questions.deadline()];
+        let first = commands.chain(others.into_iter().flatten()).min()?;
         Some(first.saturating_duration_since(Instant::now()))
     }
 
@@ -171,6 +186,12 @@ impl Agent {
                 }
             }
             Source::Stream(index) => self.streams.readable(index),
+            Source::Questions => self.questions.accept(Instant::now()),
+            Source::Asker(index) => {
+                if let Some(question) = self.questions.readable(index, Instant::now()) {
+                    self.control.send(&AgentMessage::Ask(question))?;
+                }
+            }
             Source::Master(index) | Source::Port(index) => {
                 let Some(terminal) =
                     self.sessions.get_mut(index).and_then(|session| session.terminal.as_mut())
@@ -264,6 +285,7 @@ impl Agent {
             HostMessage::LookAtWork(question) => {
                 self.work.ask(question, &self.booted.cgroups, Instant::now());
             }
+            HostMessage::Answer(answer) => self.questions.answer(&answer),
         }
         Ok(())
     }
@@ -276,6 +298,10 @@ impl Agent {
         self.control.send(&AgentMessage::Awake)?;
         attach::take_disk(attach, stages)?;
         self.account = Some(attach.account.clone());
+        // She does without, rather than without her machine.
+        if let Err(error) = self.questions.listen(Path::new(ask::SOCKET), attach.uid) {
+            log::warn(format_args!("nothing can be asked of the host: {}: {error:#}", ask::SOCKET));
+        }
         Ok(())
     }
 

@@ -11,6 +11,7 @@
 
 mod account;
 mod agent;
+mod ask;
 mod attach;
 mod boot;
 mod buffer;
@@ -36,11 +37,18 @@ mod terminal;
 mod warm;
 mod work;
 
+use std::path::Path;
+
 fn main() {
+    let name = std::env::args_os().next().unwrap_or_default();
+    if std::process::id() != 1 && Path::new(&name).file_name() == Some(ask::program::NAME.as_ref())
+    {
+        std::process::exit(ask::program::main());
+    }
     if std::env::args_os().nth(1).is_some_and(|argument| argument == warm::CHILD_ARGUMENT) {
         return;
     }
-    if std::env::args_os().next().is_some_and(|name| name == forward::NAME) {
+    if name == forward::NAME {
         std::process::exit(forward::main());
     }
     if std::process::id() != 1 {

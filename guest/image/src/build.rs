@@ -50,7 +50,7 @@ pub fn build(args: &BuildArgs) -> Result<String> {
     };
     initrd::write(&out.join("initrd.img"), &parts)?;
     step(started, "tailoring the root file system");
-    rootfs::tailor(&tree, args.files.as_deref())?;
+    rootfs::tailor(&tree, &args.agent, args.files.as_deref())?;
     step(started, "writing root.erofs");
     rootfs::write_erofs(&tree, &out.join("root.erofs"))?;
 

@@ -44,6 +44,9 @@ const FILES: [(&str, u32, &str); 12] = [
     ("etc/locale.gen", 0o644, "C.UTF-8 UTF-8\nen_US.UTF-8 UTF-8\n"),
 ];
 
+/// The agent under the name by which it asks the host (`guest/agent/src/ask`).
+const ASK: &str = "usr/bin/hermitage";
+
 /// What must differ between machines, or is left over from the installation.
 const REMOVED: [&str; 9] = [
     "etc/hostname",
@@ -92,8 +95,8 @@ fn quoted(path: &Path) -> String {
     format!("'{}'", path.to_string_lossy().replace('\'', "'\\''"))
 }
 
-/// Makes the installed tree a machine's root.
-pub fn tailor(tree: &Path, extra: Option<&Path>) -> Result<()> {
+/// Makes the installed tree a machine's root. The agent is in it as well, as what asks the host.
+pub fn tailor(tree: &Path, agent: &Path, extra: Option<&Path>) -> Result<()> {
     for path in REMOVED {
         remove(&tree.join(path))?;
     }
@@ -106,6 +109,9 @@ pub fn tailor(tree: &Path, extra: Option<&Path>) -> Result<()> {
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
+    let ask = tree.join(ASK);
+    fs::copy(agent, &ask).with_context(|| format!("writing {}", ask.display()))?;
+    fs::set_permissions(&ask, fs::Permissions::from_mode(0o755))?;
     // Debian leaves it to systemd.
     remove(&tree.join("etc/mtab"))?;
     std::os::unix::fs::symlink("../proc/self/mounts", tree.join("etc/mtab"))?;

@@ -59,7 +59,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{AgentMessage, ExitStatus, HostMessage};
+    use crate::{AgentMessage, Answer, AnswerStatus, Ask, ExitStatus, HostMessage};
 
     #[test]
     fn a_message_arrives_byte_by_byte() {
@@ -81,7 +81,50 @@ mod tests {
         assert!(matches!(decoder.message::<AgentMessage>(), Err(FrameError::TooLong(_))));
     }
 
+    fn status() -> impl Strategy<Value = AnswerStatus> {
+        prop_oneof![
+            Just(AnswerStatus::Done),
+            Just(AnswerStatus::Refused),
+            Just(AnswerStatus::Unasked)
+        ]
+    }
+
+    /// Feeds it in two pieces.
+    fn pass<M: DeserializeOwned + Serialize>(message: &M, cut: usize) -> Option<M> {
+        let frame = encode(message).unwrap();
+        let (first, second) = frame.split_at(cut % frame.len());
+        let mut decoder = Decoder::default();
+        decoder.feed(first);
+        assert!(decoder.message::<M>().unwrap().is_none());
+        decoder.feed(second);
+        decoder.message().unwrap()
+    }
+
     proptest! {
+        #[test]
+        fn questions_and_answers_pass_whole(
+            number: u64, word: String, argument: String, status in status(), cut: usize,
+        ) {
+            let ask = AgentMessage::Ask(Ask { number, word, argument: argument.clone() });
+            prop_assert_eq!(pass(&ask, cut), Some(ask));
+            let answer = HostMessage::Answer(Answer { number, status, text: argument });
+            prop_assert_eq!(pass(&answer, cut), Some(answer));
+        }
+
+        /// A question that is damaged on its way is one, is none, or ends the conversation; lengths that it
+        /// claims are not believed.
+        #[test]
+        fn damaged_questions_never_panic(word: String, at: usize, with: u8) {
+            let mut frame = encode(&AgentMessage::Ask(Ask {
+                number: 7, word, argument: "2h".into(),
+            })).unwrap();
+            let at = at % frame.len();
+            frame[at] = with;
+            let mut decoder = Decoder::default();
+            decoder.feed(&frame);
+            while let Ok(Some(_)) = decoder.message::<AgentMessage>() {}
+        }
+
         #[test]
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
             let mut decoder = Decoder::default();

@@ -21,12 +21,15 @@ pub const VERSION: u16 = 6;
 
 /// Versions of agents that the host can deal with: what is in machines that were saved before an upgrade.
 /// 4 does not know [`HostMessage::Take`], which machines whose base has nothing to take are never sent;
-/// before [`KNOWS_PROCESSES`] nothing bounds processes.
+/// before [`KNOWS_PROCESSES`] nothing bounds processes, and below [`ASKING`] nothing is asked, and so nothing answered.
 pub const SPOKEN: std::ops::RangeInclusive<u16> = 4..=VERSION;
 
 /// First version that knows [`HostMessage::LimitProcesses`] and [`HostMessage::CountProcesses`]. Others are never sent
 /// them.
 pub const KNOWS_PROCESSES: u16 = 6;
+
+/// The first version with [`AgentMessage::Ask`] and [`HostMessage::Answer`].
+pub const ASKING: u16 = 6;
 
 /// vsock port on which the agent listens for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -93,7 +96,40 @@ pub enum HostMessage {
     LimitProcesses { question: u64, most: Option<u32> },
     /// How many are there? Answered by `Processes` with the same number.
     CountProcesses { question: u64 },
+    /// To [`AgentMessage::Ask`].
+    Answer(Answer),
 }
+
+/// What the host says to a question of the user's. One to a question that nobody waits for is ignored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// [`ALL_QUESTIONS`]: of all that were asked before the last `Resume`, which the host knows nothing of.
+    pub number: u64,
+    pub status: AnswerStatus,
+    /// At most [`MAX_ANSWER`] bytes.
+    pub text: String,
+}
+
+/// No question's number.
+pub const ALL_QUESTIONS: u64 = 0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AnswerStatus {
+    /// The text is what was asked for, or says what was done.
+    Done,
+    /// The text says why not.
+    Refused,
+    /// Nobody looked at the question.
+    Unasked,
+}
+
+/// Longest word and longest argument of a question, and longest answer, in bytes.
+pub const MAX_WORD: usize = 32;
+pub const MAX_ARGUMENT: usize = 256;
+pub const MAX_ANSWER: usize = 16 * 1024;
+
+/// Questions of a machine that wait for their answers at once.
+pub const MAX_ASKED: usize = 4;
 
 /// Memory and processors of a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -269,6 +305,20 @@ pub enum AgentMessage {
     },
     /// How many processes there are, and what bounds them.
     Processes(Processes),
+    /// A question of the user's, which the host answers for the account that the machine is of. Answered by
+    /// [`HostMessage::Answer`] with the same number.
+    Ask(Ask),
+}
+
+/// Both are the user's words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    /// Never given twice in a machine's life, and not [`ALL_QUESTIONS`].
+    pub number: u64,
+    /// At most [`MAX_WORD`] bytes.
+    pub word: String,
+    /// At most [`MAX_ARGUMENT`] bytes; empty if there is none.
+    pub argument: String,
 }
 
 /// The user's processes, as the kernel counts them: threads, too.

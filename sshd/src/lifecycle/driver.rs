@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     cgroup::Cgroups,
-    machine::{ForkServers, Machine},
+    machine::{Asked, ForkServers, Machine},
     promises::{Promise, Promises},
     server::Settings,
     store::Store,
@@ -62,6 +62,8 @@ pub struct Context {
     pub scarce: watch::Receiver<bool>,
     /// Whose turn it is to have a disk copied.
     pub copies: Semaphore,
+    /// Where machines have their users' questions answered.
+    pub desk: mpsc::Sender<Asked>,
 }
 
 pub(super) enum Request {

@@ -21,7 +21,7 @@ use super::{
     driver::Context,
     start::{StartError, admission},
 };
-use crate::machine::{ForkError, LaunchError, Machine, ResumeError, Sleeper, resume as wake};
+use crate::machine::{ForkError, LaunchError, Line, Machine, ResumeError, Sleeper, resume as wake};
 
 pub(super) enum Attempt {
     /// How long it slept, and how many bytes were saved of it.
@@ -75,6 +75,7 @@ pub(super) async fn resume(
         timeout: context.config.machines.start_timeout(),
         scarce: scarce(),
         admission: admission(context, account),
+        line: Line::new(account.id, context.desk.clone()),
     };
     let (shared, id) = (context.clone(), account.id);
     let consume = blocking(move || saved::consume(&shared.state_dir, id));

@@ -29,7 +29,7 @@ use crate::{
     cgroup::Admission,
     closing,
     limits::Limits,
-    machine::{ForkError, LaunchError, Machine, Spec, clock, launch},
+    machine::{ForkError, LaunchError, Line, Machine, Spec, clock, launch},
     promises::{Full, Promise},
     quota, room,
     store::StoreError,
@@ -229,6 +229,7 @@ async fn fork(
         timeout: context.config.machines.start_timeout(),
         scarce,
         admission: admission(context, account),
+        line: Line::new(account.id, context.desk.clone()),
     };
     Ok(launch(&context.forks, &context.cgroups, spec).await?)
 }

@@ -43,7 +43,7 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
     Ok(all.iter().map(line).collect())
 }
 
-pub async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
+pub(super) async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let begun = Instant::now();
     let taken = take(desk, account, &name).await;

@@ -8,6 +8,7 @@
 //! Whether a login may ask at all was decided when it was let in (`server/admission.rs`): a key that runs one
 //! command may not, and one that may less than the account can't set its password.
 
+mod inside;
 mod keep;
 mod line;
 mod rate;
@@ -34,6 +35,7 @@ use crate::{
     time,
     watch::Watch,
 };
+pub use inside::answer_all;
 use line::Lines;
 use rate::Rate;
 
@@ -97,6 +99,8 @@ pub struct Desk {
     state_dir: StateDir,
     watch: Watch,
     rate: Rate,
+    /// Of questions from inside: a machine that asks without end keeps nobody from `+reset`.
+    inside: Rate,
 }
 
 impl Desk {
@@ -108,7 +112,8 @@ impl Desk {
         state_dir: StateDir,
         watch: Watch,
     ) -> Self {
-        Self { registry, store, authenticator, config, state_dir, watch, rate: Rate::default() }
+        let (rate, inside) = (Rate::default(), Rate::default());
+        Self { registry, store, authenticator, config, state_dir, watch, rate, inside }
     }
 
     /// What the account takes on the host, and may take.
@@ -137,39 +142,85 @@ pub struct Visit<'a> {
     pub terminal: bool,
 }
 
+/// The way that a question came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Ssh,
+    Inside,
+}
+
+impl Way {
+    /// What is typed for a word.
+    fn shown(self, word: Word) -> String {
+        match self {
+            Way::Ssh => word.with_plus().into(),
+            Way::Inside => format!("hermitage {}", word.name()),
+        }
+    }
+}
+
 /// The answer, or why there is none.
 pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String, String> {
     desk.rate.take(visit.account, Instant::now())?;
     let argument = argument(visit.kind)?;
-    let account = desk.store.by_id(visit.account).await.map_err(|error| {
+    let account = enter(desk, visit.account).await?;
+    note(&account, visit.source, word.name(), argument);
+    fits(word, argument, Way::Ssh)?;
+    match word {
+        Word::Passwd => passwd(desk, &account, &visit).await,
+        Word::Invitation => redeem::redeem(desk, &account, &visit).await,
+        Word::Reset => reset(desk, &account, &visit, argument).await,
+        _ => at_once(desk, word, argument, &account, Way::Ssh).await,
+    }
+}
+
+/// The account that asks, if it may.
+async fn enter(desk: &Desk, id: Uuid) -> Result<Account, String> {
+    let account = desk.store.by_id(id).await.map_err(|error| {
         tracing::error!(%error, "can't look up an account");
         "the accounts can't be read at the moment; try again later".to_owned()
     })?;
     if let Some(closed) = closing::closed(account.as_ref()) {
         return Err(closing::words(closed));
     }
-    let account = account.ok_or_else(|| closing::words(Closed::Removed))?;
-    tracing::info!(
-        account = account.name,
-        source = visit.source,
-        word = word.name(),
-        argument,
-        "asked of the service"
-    );
-    let takes = matches!(word, Word::Hold | Word::Reset | Word::Checkpoint);
+    account.ok_or_else(|| closing::words(Closed::Removed))
+}
+
+fn note(account: &Account, source: &str, word: &str, argument: Option<&str>) {
+    tracing::info!(account = account.name, source, word, argument, "asked of the service");
+}
+
+/// What needs no more said than the question, which fits the word.
+async fn at_once(
+    desk: &Desk,
+    word: Word,
+    argument: Option<&str>,
+    account: &Account,
+    way: Way,
+) -> Result<String, String> {
     match (word, argument) {
-        (_, Some(given)) if !takes => {
-            Err(format!("+{} takes no argument, and was given \"{given}\"", word.name()))
+        (Word::Help, _) => Ok(match way {
+            Way::Ssh => report::help(&account.name),
+            Way::Inside => report::help_inside(&account.name),
+        }),
+        (Word::Status, _) => report::status(desk, account).await,
+        (Word::Keys, _) => report::keys(desk, account).await,
+        (Word::Hold, argument) => hold(desk, account, argument).await,
+        (Word::Checkpoint, None) => keep::list(desk, account).await,
+        (Word::Checkpoint, Some(name)) => keep::create(desk, account, name).await,
+        (Word::Passwd | Word::Reset | Word::Invitation, _) => {
+            Err(format!("that is asked over ssh: ssh {}{}@…", account.name, word.with_plus()))
         }
-        (Word::Help, _) => Ok(report::help(&account.name)),
-        (Word::Status, _) => report::status(desk, &account).await,
-        (Word::Keys, _) => report::keys(desk, &account).await,
-        (Word::Passwd, _) => passwd(desk, &account, &visit).await,
-        (Word::Invitation, _) => redeem::redeem(desk, &account, &visit).await,
-        (Word::Hold, argument) => hold(desk, &account, argument).await,
-        (Word::Reset, argument) => reset(desk, &account, &visit, argument).await,
-        (Word::Checkpoint, None) => keep::list(desk, &account).await,
-        (Word::Checkpoint, Some(name)) => keep::create(desk, &account, name).await,
+    }
+}
+
+/// Whether the word takes such an argument.
+fn fits(word: Word, argument: Option<&str>, way: Way) -> Result<(), String> {
+    match (word, argument) {
+        (_, None) | (Word::Hold | Word::Reset | Word::Checkpoint, _) => Ok(()),
+        (_, Some(given)) => {
+            Err(format!("{} takes no argument, and was given \"{given}\"", way.shown(word)))
+        }
     }
 }
 
@@ -182,12 +233,19 @@ fn argument(kind: &Kind) -> Result<Option<&str>, String> {
             return Err("files are taken and brought without a word after the name".into());
         }
     };
-    let text = std::str::from_utf8(bytes).ok().map(str::trim);
-    match text.filter(|text| text.len() <= MAX_ARGUMENT && !text.contains(char::is_control)) {
-        Some("") => Ok(None),
-        Some(text) => Ok(Some(text)),
-        None => Err(format!("the argument is at most {MAX_ARGUMENT} printable characters")),
+    std::str::from_utf8(bytes).map_err(|_| unprintable()).and_then(checked)
+}
+
+fn checked(text: &str) -> Result<Option<&str>, String> {
+    match text.trim() {
+        "" => Ok(None),
+        text if text.len() <= MAX_ARGUMENT && !text.contains(char::is_control) => Ok(Some(text)),
+        _ => Err(unprintable()),
     }
+}
+
+fn unprintable() -> String {
+    format!("the argument is at most {MAX_ARGUMENT} printable characters")
 }
 
 /// A new password in place of the one there is. Whether an account has one at all is its operator's to say.

@@ -28,6 +28,26 @@ Words after your name, as in: ssh {name}+status@…
   +new       a terminal beside the one that you left
   +take      the terminal that you have open elsewhere
   +fresh     a machine started anew from your files
+
+Some of it can be asked in your machine's shell as well: hermitage help
+"
+    )
+}
+
+pub fn help_inside(name: &str) -> String {
+    format!(
+        "\
+What your host does for you, asked from inside of your machine:
+
+  hermitage status             your machine, its files and sessions
+  hermitage keys               what logs in to your account
+  hermitage hold [TIME|off]    how long your machine is kept awake; with a time (2h) or \"off\" that is
+                               set: it is not put to sleep meanwhile, though nobody is logged in
+  hermitage checkpoint [NAME]  what there is of your machine and files as they were; with a name they
+                               are kept as they are now, for your operator to bring back
+  hermitage help               this
+
+The rest is asked over ssh: ssh {name}+help@… lists it.
 "
     )
 }

@@ -174,8 +174,8 @@ pub struct ForkServer {
     pub base: String,
     /// What its machines can have, if the base says.
     pub sizes: Option<base::Machine>,
-    /// Version of the protocol that their agents speak, if it says.
-    pub agent: Option<u16>,
+    /// What their agent speaks, if the base says.
+    pub agent_protocol: Option<u16>,
     socket: MessageSocket,
     table: Mutex<Table>,
     gone: CancellationToken,
@@ -234,11 +234,8 @@ impl ForkServer {
         }
         let of_base = dir.to_owned();
         let manifest = tokio::task::spawn_blocking(move || Base::manifest(&of_base)).await;
-        let (sizes, agent) = match manifest {
-            Ok(Ok(manifest)) => {
-                let content = manifest.content;
-                (Some(content.machine), Some(content.agent_protocol))
-            }
+        let content = match manifest {
+            Ok(Ok(manifest)) => Some(manifest.content),
             other => {
                 let error = other.map(|manifest| manifest.err());
                 tracing::warn!(
@@ -246,13 +243,13 @@ impl ForkServer {
                     ?error,
                     "can't tell how much memory machines of this base have"
                 );
-                (None, None)
+                None
             }
         };
         let server = Arc::new(Self {
             base,
-            sizes,
-            agent,
+            sizes: content.as_ref().map(|content| content.machine),
+            agent_protocol: content.as_ref().map(|content| content.agent_protocol),
             socket,
             table: Mutex::default(),
             gone: CancellationToken::new(),

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use hermitage_guest_proto::{Attach, HostMessage, encode};
+use hermitage_guest_proto::{ASKING, Attach, HostMessage, encode};
 use hermitage_storage::base::Size;
 use hermitage_vmm_proto::{End, MachineEvent, ProcessExit, message_pair, stream_pair};
 use tokio::{
@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    AGENT_QUEUE, ByteStream, Machine,
+    AGENT_QUEUE, ByteStream, Line, Machine,
     agent::{self, AgentError, Reader},
     fork_server::{ForkError, ForkServers, Forked},
     given::Given,
@@ -97,6 +97,7 @@ pub struct Spec {
     /// Whether room for disks is scarce; the guest is kept told.
     pub scarce: watch::Receiver<bool>,
     pub admission: Admission,
+    pub line: Line,
 }
 
 /// Forks a machine and waits until it has its account.
@@ -113,7 +114,7 @@ pub async fn launch(
     // Before the fork, so that it is there when the guest looks; it fits any socket buffer.
     let mut frames = encode(&HostMessage::Attach(spec.attach))?;
     let most = spec.admission.processes;
-    let more = [given.message(), processes::first_message(server.agent, most)];
+    let more = [given.message(), processes::first_message(server.agent_protocol, most)];
     for message in more.into_iter().flatten() {
         frames.extend(encode(&message)?);
     }
@@ -124,7 +125,7 @@ pub async fn launch(
     let group = cgroups.admit(&spec.admission, given.size).await?;
     let descriptors = [control_far, agent_far, spec.disk];
     let forked = forks.fork(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
-    let born = Born { label, forked, given, most, group };
+    let born = Born { label, forked, given, most, group, line: spec.line };
     let machine = supervise(born, MessageSocket::new(control)?, agent, spec.scarce);
 
     let mut attached = machine.attached.subscribe();
@@ -159,6 +160,7 @@ pub struct Sleeper {
     pub timeout: Duration,
     pub scarce: watch::Receiver<bool>,
     pub admission: Admission,
+    pub line: Line,
 }
 
 /// Why a saved machine did not come back. In any case nothing of it is left running.
@@ -205,6 +207,7 @@ pub async fn resume(
         timeout: limit,
         scarce,
         admission,
+        line,
     } = sleeper;
     let server = forks.server_of(&base).await?;
     if server.sizes.is_some_and(|sizes| !sizes.allows(had)) {
@@ -213,6 +216,7 @@ pub async fn resume(
         return Err(ResumeError::Refused(words));
     }
     let given = Given::of(server.sizes, &admission, Some(had));
+    let asks = server.agent_protocol.is_some_and(|version| version >= ASKING);
     // All of it is read and checked first, as fast as the machine may read.
     let limit = limit + given.time_for(bytes);
     let group = cgroups.admit(&admission, given.size).await.map_err(LaunchError::from)?;
@@ -220,7 +224,7 @@ pub async fn resume(
     let forked =
         forks.resume(server, label.clone(), given.size, descriptors, group.as_ref()).await?;
     let most = admission.processes;
-    let born = Born { label, forked, given, most, group };
+    let born = Born { label, forked, given, most, group, line };
     let machine = supervise_with(born, MessageSocket::new(control)?, agent, |machine| {
         machine.expect_sessions(left);
         machine.when_restored()
@@ -259,6 +263,9 @@ pub async fn resume(
     if let Some(take) = given.message() {
         machine.tell(take).await;
     }
+    if asks {
+        machine.disown_questions().await;
+    }
     // Its first message was another one.
     keep_told(&machine, scarce, None);
     machine.keep_limited(most);
@@ -273,6 +280,7 @@ struct Born {
     /// Processes that its user may have.
     most: Option<u32>,
     group: Option<Group>,
+    line: Line,
 }
 
 /// Starts the tasks that go with a machine.
@@ -292,13 +300,13 @@ fn supervise(
 
 /// The same, with something to be done before the first event is looked at.
 fn supervise_with<T>(
-    Born { label, forked, given, most, group }: Born,
+    Born { label, forked, given, most, group, line }: Born,
     control: MessageSocket,
     agent: ByteStream,
     before: impl FnOnce(&Machine) -> T,
 ) -> (Arc<Machine>, T) {
     let (agent_sender, agent_messages) = mpsc::channel(AGENT_QUEUE);
-    let agent_version = forked.server.agent;
+    let agent_version = forked.server.agent_protocol;
     let machine = Arc::new(Machine {
         id: forked.id,
         pid: forked.pid,
@@ -306,6 +314,7 @@ fn supervise_with<T>(
         label,
         control,
         agent: agent_sender,
+        line,
         table: Default::default(),
         terminal_left: Default::default(),
         standing: Default::default(),

@@ -10,6 +10,7 @@
 //! [`Machine::gone`] is the process reaped, after which the account's disk is free.
 
 mod agent;
+mod asking;
 mod copying;
 mod fork_server;
 mod forwarder;
@@ -46,6 +47,7 @@ use tokio::{
 
 use crate::cgroup::Group;
 pub use agent::Reader;
+pub use asking::{Asked, DESK_QUEUE, Line};
 pub use copying::DiskCopy;
 pub use fork_server::{ForkError, ForkServer, ForkServers};
 pub use forwarder::Forwarder;
@@ -74,6 +76,7 @@ pub struct Machine {
     pub label: String,
     control: MessageSocket,
     agent: mpsc::Sender<HostMessage>,
+    line: Line,
     table: Mutex<Table>,
     terminal_left: Notify,
     /// Held by whoever has the guest stand still.
@@ -257,6 +260,7 @@ impl Machine {
             AgentMessage::Activity(activity) => self.looked(activity),
             AgentMessage::Took { in_use, fault } => self.took(in_use, fault),
             AgentMessage::Processes(processes) => self.counted(processes),
+            AgentMessage::Ask(ask) => self.asked(ask),
         }
     }
 }

@@ -36,7 +36,7 @@ use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
     sync::{
-        Semaphore,
+        Semaphore, mpsc,
         watch::{Sender, channel},
     },
     time::timeout,
@@ -52,8 +52,8 @@ use crate::{
     copies,
     history::Recorder,
     lifecycle::{self, Registry, StopCause},
-    lobby::Desk,
-    machine::ForkServers,
+    lobby::{self, Desk},
+    machine::{Asked, DESK_QUEUE, ForkServers},
     process,
     promises::Promises,
     room::{self, Floor},
@@ -132,6 +132,7 @@ pub struct Service {
     scarce: Sender<bool>,
     copies: copies::Keeper,
     recorder: Recorder,
+    questions: mpsc::Receiver<Asked>,
     _lock: File,
 }
 
@@ -182,6 +183,7 @@ impl Service {
             .context("machines.require_limits is set, and limits can't be enforced here")?;
         cgroups.sweep();
         let (scarce, watched) = channel(false);
+        let (asking, questions) = mpsc::channel(DESK_QUEUE);
         let watch = Watch::new(watch::audit_log(&config.audit, &config.state_dir));
         let registry = Registry::new(lifecycle::Context {
             config: config.clone(),
@@ -193,6 +195,7 @@ impl Service {
             cgroups: cgroups.clone(),
             scarce: watched,
             copies: Semaphore::new(1),
+            desk: asking,
         });
         let ssh = &config.ssh;
         let authenticator = Authenticator::new(
@@ -236,7 +239,17 @@ impl Service {
         let exporter = Exporter::bind(&server.config.run_dir, metrics).await?;
         server.registry.reconcile().await;
         server.registry.warm_up();
-        Ok(Self { server, listeners, admin, exporter, scarce, copies, recorder, _lock: lock })
+        Ok(Self {
+            server,
+            listeners,
+            admin,
+            exporter,
+            scarce,
+            copies,
+            recorder,
+            questions,
+            _lock: lock,
+        })
     }
 
     /// The addresses listened on; the port is real where 0 was asked for.
@@ -246,7 +259,8 @@ impl Service {
 
     /// Serves until `stop`, then ends everything in order.
     pub async fn serve(self, stop: CancellationToken) -> anyhow::Result<()> {
-        let Self { server, listeners, admin, exporter, scarce, copies, recorder, _lock } = self;
+        let Self { server, listeners, admin, exporter, scarce, copies, recorder, questions, _lock } =
+            self;
         for address in &server.listen {
             tracing::info!(%address, "listening");
         }
@@ -267,6 +281,7 @@ impl Service {
         tasks.spawn(exporter.serve(server.clone()));
         tasks.spawn(copies.keep());
         tasks.spawn(recorder.clone().keep());
+        tasks.spawn(lobby::answer_all(server.desk.clone(), server.watch.clone(), questions));
         let floor = Floor::new(server.config.machines.guest_floor());
         tasks.spawn(room::keep_watch(server.config.state_dir.clone(), floor, scarce));
         tokio::select! {

@@ -12,13 +12,14 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        mpsc,
     },
     time::Duration,
 };
 
 use hermitage_guest_proto::{
-    Activity, AgentMessage, Busy, Decoder, Exec, ExitStatus, HostMessage, LiveSession,
+    Activity, AgentMessage, Answer, Ask, Busy, Decoder, Exec, ExitStatus, HostMessage, LiveSession,
     OpenTerminal, Processes, Program, Resources, WaitsFor, Window, encode,
 };
 use hermitage_vmm_proto::End;
@@ -47,6 +48,9 @@ struct Guest {
     most: Mutex<Option<u32>>,
     /// A question that is answered when it goes on.
     wished: Mutex<Option<u64>>,
+    asked: AtomicU64,
+    /// Who waits for an answer to what.
+    asking: Mutex<HashMap<u64, mpsc::Sender<Answer>>>,
 }
 
 struct Started {
@@ -63,6 +67,8 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
         hangs: AtomicBool::new(false),
         most: Mutex::default(),
         wished: Mutex::default(),
+        asked: AtomicU64::new(0),
+        asking: Mutex::default(),
     });
     let mut decoder = Decoder::default();
     let mut account = String::new();
@@ -117,6 +123,11 @@ pub fn run(machine: &Arc<Machine>, mut from: UnixStream) {
                 }
                 HostMessage::CountProcesses { .. } if machine_is("mute") => {}
                 HostMessage::CountProcesses { question } => guest.tell_processes(question),
+                HostMessage::Answer(answer) => {
+                    if let Some(asking) = guest.asking.lock().unwrap().remove(&answer.number) {
+                        let _ = asking.send(answer);
+                    }
+                }
                 HostMessage::LookAtWork(_) if machine_is("mute") => {}
                 HostMessage::LookAtWork(look) => guest.look_at_work(look.question),
                 HostMessage::Freeze if machine_is("unfrozen") => {
@@ -343,6 +354,14 @@ impl Guest {
             let status = ExitStatus::Code(0);
             return self.say(&AgentMessage::Exited { session: exec.session, status });
         }
+        if let Program::Command(line) = &exec.program
+            && let Some(questions) = line.strip_prefix(b"ask! ")
+        {
+            self.say(&AgentMessage::Started { session: exec.session, pid: 1 });
+            self.ask(std::str::from_utf8(questions).unwrap(), File::from(OwnedFd::from(stdio)));
+            let status = ExitStatus::Code(0);
+            return self.say(&AgentMessage::Exited { session: exec.session, status });
+        }
         let mut command = match &exec.program {
             Program::Shell => shell(),
             Program::Command(line) => {
@@ -366,6 +385,33 @@ impl Guest {
         drop(command);
         self.say(&AgentMessage::Started { session: exec.session, pid: child.id() });
         self.reap(exec.session, child, || {});
+    }
+
+    /// `COUNT WORD ARGUMENT` of questions that are asked at once; then their answers, a line each, as they
+    /// come. `end` as the count: ten thousand, and the machine ends. `xxx…` as the word: a quarter of a MiB.
+    fn ask(&self, questions: &str, mut to: File) {
+        let mut parts = questions.splitn(3, ' ');
+        let (count, word) = (parts.next().unwrap(), parts.next().unwrap());
+        let argument = parts.next().unwrap_or("").to_owned();
+        let word = if word == "xxx…" { "x".repeat(250_000) } else { word.to_owned() };
+        let many: usize = count.parse().unwrap_or(10_000);
+        let (answers, answered) = mpsc::channel();
+        let first = self.asked.fetch_add(many as u64, Ordering::Relaxed) + 1;
+        for number in first..first + many as u64 {
+            self.asking.lock().unwrap().insert(number, answers.clone());
+            let (word, argument) = (word.clone(), argument.clone());
+            self.say(&AgentMessage::Ask(Ask { number, word, argument }));
+        }
+        if count == "end" {
+            self.end();
+        }
+        // Refusals beyond what an agent takes in are dropped.
+        let mut patience = Duration::from_secs(5);
+        for _ in 0..many {
+            let Ok(Answer { status, text, .. }) = answered.recv_timeout(patience) else { break };
+            writeln!(to, "{status:?} {text:?}").unwrap();
+            patience = Duration::from_millis(500);
+        }
     }
 
     fn reap(&self, session: u64, mut child: Child, drain: impl FnOnce()) {

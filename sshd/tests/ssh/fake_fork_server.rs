@@ -56,9 +56,8 @@ pub fn run() -> ! {
                     .collect();
                 let mut command = processes::command("machine");
                 command.env("HERMITAGE_LABEL", label);
-                if let Some(shape) = shape {
-                    command.env("HERMITAGE_RAM", shape.memory_bytes.to_string());
-                }
+                let memory = shape.map_or(1 << 20, |shape| shape.memory_bytes);
+                command.env("HERMITAGE_MEMORY", memory.to_string());
                 if resumed {
                     command.env("HERMITAGE_RESUME", "yes");
                 }

@@ -10,6 +10,7 @@ use std::{
         fd::{FromRawFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream},
     },
+    path::PathBuf,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -248,13 +249,14 @@ impl Machine {
             .enumerate()
             .filter_map(|(n, t)| Some((t.session?, n as u8, t.shown.clone())))
             .collect();
+        let base = PathBuf::from(std::env::var_os("HERMITAGE_BASE").unwrap());
         let description = Description {
-            base: BaseId::parse(&std::env::var("HERMITAGE_BASE").unwrap()).unwrap(),
+            base: BaseId::parse(base.file_name().unwrap().to_str().unwrap()).unwrap(),
             account: uuid::Uuid::from_bytes(account),
             disk_tag,
             created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
                 as i64,
-            ram: std::env::var("HERMITAGE_RAM").map_or(1 << 20, |bytes| bytes.parse().unwrap()),
+            ram: std::env::var("HERMITAGE_MEMORY").unwrap().parse().unwrap(),
             vcpus: 1,
             state_version: 1,
         };

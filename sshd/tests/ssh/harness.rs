@@ -56,7 +56,9 @@ impl Service {
         std::fs::create_dir(&libexec).unwrap();
         let vmm = libexec.join("hermitage-vmm");
         let line = processes::command_line("fork_server");
-        std::fs::write(&vmm, format!("#!/bin/sh\nHERMITAGE_BASE=\"${{3##*/}}\" {line}\n")).unwrap();
+        // What it is told on its command line: `fork-server --base DIR`.
+        let script = format!("#!/bin/sh\nexport HERMITAGE_BASE=\"$3\"\n{line}\n");
+        std::fs::write(&vmm, script).unwrap();
         std::fs::set_permissions(&vmm, PermissionsExt::from_mode(0o755)).unwrap();
         let Options { ssh, machines } = options;
         // Tests do all kinds of things from this address.

@@ -18,6 +18,7 @@ mod fake_security_key;
 mod forwarding;
 mod harness;
 mod history;
+mod inside;
 mod invitations;
 mod keeping;
 mod key_options;

@@ -78,6 +78,7 @@ impl Agent {
         self.room.set(false);
         // Nothing ran meanwhile, for who knows how long.
         self.work.forget();
+        self.questions.resumed();
         let live = |session: &Session| LiveSession {
             session: session.id,
             terminal: session.terminal.as_ref().map(|terminal| terminal.number),

@@ -11,6 +11,7 @@ mod forwarding;
 mod free_memory;
 mod guide;
 mod identity;
+mod inside;
 mod jail;
 mod keeping;
 mod keys;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Test> {
     all.extend(editor::TESTS);
     all.extend(keys::TESTS);
     all.extend(keeping::TESTS);
+    all.extend(inside::TESTS);
     all.extend(limits::TESTS);
     all.extend(sharing::TESTS);
     all.extend(sizes::TESTS);
