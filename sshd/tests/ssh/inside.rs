@@ -49,8 +49,10 @@ fn questions_from_inside_are_answered_for_the_machines_account() {
     assert_eq!(ask(&service, "alice", "1 hold off"), "Done \"The hold is taken back.\\n\"\n");
     assert_eq!(held(), None);
     assert!(ask(&service, "alice", "1 checkpoint").contains("No checkpoints."));
+    let said = ask(&service, "alice", "1 checkpoint one");
+    assert_eq!(said, "Done \"one has your files and memory as they are now.\\n\"\n");
     let said = refused(&service, "alice", "checkpoint one");
-    assert!(said.contains("in use") && said.contains("ssh alice+checkpoint@… one"), "{said}");
+    assert!(said.contains("already"), "{said}");
 
     // On record by the way that they came.
     let log = service.log();
@@ -58,11 +60,20 @@ fn questions_from_inside_are_answered_for_the_machines_account() {
     let recorded = wait_for("the lines of the log", || {
         let all = service.accounts().sessions(alice.id, 50).unwrap();
         let inside: Vec<_> = all.into_iter().filter(|one| one.source == "from inside").collect();
-        (inside.len() == 7 && inside.iter().all(|one| one.outcome.is_some())).then_some(inside)
+        (inside.len() == 8 && inside.iter().all(|one| one.outcome.is_some())).then_some(inside)
     });
     let mut kinds: Vec<_> = recorded.iter().map(|one| one.kind.as_str()).collect();
     kinds.sort_unstable();
-    let wanted = ["+checkpoint", "+checkpoint", "+help", "+hold", "+hold", "+keys", "+status"];
+    let wanted = [
+        "+checkpoint",
+        "+checkpoint",
+        "+checkpoint",
+        "+help",
+        "+hold",
+        "+hold",
+        "+keys",
+        "+status",
+    ];
     assert_eq!(kinds, wanted);
     let hold = |line: &&str| line.contains("\"source\":\"from inside\",\"kind\":\"+hold\"");
     wait_for("beginning and end of two holds in the audit log", || {

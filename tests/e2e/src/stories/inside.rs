@@ -74,17 +74,18 @@ fn flood(alice: &Account<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint that is asked for when nobody is logged in: the machine is saved and resumed under the question.
+/// A checkpoint that is asked for from inside has the question in its memory: who goes back to it is told that it was
+/// asked in another life.
 fn slept(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
-    alice.output(
-        "printf %s 'sleep 5; hermitage checkpoint clean > out 2>&1; echo $? >> out' > later; \
-         setsid sh later < /dev/null > /dev/null 2>&1 &",
-    )?;
-    let list = format!("hermitage checkpoint list {}", alice.name);
-    story.wait_for("the checkpoint", 180, || {
-        Ok(story.host().run(&list)?.contains("clean").then_some(()))
-    })?;
+    let mut shell = alice.login().terminal(None, 80, 24)?;
+    shell.run("hermitage checkpoint clean > out 2>&1; echo $? >> out")?;
+    let taken = "clean has your files and memory as they are now.\n0";
+    same("the answer", alice.output("cat out")?.as_str(), taken)?;
+    let back = format!("hermitage checkpoint restore {} clean --stop", alice.name);
+    says("what the operator is told", &story.host().run(&back)?, "resumes it")?;
+    shell.wait_end(60)?;
+    let shell = alice.login().terminal(None, 80, 24)?;
     let said = story.wait_for("an end of the question", 90, || {
         let said = alice.output("cat out")?;
         Ok((said.lines().count() == 2).then_some(said))
@@ -95,5 +96,6 @@ fn slept(story: &Story) -> Result<()> {
         "hermitage: that was asked before the machine slept; ask again\n255",
     )?;
     // The same listening socket answers in the resumed machine.
-    says("asked again", &alice.output("hermitage checkpoint")?, "clean ")
+    says("asked again", &alice.output("hermitage checkpoint")?, "clean ")?;
+    shell.cut()
 }
