@@ -136,13 +136,18 @@ impl Service {
     /// An account with the test's key and [`PASSWORD`].
     /// Makes a base of nothing, with machines of those sizes, the current one.
     pub fn install_base(&self, machine: Machine) {
+        self.install_base_of(machine, hermitage_guest_proto::VERSION);
+    }
+
+    /// The same with an agent of that version.
+    pub fn install_base_of(&self, machine: Machine, agent_protocol: u16) {
         let unnamed = self.path("state/bases/.new-test");
         let writer = BaseWriter::create(&unnamed, machine.most().memory_bytes).unwrap();
         let root = self.path("root.erofs");
         std::fs::write(&root, "nothing").unwrap();
         let description = Description {
             image: "00112233445566778899aabbccddeeff".into(),
-            agent_protocol: hermitage_guest_proto::VERSION,
+            agent_protocol,
             guest_kernel: "6.12".into(),
             machine,
             restorable_on: HostKind::here(1, "digest".into()).unwrap(),
