@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use hermitage_guest_proto::ASKING;
 use hermitage_storage::base::{MEMORY_BLOCK, Machine, Size};
 
 use crate::{
@@ -160,24 +161,32 @@ fn a_machine_that_goes_away_with_its_questions_leaves_nothing() {
     assert!(!service.log().contains("panicked"), "{}", service.log());
 }
 
-/// What was asked of the service that saved the machine is no business of the one that resumes it; an agent that
-/// knows of questions is told so.
+/// What was asked of the service that saved the machine is no business of the one that resumes it. An agent that
+/// knows of questions is told so; an older one would power off.
 #[test]
 fn a_resumed_machine_is_told_that_its_questions_are_forgotten() {
-    let mut service = Service::prepare(Options { ssh: "", machines: "linger = 0" });
-    let size = Size { memory_bytes: 4 * MEMORY_BLOCK, vcpus: 1 };
-    service.install_base(Machine::new(size, size));
-    service.run();
-    service.account("alice");
-    let mut shell = Shell::open(&service, "alice");
-    shell.run("echo here-$((1+1))", "here-2");
-    let told = "guest told: Answer(Answer { number: 0, status: Unasked";
-    assert!(!service.log().contains(told));
-    shell.cut(&service);
-    wait_for("the save", || {
-        service.account_status("alice").filter(|status| status.state == "saved")
-    });
-    let _shell = Shell::open(&service, "alice");
-    let log = wait_for("the answer", || Some(service.log()).filter(|log| log.contains(told)));
-    assert!(log.find("told: Resume").unwrap() < log.find(told).unwrap());
+    for (version, knows) in [(ASKING, true), (ASKING - 1, false)] {
+        let mut service = Service::prepare(Options { ssh: "", machines: "linger = 0" });
+        let size = Size { memory_bytes: 4 * MEMORY_BLOCK, vcpus: 1 };
+        service.install_base_of(version, Machine::new(size, size));
+        service.run();
+        service.account("alice");
+        let mut shell = Shell::open(&service, "alice");
+        shell.run("echo here-$((1+1))", "here-2");
+        shell.cut(&service);
+        wait_for("the save", || {
+            service.account_status("alice").filter(|status| status.state == "saved")
+        });
+        assert!(!service.log().contains("guest told: Answer"));
+        let _shell = Shell::open(&service, "alice");
+        // That comes after it, when she is let in.
+        let log = wait_for("her window", || {
+            let log = service.log();
+            log.contains("guest told: Resize").then_some(log)
+        });
+        let told = log.find("guest told: Answer(Answer { number: 0, status: Unasked");
+        assert_eq!(told.is_some(), knows, "{log}");
+        let resumed = log.find("guest told: Resume").unwrap();
+        assert!(told.is_none_or(|told| resumed < told));
+    }
 }
