@@ -8,6 +8,7 @@
 pub mod admin;
 mod auth;
 pub mod cgroup;
+pub mod checkpoints;
 pub mod closing;
 pub mod config;
 mod copies;

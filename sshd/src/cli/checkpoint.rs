@@ -8,8 +8,9 @@ use super::rest::Held;
 use super::{NotFound, account_quota, admin, rest, size, time};
 use anyhow::Context as _;
 use clap::Subcommand;
+use hermitage::checkpoints;
 use hermitage::watch::Copied;
-use hermitage_storage::accounts::{Account, Accounts, Intent, MachineState};
+use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::checkpoint::{
     self, About, Checkpoint, CheckpointError, Known, Name, RolledBack,
 };
@@ -77,7 +78,7 @@ fn create(context: &Context, account: &str, name: Option<&str>, stop: bool) -> a
     let account = accounts.named(account)?;
     let name = match name {
         Some(name) => Name::parse(name)?,
-        None => dated(context, &account, "")?,
+        None => checkpoints::dated(&context.state, &account, "")?,
     };
     let note = CopyNote::of(context, Copied::Checkpoint, &account, &name);
     let taken = take(context, &accounts, &account, &name, stop);
@@ -205,11 +206,11 @@ fn go_back(
     let at_rest = rest::take(context, account, stop)?;
     fits(context, account, Some(source), keeping)?;
     let known = known(accounts, account)?;
-    let keep = dated(context, account, "before-")?;
+    let keep = checkpoints::dated(&context.state, account, "before-")?;
     let (now, room) = (time::now(), rest::room(context)?);
     let done = checkpoint::rollback(&context.state, at_rest, name, &keep, known, now, room)
         .with_context(|| format!("going back to the checkpoint {name} of {}", account.name))?;
-    record(accounts, account, name, &done.about)?;
+    accounts.record_intent(&checkpoints::gone_back(account, name, &done.about))?;
     Ok(done)
 }
 
@@ -253,37 +254,6 @@ fn known(accounts: &Accounts, account: &Account) -> anyhow::Result<Known> {
         terminals: intent.terminals,
         paused: intent.paused,
     }))
-}
-
-/// What the service tells who logs in next.
-fn record(accounts: &Accounts, account: &Account, name: &Name, now: &About) -> anyhow::Result<()> {
-    let memory = now.memory.as_ref();
-    accounts.record_intent(&Intent {
-        account: account.id,
-        state: if memory.is_some() { MachineState::Saved } else { MachineState::Stopped },
-        pid: None,
-        base: memory.map(|memory| memory.base.clone()),
-        detail: memory.is_none().then(|| format!("you are back at the checkpoint {name}")),
-        terminals: memory.and_then(|memory| memory.terminals.clone()),
-        paused: memory.and_then(|memory| memory.paused.clone()),
-        since: 0,
-    })?;
-    Ok(())
-}
-
-/// `20261121-101530`, UTC, behind something; `…-2` for the second of one second.
-fn dated(context: &Context, account: &Account, before: &str) -> anyhow::Result<Name> {
-    let taken = checkpoint::list(&context.state, account.id)?;
-    let now = time::rfc3339(time::now());
-    let digits: String = now.chars().filter(|c| c.is_ascii_digit()).collect();
-    let (day, second) = digits.split_at(digits.len().min(8));
-    let mut name = format!("{before}{day}-{second}");
-    let mut count = 1;
-    while taken.iter().any(|one| one.name.as_str() == name) {
-        count += 1;
-        name = format!("{before}{day}-{second}-{count}");
-    }
-    Ok(Name::parse(&name)?)
 }
 
 fn json_of(account: &Account, one: &Checkpoint) -> Value {

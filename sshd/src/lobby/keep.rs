@@ -1,4 +1,5 @@
-//! Checkpoints that a user takes: docs/formats/checkpoint.md. Going back to one is her operator's.
+//! A user's checkpoints: docs/formats/checkpoint.md. Each costs her host as much as her disk may, so of those that she
+//! has made there are few.
 
 use std::{
     os::unix::fs::MetadataExt as _,
@@ -7,7 +8,7 @@ use std::{
 
 use hermitage_storage::{
     accounts::Account,
-    checkpoint::{self, About, CheckpointError, InUse, Known, Name},
+    checkpoint::{self, About, Checkpoint, CheckpointError, InUse, Known, Name, RolledBack},
     disk::DiskError,
     publish::NewFile,
     rest::AtRest,
@@ -16,7 +17,8 @@ use tokio::time::sleep;
 
 use super::Desk;
 use crate::{
-    lifecycle::{Copies, CopyNews},
+    checkpoints,
+    lifecycle::{Copies, CopyNews, StopCause},
     room, time,
     watch::{Copied, Event},
 };
@@ -24,17 +26,48 @@ use crate::{
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
 const USERS: usize = 2;
 
+/// What is asked of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish<'a> {
+    List,
+    Take(&'a str),
+    Restore {
+        name: &'a str,
+        /// She has said that she wants it.
+        sure: bool,
+    },
+    Drop(&'a str),
+}
+
+impl<'a> Wish<'a> {
+    pub fn parse(argument: Option<&'a str>) -> Result<Self, String> {
+        let words: Vec<&str> = argument.unwrap_or_default().split_whitespace().collect();
+        Ok(match *words.as_slice() {
+            [] => Self::List,
+            ["restore" | "drop"] => {
+                return Err("which one? Without an argument they are listed".into());
+            }
+            [name] => Self::Take(name),
+            ["restore", name] => Self::Restore { name, sure: false },
+            ["restore", name, "yes"] => Self::Restore { name, sure: true },
+            ["drop", name] => Self::Drop(name),
+            _ => {
+                return Err("it takes NAME, which is kept under that name, \"restore NAME\" or \"drop NAME\"".into());
+            }
+        })
+    }
+}
+
 /// How long a machine that is on its way out may take to be gone.
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
-    let (state, id) = (desk.state_dir.clone(), account.id);
-    let all = blocking(move || checkpoint::list(&state, id)).await?.map_err(|e| trouble(&e))?;
+    let all = all(desk, account).await?;
     if all.is_empty() {
         return Ok("No checkpoints. With a name as the argument one is taken.\n".into());
     }
-    let line = |one: &checkpoint::Checkpoint| match &one.about {
+    let line = |one: &Checkpoint| match &one.about {
         Ok(about) => {
             format!("{:<32} {} UTC  {}\n", one.name, time::short(about.created), holds(about))
         }
@@ -45,34 +78,145 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
 
 pub(super) async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
-    let begun = Instant::now();
+    let note = Note::new(desk, account, Copied::Checkpoint, &name);
     let taken = take(desk, account, &name).await;
-    desk.watch.tell(Event::Copy {
-        who: None,
-        what: Copied::Checkpoint,
-        account: account.name.clone(),
-        id: Some(account.id),
-        place: Some(name.to_string()),
-        bytes: taken.as_ref().ok().map(|(_, bytes)| *bytes),
-        milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
-        error: taken.as_ref().err().cloned(),
-    });
+    note.over(taken.as_ref().map(|(_, bytes)| *bytes));
     let (about, _) = taken?;
     tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
     Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
 }
 
+/// Makes her files and memory what they were then. What they are now is kept.
+pub(super) async fn restore(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
+    let name = Name::parse(name).map_err(|error| error.to_string())?;
+    let source = find(desk, account, &name).await?;
+    let note = Note::new(desk, account, Copied::GoBack, &name);
+    let done = go_back(desk, account, &source).await;
+    note.over(done.as_ref().map(|_| source.allocated));
+    let done = done?;
+    // What the service remembers of her last machine is of another.
+    desk.registry.reconsider(account.id);
+    tracing::info!(account = account.name, checkpoint = %name, "has gone back to a checkpoint");
+    Ok(format!(
+        "Your {} are as they were in {name}. What they were before is the checkpoint {}.\n",
+        holds(&done.about),
+        done.kept
+    ))
+}
+
+async fn go_back(
+    desk: &Desk,
+    account: &Account,
+    source: &Checkpoint,
+) -> Result<RolledBack, String> {
+    let all = all(desk, account).await?;
+    let others = all.iter().filter(|one| one.name != source.name);
+    let kept = others.filter(|one| one.about.as_ref().is_ok_and(|about| about.kept));
+    if kept.count() >= USERS {
+        return Err(format!(
+            "{USERS} states that you went back from are kept already; \"drop NAME\" deletes one"
+        ));
+    }
+    // Before her sessions are ended for nothing; and again with what was saved then.
+    let fits = async || {
+        let quota = desk.quota(account).await?;
+        quota.fits(source.allocated).map_err(|over| format!("your quota does not allow it: {over}"))
+    };
+    fits().await?;
+    desk.registry.stop(account.id, StopCause::Admin).await;
+    let at_rest = rest(desk, account).await?;
+    fits().await?;
+    let known = known(desk, account).await;
+    let (state, floor) = (desk.state_dir.clone(), desk.config.machines.min_free_mib << 20);
+    let (owner, name) = (account.clone(), source.name.clone());
+    let done = blocking(move || {
+        let keep =
+            checkpoints::dated(&state, &owner, "before-").map_err(|error| trouble(&error))?;
+        let room = room::free(state.root()).unwrap_or(0).saturating_sub(floor);
+        checkpoint::rollback(&state, at_rest, &name, &keep, known, time::now(), room)
+            .map_err(|error| trouble(&error))
+    })
+    .await??;
+    let intent = checkpoints::gone_back(account, &source.name, &done.about);
+    if let Err(error) = desk.store.record(intent).await {
+        // It is so all the same: she is told less at her next login.
+        tracing::error!(account = account.name, %error, "can't record a return to a checkpoint");
+    }
+    Ok(done)
+}
+
+pub(super) async fn drop(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
+    let name = Name::parse(name).map_err(|error| error.to_string())?;
+    let one = find(desk, account, &name).await?;
+    let note = Note::new(desk, account, Copied::DropCheckpoint, &name);
+    let (state, id, dropped) = (desk.state_dir.clone(), account.id, name.clone());
+    let removed =
+        blocking(move || checkpoint::remove(&state, id, &dropped).map_err(|error| trouble(&error)));
+    let removed = removed.await.and_then(|removed| removed);
+    note.over(removed.as_ref().map(|()| one.allocated));
+    removed?;
+    Ok(format!("{name} is deleted.\n"))
+}
+
+/// What is to be told in the audit log of something under way.
+struct Note<'a> {
+    desk: &'a Desk,
+    account: &'a Account,
+    what: Copied,
+    name: &'a Name,
+    begun: Instant,
+}
+
+impl<'a> Note<'a> {
+    fn new(desk: &'a Desk, account: &'a Account, what: Copied, name: &'a Name) -> Self {
+        Self { desk, account, what, name, begun: Instant::now() }
+    }
+
+    /// With the bytes that it was about.
+    fn over(self, outcome: Result<u64, &String>) {
+        self.desk.watch.tell(Event::Copy {
+            who: None,
+            what: self.what,
+            account: self.account.name.clone(),
+            id: Some(self.account.id),
+            place: Some(self.name.to_string()),
+            bytes: outcome.ok(),
+            milliseconds: self.begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+            error: outcome.err().cloned(),
+        });
+    }
+}
+
+async fn all(desk: &Desk, account: &Account) -> Result<Vec<Checkpoint>, String> {
+    let (state, id) = (desk.state_dir.clone(), account.id);
+    blocking(move || checkpoint::list(&state, id)).await?.map_err(|error| trouble(&error))
+}
+
+async fn find(desk: &Desk, account: &Account, name: &Name) -> Result<Checkpoint, String> {
+    let mut all = all(desk, account).await?.into_iter();
+    all.find(|one| one.name == *name)
+        .ok_or_else(|| CheckpointError::Unknown(name.clone()).to_string())
+}
+
+/// What the database knows of the machine at rest.
+async fn known(desk: &Desk, account: &Account) -> Known {
+    let intent = desk.store.intent(account.id).await.ok().flatten();
+    intent.map_or_else(Known::default, |intent| Known {
+        terminals: intent.terminals,
+        paused: intent.paused,
+    })
+}
+
 /// What it has, and the bytes that it takes.
 async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64), String> {
-    let (state, id) = (desk.state_dir.clone(), account.id);
-    let there = blocking(move || checkpoint::list(&state, id)).await?.map_err(|e| trouble(&e))?;
+    let there = all(desk, account).await?;
     // Before her machine stands still for nothing.
     if there.iter().any(|one| one.name == *name) {
         return Err(CheckpointError::Taken(name.clone()).to_string());
     }
     if there.len() >= USERS {
         return Err(format!(
-            "there are {} checkpoints of yours already, and you take {USERS} at most; your operator can drop one",
+            "there are {} checkpoints of yours already, and you take {USERS} at most; \"drop NAME\" deletes one",
             there.len()
         ));
     }
@@ -130,11 +274,7 @@ async fn of_copies(
 }
 
 async fn at_rest(desk: &Desk, account: &Account, name: &Name) -> Result<About, String> {
-    let intent = desk.store.intent(account.id).await.ok().flatten();
-    let known = intent.map_or_else(Known::default, |intent| Known {
-        terminals: intent.terminals,
-        paused: intent.paused,
-    });
+    let known = known(desk, account).await;
     let at_rest = rest(desk, account).await?;
     // What is saved of her memory is linked, and takes nothing more.
     let quota = desk.quota(account).await?;

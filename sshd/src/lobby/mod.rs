@@ -36,6 +36,7 @@ use crate::{
     watch::Watch,
 };
 pub use inside::answer_all;
+use keep::Wish;
 use line::Lines;
 use rate::Rate;
 
@@ -170,6 +171,20 @@ pub async fn answer(desk: &Desk, word: Word, visit: Visit<'_>) -> Result<String,
         Word::Passwd => passwd(desk, &account, &visit).await,
         Word::Invitation => redeem::redeem(desk, &account, &visit).await,
         Word::Reset => reset(desk, &account, &visit, argument).await,
+        Word::Checkpoint => match Wish::parse(argument)? {
+            Wish::Restore { name, sure } => {
+                let question = format!(
+                    "This ends everything that runs in your machine, other sessions too, and makes it and your \
+                     files what they were in {name}. What they are now is kept. Type yes to go on: "
+                );
+                if !sure {
+                    confirmed(&visit, None, &question).await?;
+                }
+                keep::restore(desk, &account, name).await
+            }
+            Wish::Drop(name) => keep::drop(desk, &account, name).await,
+            Wish::List | Wish::Take(_) => at_once(desk, word, argument, &account, Way::Ssh).await,
+        },
         _ => at_once(desk, word, argument, &account, Way::Ssh).await,
     }
 }
@@ -198,6 +213,7 @@ async fn at_once(
     account: &Account,
     way: Way,
 ) -> Result<String, String> {
+    let over_ssh = || format!("that is asked over ssh: ssh {}{}@…", account.name, word.with_plus());
     match (word, argument) {
         (Word::Help, _) => Ok(match way {
             Way::Ssh => report::help(&account.name),
@@ -206,11 +222,13 @@ async fn at_once(
         (Word::Status, _) => report::status(desk, account).await,
         (Word::Keys, _) => report::keys(desk, account).await,
         (Word::Hold, argument) => hold(desk, account, argument).await,
-        (Word::Checkpoint, None) => keep::list(desk, account).await,
-        (Word::Checkpoint, Some(name)) => keep::create(desk, account, name).await,
-        (Word::Passwd | Word::Reset | Word::Invitation, _) => {
-            Err(format!("that is asked over ssh: ssh {}{}@…", account.name, word.with_plus()))
-        }
+        (Word::Checkpoint, argument) => match Wish::parse(argument)? {
+            Wish::List => keep::list(desk, account).await,
+            Wish::Take(name) => keep::create(desk, account, name).await,
+            // What keeps her from a program that runs amok is not for any program to take away.
+            Wish::Restore { .. } | Wish::Drop(_) => Err(over_ssh()),
+        },
+        (Word::Passwd | Word::Reset | Word::Invitation, _) => Err(over_ssh()),
     }
 }
 
@@ -318,19 +336,23 @@ async fn reset(
     visit: &Visit<'_>,
     argument: Option<&str>,
 ) -> Result<String, String> {
-    let sure = match argument {
-        Some(word) => word.to_owned(),
-        None => {
-            let question = "This ends everything that runs in your machine, other sessions too, and drops \
-                            what was saved of it. Your files stay. Type yes to go on: ";
-            Lines::new(visit.input, visit.output, visit.terminal).line(question).await?
-        }
-    };
-    if sure.trim() != "yes" {
-        return Err("nothing was done; the word was not \"yes\"".into());
-    }
+    let question = "This ends everything that runs in your machine, other sessions too, and drops \
+                    what was saved of it. Your files stay. Type yes to go on: ";
+    confirmed(visit, argument, question).await?;
     desk.registry.reset(account).await;
     Ok("The memory of your machine is dropped. The next login starts it from your files.\n".into())
+}
+
+/// What can't be undone needs a "yes", said with the word or when it is asked for.
+async fn confirmed(visit: &Visit<'_>, said: Option<&str>, question: &str) -> Result<(), String> {
+    let sure = match said {
+        Some(word) => word.to_owned(),
+        None => Lines::new(visit.input, visit.output, visit.terminal).line(question).await?,
+    };
+    match sure.trim() {
+        "yes" => Ok(()),
+        _ => Err("nothing was done; the word was not \"yes\"".into()),
+    }
 }
 
 #[cfg(test)]

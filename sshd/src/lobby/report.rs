@@ -21,8 +21,8 @@ Words after your name, as in: ssh {name}+status@…
   +hold      how long your machine is kept awake; with a time or \"off\" (ssh {name}+hold@… 2h)
              that is set: it is not put to sleep meanwhile, though nobody is logged in
   +reset     drop your machine's memory, should it hang; your files stay
-  +checkpoint  what there is of your machine and files as they were; with a name they are kept
-             as they are now, for your operator to bring back
+  +checkpoint  what there is of your machine and files as they were; with a name they are kept as
+             they are now; \"restore NAME\" brings them back, \"drop NAME\" deletes them
   +help      this
 
   +new       a terminal beside the one that you left
@@ -44,7 +44,7 @@ What your host does for you, asked from inside of your machine:
   hermitage hold [TIME|off]    how long your machine is kept awake; with a time (2h) or \"off\" that is
                                set: it is not put to sleep meanwhile, though nobody is logged in
   hermitage checkpoint [NAME]  what there is of your machine and files as they were; with a name they
-                               are kept as they are now, for your operator to bring back
+                               are kept as they are now (ssh {name}+checkpoint@… brings them back)
   hermitage help               this
 
 The rest is asked over ssh: ssh {name}+help@… lists it.

@@ -272,3 +272,71 @@ fn a_checkpoint_of_a_machine_that_is_not_saved_changes_nothing() {
     assert_eq!(listed.lines().count(), 1, "{listed}");
     shell.run("echo st''ill", "still");
 }
+
+/// Asks again when that is what she is told.
+fn ask_in_turn(service: &Service, user: &str, argument: &str) -> Output {
+    wait_for("a turn", || {
+        let answer = ask(service, user, &[argument]);
+        (!stderr(&answer).contains("ask again in")).then_some(answer)
+    })
+}
+
+#[test]
+fn a_user_goes_back_to_her_checkpoints_and_drops_them() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    let alice = service.account("alice");
+    let mut shell = Shell::open(&service, "alice");
+    shell.run("echo at-fi''rst", "at-first");
+    assert!(ask_in_turn(&service, "alice+checkpoint", "one").status.success());
+    shell.run("echo and-th''en", "and-then");
+    // Nothing happens by mistake, and nothing from inside.
+    for (question, words) in [
+        ("restore one", "the word was not \"yes\""),
+        ("restore", "which one?"),
+        ("restore one two", "it takes NAME"),
+        ("restore none yes", "no checkpoint \"none\""),
+        ("drop none", "no checkpoint \"none\""),
+        ("restore ../one yes", "no name"),
+    ] {
+        let said = refused(&ask_in_turn(&service, "alice+checkpoint", question));
+        assert!(said.contains(words), "{question}: {said}");
+    }
+    for question in ["restore one yes", "drop one"] {
+        let inside = service.ssh("alice", &format!("ask! 1 checkpoint {question}"));
+        let said = stdout(&inside);
+        assert!(said.starts_with("Refused ") && said.contains("over ssh: ssh alice+"), "{said}");
+    }
+    shell.run("echo st''ill", "still");
+
+    let back = ask_in_turn(&service, "alice+checkpoint", "restore one yes");
+    let said = stdout(&back);
+    let words = "Your files and memory are as they were in one. What they were before is the checkpoint before-";
+    assert!(said.starts_with(words), "{said}{}", stderr(&back));
+    assert_eq!(shell.wait(), 255);
+    let mut shell = Shell::open(&service, "alice");
+    let shown = shell.expect("at-first");
+    assert!(shown.contains("resumed from") && !shown.contains("and-then"), "{shown}");
+
+    // What that replaced is hers to go back to as well; a third copy of that kind is one too many.
+    let kept = said.trim_end().trim_end_matches('.').rsplit(' ').next().unwrap().to_owned();
+    assert!(
+        ask_in_turn(&service, "alice+checkpoint", &format!("restore {kept} yes")).status.success()
+    );
+    assert_eq!(shell.wait(), 255);
+    let mut shell = Shell::open(&service, "alice");
+    shell.expect("still");
+    let said = refused(&ask_in_turn(&service, "alice+checkpoint", "restore one yes"));
+    assert!(said.contains("are kept already"), "{said}");
+    shell.run("echo un''touched", "untouched");
+    let dropped = ask_in_turn(&service, "alice+checkpoint", &format!("drop {kept}"));
+    assert_eq!(stdout(&dropped), format!("{kept} is deleted.\n"));
+    assert!(!service.state().checkpoints_dir(alice.id).join(&kept).exists());
+    assert!(ask_in_turn(&service, "alice+checkpoint", "restore one yes").status.success());
+    let audited = wait_for("the audit log", || {
+        let copies = crate::watching::audited(&service, "copy");
+        let done = copies.iter().filter(|copy| copy.get("error").is_none());
+        let kinds: Vec<_> = done.map(|copy| copy["what"].as_str().unwrap().to_owned()).collect();
+        (kinds.len() == 5).then_some(kinds)
+    });
+    assert_eq!(audited, ["checkpoint", "go-back", "go-back", "drop-checkpoint", "go-back"]);
+}

@@ -67,9 +67,16 @@ fn kept_in_use(story: &Story) -> Result<()> {
     same("her machine", alice.running_machine()?, machine)?;
     shell.run("n=second; echo $n > /dev/shm/note; echo other > kept; sync")?;
 
+    // By her operator, and by herself.
     for (name, after) in [("used", "third"), ("hers", "fourth")] {
-        let back = format!("hermitage checkpoint restore {} {name} --stop", alice.name);
-        says("what the operator is told", &host.run(&back)?, "resumes it")?;
+        if name == "used" {
+            let back = format!("hermitage checkpoint restore {} used --stop", alice.name);
+            says("what the operator is told", &host.run(&back)?, "resumes it")?;
+        } else {
+            let asked = alice.login_as(&format!("{}+checkpoint", alice.name));
+            let told = asked.exec("restore hers yes")?.success()?;
+            says("what she is told", &told, "Your files and memory are as they were in hers.")?;
+        }
         shell.wait_end(60).context("her session when she was taken back")?;
         shell = alice.login().terminal(None, 80, 24)?;
         shell.send("\n")?;

@@ -1,0 +1,39 @@
+//! What commands and the service do alike about checkpoints.
+
+use hermitage_storage::{
+    StateDir,
+    accounts::{Account, Intent, MachineState},
+    checkpoint::{self, About, CheckpointError, Name},
+};
+
+use crate::time;
+
+/// `20261121-101530`, UTC, behind something; `…-2` for the second of one second.
+pub fn dated(state: &StateDir, account: &Account, before: &str) -> Result<Name, CheckpointError> {
+    let taken = checkpoint::list(state, account.id)?;
+    let now: String = time::rfc3339(time::now());
+    let digits: String = now.chars().filter(char::is_ascii_digit).collect();
+    let (day, second) = digits.split_at(digits.len().min(8));
+    let mut name = format!("{before}{day}-{second}");
+    let mut count = 1;
+    while taken.iter().any(|one| one.name.as_str() == name) {
+        count += 1;
+        name = format!("{before}{day}-{second}-{count}");
+    }
+    Name::parse(&name)
+}
+
+/// What the service is to tell who logs in next to an account that has gone back to a checkpoint.
+pub fn gone_back(account: &Account, to: &Name, now: &About) -> Intent {
+    let memory = now.memory.as_ref();
+    Intent {
+        account: account.id,
+        state: if memory.is_some() { MachineState::Saved } else { MachineState::Stopped },
+        pid: None,
+        base: memory.map(|memory| memory.base.clone()),
+        detail: memory.is_none().then(|| format!("you are back at the checkpoint {to}")),
+        terminals: memory.and_then(|memory| memory.terminals.clone()),
+        paused: memory.and_then(|memory| memory.paused.clone()),
+        since: 0,
+    }
+}
