@@ -2,13 +2,16 @@
 
 use std::{
     os::unix::{net::UnixDatagram, process::ExitStatusExt as _},
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
+use hermitage_storage::accounts::Accounts;
 use nix::sys::signal::Signal;
 
 use crate::{
-    harness::{Options, PASSWORD, Service, at, stdout, wait_for},
+    harness::{Options, PASSWORD, Service, at, finish, stderr, stdout, wait_for},
     terminals::Shell,
 };
 
@@ -128,4 +131,45 @@ fn the_service_and_what_it_starts_leave_no_core() {
     service.signal(Signal::SIGABRT);
     let status = service.wait();
     assert_eq!((status.signal(), status.core_dumped()), (Some(Signal::SIGABRT as i32), false));
+}
+
+/// From before its socket is there until it is gone again: each command does what it says.
+#[test]
+fn accounts_are_edited_while_the_service_starts_and_ends() {
+    let mut service = Service::prepare(Options::default());
+    service.account("alice");
+    let config = service.path("hermitage.toml");
+    let database = service.state().database();
+    let edits = |over: &AtomicBool| {
+        let mut count = 0;
+        // A few more than there is time for: the last ones are behind the start, or the end.
+        let mut more = 3;
+        while more > 0 {
+            more -= u32::from(over.load(Ordering::SeqCst));
+            count += 1;
+            let sessions = (count % 50 + 1).to_string();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_hermitage"));
+            command.arg("--config").arg(&config);
+            let set = finish(command.args(["account", "set", "alice", "--sessions", &sessions]));
+            assert!(set.status.success(), "{}", stderr(&set));
+            let alice = Accounts::open(&database).unwrap().named("alice").unwrap();
+            assert_eq!(alice.max_sessions.unwrap().to_string(), sessions);
+        }
+        count
+    };
+    let (started, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    let early = std::thread::scope(|scope| {
+        let editing = scope.spawn(|| edits(&started));
+        service.run();
+        started.store(true, Ordering::SeqCst);
+        editing.join().unwrap()
+    });
+    let late = std::thread::scope(|scope| {
+        let editing = scope.spawn(|| edits(&ended));
+        service.signal(Signal::SIGTERM);
+        service.wait();
+        ended.store(true, Ordering::SeqCst);
+        editing.join().unwrap()
+    });
+    assert!(early > 3 && late > 3, "{early} and {late}");
 }
