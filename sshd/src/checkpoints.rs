@@ -3,7 +3,7 @@
 use hermitage_storage::{
     StateDir,
     accounts::{Account, Intent, MachineState},
-    checkpoint::{self, About, CheckpointError, Name},
+    checkpoint::{self, About, CheckpointError, Known, Name},
 };
 
 use crate::time;
@@ -21,6 +21,14 @@ pub fn dated(state: &StateDir, account: &Account, before: &str) -> Result<Name, 
         name = format!("{before}{day}-{second}-{count}");
     }
     Name::parse(&name)
+}
+
+/// What the database knows of a machine at rest.
+pub fn known(intent: Option<Intent>) -> Known {
+    intent.map_or_else(Known::default, |intent| Known {
+        terminals: intent.terminals,
+        paused: intent.paused,
+    })
 }
 
 /// What the service is to tell who logs in next to an account that has gone back to a checkpoint.

@@ -14,8 +14,8 @@ use hermitage_storage::accounts::{Account, Accounts};
 use hermitage_storage::checkpoint::{
     self, About, Checkpoint, CheckpointError, Known, Name, RolledBack,
 };
+use hermitage_storage::disk;
 use serde_json::{Value, json};
-use std::os::unix::fs::MetadataExt as _;
 
 const HELP: &str = "\
 A checkpoint is an account's files and the memory of its machine as they were at one moment. It shares
@@ -111,9 +111,9 @@ fn take(
             let (known, room) = (known(accounts, account)?, rest::room(context)?);
             checkpoint::create(&context.state, at_rest, name, known, now, room)
         }
-        Held::Copy(InUse { disk, disk_path, memory, .. }) => {
+        Held::Copy(InUse { disk_path, memory, .. }) => {
             let saved = memory.as_ref().map_or(0, |memory| memory.header.file_bytes());
-            let taken = disk.metadata().context("looking at the copy of the disk")?.blocks() * 512;
+            let taken = disk::allocated(disk_path).context("looking at the copy of the disk")?;
             account_quota::refuse(context, account, taken + saved, "another checkpoint")?;
             let memory = memory.as_ref().map(|memory| memory.path.as_path());
             let copies = checkpoint::InUse { disk: disk_path, memory };
@@ -243,17 +243,14 @@ fn fits(
 }
 
 fn find(context: &Context, account: &Account, name: &Name) -> anyhow::Result<Checkpoint> {
-    let all = checkpoint::list(&context.state, account.id)?;
-    let unknown = || NotFound(CheckpointError::Unknown(name.clone()).to_string());
-    Ok(all.into_iter().find(|one| one.name == *name).ok_or_else(unknown)?)
+    checkpoint::find(&context.state, account.id, name).map_err(|error| match error {
+        CheckpointError::Unknown(_) => NotFound(error.to_string()).into(),
+        error => error.into(),
+    })
 }
 
 fn known(accounts: &Accounts, account: &Account) -> anyhow::Result<Known> {
-    let intent = accounts.intent(account.id)?;
-    Ok(intent.map_or_else(Known::default, |intent| Known {
-        terminals: intent.terminals,
-        paused: intent.paused,
-    }))
+    Ok(checkpoints::known(accounts.intent(account.id)?))
 }
 
 fn json_of(account: &Account, one: &Checkpoint) -> Value {

@@ -1,15 +1,12 @@
 //! A user's checkpoints: docs/formats/checkpoint.md. Each costs her host as much as her disk may, so of those that she
 //! has made there are few.
 
-use std::{
-    os::unix::fs::MetadataExt as _,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use hermitage_storage::{
     accounts::Account,
     checkpoint::{self, About, Checkpoint, CheckpointError, InUse, Known, Name, RolledBack},
-    disk::DiskError,
+    disk::{self, DiskError},
     publish::NewFile,
     rest::AtRest,
 };
@@ -193,18 +190,13 @@ async fn all(desk: &Desk, account: &Account) -> Result<Vec<Checkpoint>, String> 
 }
 
 async fn find(desk: &Desk, account: &Account, name: &Name) -> Result<Checkpoint, String> {
-    let mut all = all(desk, account).await?.into_iter();
-    all.find(|one| one.name == *name)
-        .ok_or_else(|| CheckpointError::Unknown(name.clone()).to_string())
+    let (state, id, name) = (desk.state_dir.clone(), account.id, name.clone());
+    blocking(move || checkpoint::find(&state, id, &name)).await?.map_err(|error| trouble(&error))
 }
 
 /// What the database knows of the machine at rest.
 async fn known(desk: &Desk, account: &Account) -> Known {
-    let intent = desk.store.intent(account.id).await.ok().flatten();
-    intent.map_or_else(Known::default, |intent| Known {
-        terminals: intent.terminals,
-        paused: intent.paused,
-    })
+    checkpoints::known(desk.store.intent(account.id).await.ok().flatten())
 }
 
 /// What it has, and the bytes that it takes.
@@ -226,12 +218,9 @@ async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64
         Some(copies) => of_copies(desk, account, name, copies).await,
         None => at_rest(desk, account, name).await,
     }?;
-    let (state, id, name) = (desk.state_dir.clone(), account.id, name.clone());
-    blocking(move || {
-        let all = checkpoint::list(&state, id).map_err(|error| trouble(&error))?;
-        Ok((about, all.iter().find(|one| one.name == name).map_or(0, |one| one.allocated)))
-    })
-    .await?
+    // Somebody may have dropped it already.
+    let allocated = find(desk, account, name).await.map_or(0, |one| one.allocated);
+    Ok((about, allocated))
 }
 
 /// Copies of her machine, which goes on. None: it does not run.
@@ -261,7 +250,7 @@ async fn of_copies(
     let (state, id, name) = (desk.state_dir.clone(), account.id, name.clone());
     blocking(move || {
         let memory = copies.memory.as_ref();
-        let taken = |file: &NewFile| file.file().metadata().map_or(0, |meta| meta.blocks() * 512);
+        let taken = |file: &NewFile| disk::allocated(file.path()).unwrap_or(0);
         let more = taken(&copies.disk) + memory.map_or(0, taken);
         quota.fits(more).map_err(|over| format!("your quota does not allow it: {over}"))?;
         let files = InUse { disk: copies.disk.path(), memory: memory.map(NewFile::path) };

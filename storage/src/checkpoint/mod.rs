@@ -130,6 +130,12 @@ pub fn list(state: &StateDir, account: Uuid) -> Result<Vec<Checkpoint>, Checkpoi
     Ok(found)
 }
 
+/// The one of that name.
+pub fn find(state: &StateDir, account: Uuid, name: &Name) -> Result<Checkpoint, CheckpointError> {
+    let found = list(state, account)?.into_iter().find(|one| one.name == *name);
+    found.ok_or_else(|| CheckpointError::Unknown(name.clone()))
+}
+
 /// Bytes that an account's checkpoints take on the host.
 pub fn usage(state: &StateDir, account: Uuid) -> u64 {
     usage_in(&state.checkpoints_dir(account))
