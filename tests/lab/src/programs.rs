@@ -1,10 +1,12 @@
 //! The workspace's programs: building them and bringing them to the serving machine.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use tempfile::NamedTempFile;
 
 use crate::layout::Layout;
 use crate::process::run_logged;
@@ -34,15 +36,21 @@ pub fn build(layout: &Layout) -> Result<()> {
     put_beside(&layout.static_program("hermitage-vmm"), &layout.program("hermitage-vmm"))
 }
 
-/// Copies a program to where it is to be, unless it is there already.
+/// Copies a program to where it is to be, unless it is there already. Several labs of one checkout may do so
+/// at once (the suite and the package's trial do), so each makes its copy under a name of its own.
 fn put_beside(from: &Path, to: &Path) -> Result<()> {
     if to.exists() && digest(from)? == digest(to)? {
         return Ok(());
     }
-    let beside = to.with_extension("new");
-    fs::copy(from, &beside)
-        .and_then(|_| fs::rename(&beside, to))
-        .with_context(|| format!("copy {} to {}", from.display(), to.display()))
+    let copied = || {
+        let mut copy = NamedTempFile::new_in(to.parent().unwrap_or(Path::new(".")))?;
+        let mut program = fs::File::open(from)?;
+        io::copy(&mut program, copy.as_file_mut())?;
+        copy.as_file().set_permissions(program.metadata()?.permissions())?;
+        copy.persist(to).map_err(|error| error.error)
+    };
+    copied().with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+    Ok(())
 }
 
 /// Builds one more package.
@@ -122,4 +130,35 @@ pub fn digest_of(files: &[PathBuf], words: &[&str]) -> Result<String> {
         hasher.update(word.as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Barrier;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn several_at_once_put_a_program_where_it_is_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("built"), dir.path().join("beside"));
+        for round in 0..20_u8 {
+            fs::write(&from, vec![round; 1 << 20]).unwrap();
+            fs::set_permissions(&from, fs::Permissions::from_mode(0o755)).unwrap();
+            let together = Barrier::new(4);
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        together.wait();
+                        put_beside(&from, &to).unwrap();
+                    });
+                }
+            });
+            assert!(fs::read(&to).unwrap() == vec![round; 1 << 20], "round {round}");
+            assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o755);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "a copy was left behind");
+    }
 }
