@@ -13,7 +13,10 @@ use std::{fs::File, io, os::unix::fs::FileExt as _, sync::Arc};
 
 use hermitage_storage::sparse::{self, next_data};
 
-use super::request::{Range, Work};
+use super::{
+    disk::Disk,
+    request::{Range, Work},
+};
 use crate::devices::virtio::chain::total;
 
 /// Smallest cluster: what a small write may have to copy first.
@@ -26,7 +29,7 @@ const MOST_CLUSTERS: u64 = 4 << 20;
 const BUFFER: usize = 256 << 10;
 
 pub struct DiskCopy {
-    disk: Arc<File>,
+    disk: Arc<Disk>,
     /// Becomes the copy.
     side: File,
     length: u64,
@@ -54,7 +57,7 @@ pub enum Begun {
 
 impl DiskCopy {
     /// From here on the copy is of this instant. `side` is an empty file, and may get `room` bytes.
-    pub fn begin(disk: Arc<File>, side: File, room: u64) -> io::Result<Begun> {
+    pub fn begin(disk: Arc<Disk>, side: File, room: u64) -> io::Result<Begun> {
         let length = disk.metadata()?.len();
         if side.metadata()?.len() != 0 {
             return Err(io::Error::other("the file for the copy is not empty"));
@@ -78,7 +81,7 @@ impl DiskCopy {
         Ok(Begun::Copying(Box::new(copy), data))
     }
 
-    pub fn is_of(&self, disk: &Arc<File>) -> bool {
+    pub fn is_of(&self, disk: &Arc<Disk>) -> bool {
         Arc::ptr_eq(&self.disk, disk)
     }
 

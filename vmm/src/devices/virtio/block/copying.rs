@@ -16,6 +16,7 @@ use std::{
 
 use super::{
     copy::{Begun, DiskCopy},
+    disk::Disk,
     held::is_no_room,
     request::{Request, Work},
 };
@@ -57,7 +58,7 @@ impl CopyOrder {
     }
 
     /// None: it is over already.
-    pub fn begin(self, disk: &Arc<File>) -> Option<Copying> {
+    pub fn begin(self, disk: &Arc<Disk>) -> Option<Copying> {
         let Self { number, side, room, tell } = self;
         match DiskCopy::begin(disk.clone(), side, room) {
             Ok(Begun::Whole) => {
@@ -113,7 +114,7 @@ impl Copying {
         self.number
     }
 
-    pub fn is_of(&self, disk: Option<&Arc<File>>) -> bool {
+    pub fn is_of(&self, disk: Option<&Arc<Disk>>) -> bool {
         disk.is_some_and(|disk| self.copy.is_of(disk))
     }
 

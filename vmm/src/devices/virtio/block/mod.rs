@@ -6,11 +6,12 @@
 //! Requests are checked on the vCPU's thread, worked on by one thread that starts with the first of
 //! them, one after the other and without the device's lock. In order, because then *flush* needs no
 //! bookkeeping: everything before it was written when its turn comes, and it is complete only after
-//! fdatasync (invariant 4). Only a write that finds no room on the host's disk steps aside until there
+//! fdatasync (invariant 4), or at once if nothing was changed since the last ([`disk`]). Only a write that finds no room on the host's disk steps aside until there
 //! is some ([`held`]); it is not complete, so no flush covers it.
 
 mod copy;
 mod copying;
+mod disk;
 mod held;
 mod request;
 mod work;
@@ -27,6 +28,7 @@ use super::{
     Context, Fault, StateError, Transport, VirtioDevice, queue::VirtQueue, transport::Handle,
 };
 use crate::memory::GuestMemory;
+use disk::Disk;
 use hermitage_vmm_proto::Stats;
 use request::{Request, SECTOR};
 use worker::{Done, Worker};
@@ -56,7 +58,7 @@ const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 
 #[derive(Default)]
 pub struct Block {
-    disk: Option<Arc<File>>,
+    disk: Option<Arc<Disk>>,
     /// Capacity the guest is told, in sectors.
     capacity: u64,
     worker: Option<Worker>,
@@ -133,7 +135,7 @@ impl Block {
     }
 
     fn put(&mut self, file: File, capacity: u64, context: &mut Context<'_>) {
-        let disk = Arc::new(file);
+        let disk = Arc::new(Disk::new(file));
         if let Some(worker) = &self.worker {
             worker.set_disk(disk.clone());
         }
@@ -266,7 +268,7 @@ impl Transport<Block> {
     /// Puts everything the guest has written on the medium, whether it asked for that or not.
     pub fn sync(&self) -> io::Result<()> {
         let disk = self.look(|block| block.disk.clone());
-        disk.map_or(Ok(()), |disk| disk.sync_data())
+        disk.map_or(Ok(()), |disk| disk.sync().map(drop))
     }
 
     /// Has a copy made of the disk as it is now, beside the guest's requests (docs/devices.md).

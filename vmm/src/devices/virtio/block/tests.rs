@@ -220,6 +220,24 @@ fn flush_identify_and_the_unheard_of() {
 }
 
 #[test]
+fn every_change_is_for_the_next_flush_and_nothing_else_is() {
+    let (mut guest, _) = Guest::with_disk();
+    let disk = guest.driver.device.look(|block| block.disk.clone()).unwrap();
+    for kind in [OUT, DISCARD, WRITE_ZEROES] {
+        let status = match kind {
+            OUT => guest.write(8, &[7; 512]),
+            _ => guest.range(kind, 8, 8, 0),
+        };
+        assert_eq!(status, OK);
+        assert!(disk.sync().unwrap(), "request {kind} changed nothing");
+        assert_eq!(guest.write(8, &[7; 512]), OK);
+        assert_eq!(guest.ask(FLUSH, 0, &[]), (OK, 1));
+        guest.read(8, 512);
+        assert!(!disk.sync().unwrap(), "the flush left something");
+    }
+}
+
+#[test]
 fn discard_and_unmapping_zeroes_give_space_back() {
     let (mut guest, file) = Guest::with_disk();
     let all = vec![0xaa; DATA as usize];

@@ -4,6 +4,7 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 
 use super::{
     BlockStats,
+    disk::Disk,
     held::is_no_room,
     request::{ID_BYTES, Range, Request, Status, Work},
 };
@@ -50,26 +51,39 @@ pub fn attempt_without_disk(request: &Request, memory: &GuestMemory) -> Result<u
 /// Bytes written to the guest, without the status.
 pub fn attempt(
     work: &Work,
-    disk: &File,
+    disk: &Disk,
+    memory: &GuestMemory,
+    stats: &mut BlockStats,
+) -> Result<u32, Failure> {
+    let done = carry_out(work, disk, memory, stats);
+    if let Work::Write { .. } | Work::Discard(_) | Work::WriteZeroes(_) = work {
+        disk.changed();
+    }
+    done
+}
+
+fn carry_out(
+    work: &Work,
+    disk: &Disk,
     memory: &GuestMemory,
     stats: &mut BlockStats,
 ) -> Result<u32, Failure> {
     match work {
         Work::Read { offset, into } => {
-            let read = |segments: &[Segment], at| vio::read_at(disk, memory, segments, at);
+            let read = |segments: &[Segment], at| vio::read_at(&**disk, memory, segments, at);
             stats.read_bytes = transfer(into, *offset, read)?;
             // A request is bounded to 126 MiB.
             Ok(stats.read_bytes as u32)
         }
         Work::Write { offset, from } => {
-            let write = |segments: &[Segment], at| vio::write_at(disk, memory, segments, at);
+            let write = |segments: &[Segment], at| vio::write_at(&**disk, memory, segments, at);
             stats.written_bytes = transfer(from, *offset, write).map_err(Failure::of_writing)?;
             Ok(0)
         }
         Work::Flush => {
             // Not to be tried again, not even for want of room: a second fdatasync forgets what the
             // first could not write (fsync(2)).
-            disk.sync_data()?;
+            disk.sync()?;
             stats.flushes = 1;
             Ok(0)
         }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -17,6 +16,7 @@ use vm_memory::Bytes;
 use super::{
     Block, BlockStats,
     copying::{CopyOrder, Copying},
+    disk::Disk,
     held::Held,
     request::{Request, Status, Work},
     work::{Failure, attempt, attempt_without_disk, has_hole},
@@ -65,7 +65,7 @@ impl Which {
 #[derive(Default)]
 struct Inbox {
     requests: VecDeque<Request>,
-    disk: Option<Arc<File>>,
+    disk: Option<Arc<Disk>>,
     /// No write waits for room: it fails instead, at once.
     impatient: bool,
     /// A copy that is to be begun.
@@ -98,7 +98,7 @@ impl Worker {
         self.0.wake.notify_one();
     }
 
-    pub fn set_disk(&self, disk: Arc<File>) {
+    pub fn set_disk(&self, disk: Arc<Disk>) {
         self.0.inbox().disk = Some(disk);
     }
 
@@ -176,7 +176,7 @@ enum Turn {
 
 struct Job {
     turn: Turn,
-    disk: Option<Arc<File>>,
+    disk: Option<Arc<Disk>>,
     /// A write may wait for room.
     may_wait: bool,
 }
@@ -302,7 +302,7 @@ impl DiskWork<'_> {
     fn end_copy(
         &mut self,
         outcome: Result<(), String>,
-        disk: Option<&Arc<File>>,
+        disk: Option<&Arc<Disk>>,
         may_wait: bool,
     ) -> Vec<Done> {
         let Some(copying) = self.copying.take() else { return vec![] };
@@ -314,7 +314,7 @@ impl DiskWork<'_> {
     fn begin(
         &mut self,
         request: Request,
-        disk: Option<&Arc<File>>,
+        disk: Option<&Arc<Disk>>,
         may_wait: bool,
     ) -> Option<Done> {
         if may_wait && self.is_in_vain(&request, disk.map(Arc::as_ref)) {
@@ -346,7 +346,7 @@ impl DiskWork<'_> {
 
     /// It needs room of the host's disk, and others wait for that already. What only overwrites goes on:
     /// without the guest's journal nothing in it would.
-    fn is_in_vain(&self, request: &Request, disk: Option<&File>) -> bool {
+    fn is_in_vain(&self, request: &Request, disk: Option<&Disk>) -> bool {
         let Some(disk) = disk.filter(|_| !self.held.is_empty()) else { return false };
         match &request.work {
             Work::Write { offset, from } => has_hole(disk, *offset, total(from)),
@@ -359,7 +359,7 @@ impl DiskWork<'_> {
 
     /// Does one request, whatever comes of it. An error means that it met the end of the host's room
     /// and can be tried again.
-    fn execute(&mut self, request: &Request, disk: Option<&Arc<File>>) -> Result<Done, io::Error> {
+    fn execute(&mut self, request: &Request, disk: Option<&Arc<Disk>>) -> Result<Done, io::Error> {
         self.copy_before(&request.work, disk);
         let mut stats = BlockStats::default();
         let result = match disk {
@@ -380,7 +380,7 @@ impl DiskWork<'_> {
 
     /// What a copy still needs of what this changes is copied. A copy that fails is none; the guest's request
     /// is done all the same.
-    fn copy_before(&mut self, work: &Work, disk: Option<&Arc<File>>) {
+    fn copy_before(&mut self, work: &Work, disk: Option<&Arc<Disk>>) {
         let Some(copying) = &mut self.copying else { return };
         let outcome = match copying.is_of(disk) {
             true => copying.protect(work),

@@ -12,6 +12,7 @@ use super::{
 use crate::devices::virtio::{
     block::{
         copy::{Begun, DiskCopy, cluster_for},
+        disk::Disk,
         request::{Range, Work},
         work::attempt,
     },
@@ -21,7 +22,7 @@ use crate::devices::virtio::{
 
 const CLUSTER: u64 = 64 << 10;
 
-fn begin(disk: &Arc<File>, side: &File) -> DiskCopy {
+fn begin(disk: &Arc<Disk>, side: &File) -> DiskCopy {
     match DiskCopy::begin(disk.clone(), side.try_clone().unwrap(), u64::MAX).unwrap() {
         Begun::Copying(copy, _) => *copy,
         Begun::Whole => {
@@ -75,7 +76,7 @@ proptest! {
         pieces in proptest::collection::vec((0..LENGTH, 1..400_000u64), 0..8),
         acts in proptest::collection::vec(act(), 0..120),
     ) {
-        let disk = Arc::new(sparse_disk(LENGTH, &pieces));
+        let disk = Arc::new(Disk::new(sparse_disk(LENGTH, &pieces)));
         let side = side();
         let expected = bytes_of(&disk);
         let data = disk.metadata().unwrap().blocks();
