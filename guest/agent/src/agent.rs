@@ -128,8 +128,12 @@ impl Agent {
             self.claim_streams()?;
             self.finish_sessions()?;
             self.questions.sweep(Instant::now());
-            if let Some(activity) = self.work.answer(&self.booted.cgroups, Instant::now()) {
-                self.control.send(&AgentMessage::Activity(activity))?;
+            let now = Instant::now();
+            if self.work.deadline().is_some_and(|due| due <= now) {
+                let strays = self.booted.strays.may_be_there();
+                if let Some(activity) = self.work.answer(&self.booted.cgroups, strays, now) {
+                    self.control.send(&AgentMessage::Activity(activity))?;
+                }
             }
         }
     }
@@ -254,7 +258,8 @@ impl Agent {
                 None => log::warn(format_args!("the host asks for the unknown signal {name:?}")),
             },
             HostMessage::Hangup { session } => {
-                let processes: Vec<_> = work::processes(&self.booted.cgroups).collect();
+                let strays = self.booted.strays.may_be_there();
+                let processes: Vec<_> = work::processes(&self.booted.cgroups, strays).collect();
                 if let Some(session) = self.session(session) {
                     session.hang_up(&processes);
                 }
@@ -283,7 +288,8 @@ impl Agent {
             }
             HostMessage::CountProcesses { question } => self.tell_processes(question, None)?,
             HostMessage::LookAtWork(question) => {
-                self.work.ask(question, &self.booted.cgroups, Instant::now());
+                let strays = self.booted.strays.may_be_there();
+                self.work.ask(question, &self.booted.cgroups, strays, Instant::now());
             }
             HostMessage::Answer(answer) => self.questions.answer(&answer),
         }

@@ -14,6 +14,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
 use crate::clock::HostClock;
 use crate::freeze::Home;
+use crate::strays::Strays;
 use crate::{log, mounts, ports, processes, sys, warm};
 
 /// The persistent-memory device that holds root.erofs.
@@ -47,6 +48,7 @@ pub struct Booted {
     pub cgroups: OwnedFd,
     /// The one that sessions start in.
     pub home: Home,
+    pub strays: Strays,
     pub clock: HostClock,
 }
 
@@ -99,6 +101,11 @@ pub fn boot() -> Result<Booted> {
         log::warn(format_args!("nothing bounds processes: {error:#}"));
     }
 
+    let strays = Strays::watch(Path::new(mounts::CGROUPS)).unwrap_or_else(|error| {
+        log::warn(format_args!("every save looks at every process: {error:#}"));
+        Strays::unknown()
+    });
+
     if let Err(error) = warm::warm() {
         log::warn(format_args!("warming up: {error:#}"));
     }
@@ -106,7 +113,7 @@ pub fn boot() -> Result<Booted> {
     // From here on the console is for what is wrong: errors and worse.
     sys::set_console_log_level(4).context("setting the console's log level")?;
     let clock = HostClock::open();
-    Ok(Booted { initial_root, ports, control, streams, cgroups, home, clock })
+    Ok(Booted { initial_root, ports, control, streams, cgroups, home, strays, clock })
 }
 
 /// Loads the initrd's modules in the order its `order` file lists, then frees their memory.

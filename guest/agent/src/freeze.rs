@@ -19,10 +19,11 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{self, Pid, getsid};
 
 use crate::attach::Stages;
-use crate::{log, sys};
+use crate::strays::Strays;
+use crate::{log, sys, work};
 
 /// Where sessions start, because the root cgroup can't be frozen. What has got into that one all the
-/// same is moved here before a save.
+/// same ([`Strays`]) is moved here before a save.
 pub const HOME: &str = "hermitage";
 
 /// How long processes may take to stop: they do at once, unless they wait for something in the kernel
@@ -42,11 +43,11 @@ pub struct Frozen {
 impl Frozen {
     /// Stops every process but this one, then syncs the disk. `disk` is its root directory, `cgroups` that
     /// of the cgroup hierarchy.
-    pub fn new(cgroups: OwnedFd, disk: File) -> Result<Self> {
+    pub fn new(cgroups: OwnedFd, strays: &mut Strays, disk: File) -> Result<Self> {
         // From here on an error undoes what was done.
         let mut frozen = Self { cgroups, stopped: Vec::new() };
         let mut stages = Stages::new();
-        frozen.stop_processes().context("stopping processes")?;
+        frozen.stop_processes(strays).context("stopping processes")?;
         stages.end("stop processes");
         sys::sync_file_system(&disk).context("syncing the disk's file system")?;
         stages.end("sync disk");
@@ -54,14 +55,15 @@ impl Frozen {
         Ok(frozen)
     }
 
-    fn stop_processes(&mut self) -> Result<()> {
+    fn stop_processes(&mut self, strays: &mut Strays) -> Result<()> {
         let deadline = Instant::now() + STOP_LIMIT;
         for _ in 0..ROUNDS {
-            let moved = self.move_processes()?;
+            let looked = strays.may_be_there();
+            let moved = if looked { self.move_processes()? } else { 0 };
             self.stop_cgroups()?;
             self.wait_until_stopped(deadline)?;
-            // All of them are stopped: none has started another since.
-            if moved == 0 {
+            // All of them are stopped: none has started another since, or gone where nobody looked.
+            if moved == 0 && (looked || !strays.may_be_there()) {
                 return Ok(());
             }
         }
@@ -74,13 +76,12 @@ impl Frozen {
         let mut home = None;
         let mut moved = 0;
         for pid in list.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw) {
-            // Threads of the kernel, and this program, belong to no session.
-            if pid.as_raw() <= 1 || getsid(Some(pid)).map_or(0, Pid::as_raw) == 0 {
+            if pid.as_raw() <= 1 || is_kernel_thread(pid) {
                 continue;
             }
             let home = match &mut home {
                 Some(home) => home,
-                none => none.insert(Home::open(&self.cgroups)?.0),
+                none => none.insert(Home::open(&self.cgroups)?.group),
             };
             match home.write_all(pid.to_string().as_bytes()) {
                 Ok(()) => moved += 1,
@@ -166,8 +167,23 @@ impl Drop for Frozen {
     }
 }
 
+/// Programs that the kernel starts are none, though they belong to no session as well. One that is gone, or can't
+/// be told, is left where it is.
+fn is_kernel_thread(pid: Pid) -> bool {
+    /// PF_KTHREAD (linux, include/linux/sched.h) of the flags in proc_pid_stat(5).
+    const KERNEL: u64 = 0x0020_0000;
+    match getsid(Some(pid)) {
+        Ok(session) if session.as_raw() != 0 => false,
+        Ok(_) => work::flags(pid).is_none_or(|flags| flags & KERNEL != 0),
+        Err(_) => true,
+    }
+}
+
 /// The cgroup that sessions start in.
-pub struct Home(File);
+pub struct Home {
+    group: File,
+    root: File,
+}
 
 impl Home {
     /// Makes it, if it is not there: its user may be root and have removed it.
@@ -176,13 +192,22 @@ impl Home {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(error) => return Err(error).context("making a cgroup"),
         }
-        open(&cgroups, &format!("{HOME}/cgroup.procs"), OFlag::O_WRONLY).map(Self)
+        let group = open(&cgroups, &format!("{HOME}/cgroup.procs"), OFlag::O_WRONLY)?;
+        let root = open(&cgroups, "cgroup.procs", OFlag::O_WRONLY)?;
+        Ok(Self { group, root })
     }
 
-    /// In a child before it has started anything: from here on it is in this cgroup. It works without, and a
-    /// save moves what stayed outside.
+    /// In a child before it has started anything: from here on it is in this cgroup. It works without: it stays
+    /// where it is, in the root, and says so, as [`Strays`] has to know.
     pub fn enter(&self) {
-        let _ = unistd::write(&self.0, b"0");
+        if unistd::write(&self.group, b"0").is_err() {
+            let _ = unistd::write(&self.root, b"0");
+        }
+    }
+
+    #[cfg(test)]
+    pub fn with_group(self, group: File) -> Self {
+        Self { group, ..self }
     }
 }
 

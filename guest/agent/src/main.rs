@@ -31,6 +31,7 @@ mod room;
 mod session;
 mod signals;
 mod spawn;
+mod strays;
 mod streams;
 mod sys;
 mod terminal;

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use hermitage_guest_proto::{Activity, Busy, LookAtWork, MAX_BUSY, MAX_WINDOW_MS, WaitsFor};
 
-pub use look::processes;
 use look::{Look, Seen};
+pub use look::{flags, processes};
 
 /// Below this much of a processor a process is not worth naming, in thousandths.
 const WORTH_NAMING: u64 = 5;
@@ -31,12 +31,12 @@ pub struct Work {
 }
 
 impl Work {
-    pub fn ask(&mut self, question: LookAtWork, cgroups: impl AsFd, now: Instant) {
+    pub fn ask(&mut self, question: LookAtWork, cgroups: impl AsFd, strays: bool, now: Instant) {
         let window = Duration::from_millis(question.window_ms.min(MAX_WINDOW_MS).into());
         if question.fresh {
             self.last = None;
         }
-        let (from, _) = self.last.get_or_insert_with(|| (now, Look::take(cgroups)));
+        let (from, _) = self.last.get_or_insert_with(|| (now, Look::take(cgroups, strays)));
         self.asked = Some((question.question, *from + window));
     }
 
@@ -45,11 +45,11 @@ impl Work {
     }
 
     /// The answer, if there is a question and it is time.
-    pub fn answer(&mut self, cgroups: impl AsFd, now: Instant) -> Option<Activity> {
+    pub fn answer(&mut self, cgroups: impl AsFd, strays: bool, now: Instant) -> Option<Activity> {
         let (question, _) = self.asked.filter(|(_, due)| *due <= now)?;
         self.asked = None;
         let (from, then) = self.last.take()?;
-        let look = Look::take(cgroups);
+        let look = Look::take(cgroups, strays);
         let activity = between(question, now - from, &then, &look);
         self.last = Some((now, look));
         Some(activity)

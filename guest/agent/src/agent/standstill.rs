@@ -59,12 +59,13 @@ impl Agent {
         }
     }
 
-    fn stand_still(&self) -> Result<Frozen> {
+    fn stand_still(&mut self) -> Result<Frozen> {
         if self.account.is_none() {
             bail!("the machine is nobody's yet");
         }
         let cgroups = self.booted.cgroups.try_clone().context("the cgroups' root")?;
-        Frozen::new(cgroups, freeze::disk_root(&self.booted.initial_root)?)
+        let disk = freeze::disk_root(&self.booted.initial_root)?;
+        Frozen::new(cgroups, &mut self.booted.strays, disk)
     }
 
     /// For a host that takes back a `Freeze` that had failed.

@@ -1,7 +1,8 @@
 //! One look at the user's processes.
 //!
 //! They are found through the cgroups, which list what there is without a directory of `/proc` for each
-//! thread of the kernel: those would be pages that the next save has to write.
+//! thread of the kernel: those would be pages that the next save has to look at. For the same reason the root
+//! cgroup is left out where nothing but such threads can be in it ([`crate::strays`]).
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -43,14 +44,15 @@ pub struct Seen {
 }
 
 impl Look {
-    pub fn take(cgroups: impl AsFd) -> Self {
+    pub fn take(cgroups: impl AsFd, strays: bool) -> Self {
         let mut look = Self {
             processes: Vec::new(),
             // Its own is that of relaying what others print.
             reaped: stat(Pid::from_raw(1)).map_or(0, |init| init.reaped),
             connections: Connections::look(),
         };
-        look.processes = processes(cgroups).filter_map(stat).map(Stat::seen).take(MOST).collect();
+        let pids = processes(cgroups, strays);
+        look.processes = pids.filter_map(stat).map(Stat::seen).take(MOST).collect();
         look
     }
 
@@ -65,12 +67,15 @@ impl Look {
     }
 }
 
-/// The user's processes.
-pub fn processes(cgroups: impl AsFd) -> impl Iterator<Item = Pid> {
+/// The user's processes. `strays`: there may be some in the root cgroup.
+pub fn processes(cgroups: impl AsFd, strays: bool) -> impl Iterator<Item = Pid> {
     let mut pids = Vec::new();
     if let Ok(root) = cgroups.as_fd().try_clone_to_owned() {
+        if strays {
+            list(&root, &mut pids);
+        }
         let mut left = MOST_CGROUPS;
-        collect(&root, DEEPEST, &mut left, &mut pids);
+        collect_below(&root, DEEPEST, &mut left, &mut pids);
     }
     // Threads of the kernel, and this program, belong to no session.
     let of_a_session = |pid: &Pid| {
@@ -79,9 +84,8 @@ pub fn processes(cgroups: impl AsFd) -> impl Iterator<Item = Pid> {
     pids.into_iter().map(Pid::from_raw).filter(of_a_session)
 }
 
-/// The processes of a cgroup and of those below it. What can't be read (a threaded cgroup, one that is
-/// gone by now) has none.
-fn collect(cgroup: &OwnedFd, depth: usize, left: &mut usize, pids: &mut Vec<i32>) {
+/// The processes of a cgroup. What can't be read (a threaded cgroup, one that is gone by now) has none.
+fn list(cgroup: &OwnedFd, pids: &mut Vec<i32>) {
     let mut list = String::new();
     let opened = openat(cgroup, "cgroup.procs", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
     if let Ok(file) = opened
@@ -89,6 +93,10 @@ fn collect(cgroup: &OwnedFd, depth: usize, left: &mut usize, pids: &mut Vec<i32>
     {
         pids.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()));
     }
+}
+
+/// Those of the cgroups below it.
+fn collect_below(cgroup: &OwnedFd, depth: usize, left: &mut usize, pids: &mut Vec<i32>) {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut dir) = Dir::openat(cgroup, ".", flags, Mode::empty()) else { return };
     for entry in dir.iter().flatten() {
@@ -100,7 +108,8 @@ fn collect(cgroup: &OwnedFd, depth: usize, left: &mut usize, pids: &mut Vec<i32>
         }
         *left -= 1;
         if let Ok(below) = openat(cgroup, entry.file_name(), flags, Mode::empty()) {
-            collect(&below, depth - 1, left, pids);
+            list(&below, pids);
+            collect_below(&below, depth - 1, left, pids);
         }
     }
 }
@@ -111,6 +120,7 @@ struct Stat {
     pid: u32,
     name: String,
     state: u8,
+    flags: u64,
     own: u64,
     reaped: u64,
     started: u64,
@@ -132,13 +142,18 @@ impl Stat {
     }
 }
 
+/// The kernel's flags of a process or thread.
+pub fn flags(pid: Pid) -> Option<u64> {
+    stat(pid).map(|stat| stat.flags)
+}
+
 fn stat(pid: Pid) -> Option<Stat> {
     // The name may be any bytes but the last parenthesis ends it.
     let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
     parse(pid.as_raw().try_into().ok()?, &String::from_utf8_lossy(&bytes))
 }
 
-/// Fields as numbered in proc_pid_stat(5): state 3, utime 14, stime 15, cutime 16, cstime 17, starttime 22.
+/// Fields as numbered in proc_pid_stat(5): state 3, flags 9, utime 14, stime 15, cutime 16, cstime 17, starttime 22.
 fn parse(pid: u32, text: &str) -> Option<Stat> {
     let (before, after) = text.rsplit_once(')')?;
     let (_, name) = before.split_once('(')?;
@@ -151,6 +166,7 @@ fn parse(pid: u32, text: &str) -> Option<Stat> {
         pid,
         name: name.to_owned(),
         state: *fields.first()?.as_bytes().first()?,
+        flags: number(9)?,
         own: number(14)?.saturating_add(number(15)?),
         reaped: number(16)?.saturating_add(number(17)?),
         started: number(22)?,
@@ -167,6 +183,7 @@ mod tests {
                     219 18446744073709551615";
         let stat = parse(812, line).unwrap();
         assert_eq!((stat.name.as_str(), stat.state), ("a) b (c)", b'R'));
+        assert_eq!(stat.flags, 4194304);
         assert_eq!((stat.own, stat.reaped, stat.started), (10, 30, 4711));
         let seen = stat.seen();
         assert_eq!((seen.ticks, seen.waits_for), (40, WaitsFor::Processor));
@@ -195,12 +212,13 @@ mod tests {
         fs::write(below.join("cgroup.procs"), "78\n").unwrap();
         let fd: OwnedFd = File::open(&root).unwrap().into();
         let mut pids = Vec::new();
-        collect(&fd, DEEPEST, &mut 16, &mut pids);
-        pids.sort();
-        assert_eq!(pids, [1, 2, 77, 78]);
+        collect_below(&fd, DEEPEST, &mut 16, &mut pids);
+        assert_eq!(pids, [77, 78]);
+        list(&fd, &mut pids);
+        assert_eq!(pids, [77, 78, 1, 2]);
         let mut few = Vec::new();
-        collect(&fd, 1, &mut 16, &mut few);
-        assert!(!few.contains(&78), "{few:?}");
+        collect_below(&fd, 1, &mut 16, &mut few);
+        assert_eq!(few, [77]);
         fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -10,9 +10,10 @@ use crate::{
     runner::{Test, test},
 };
 
-pub const TESTS: [Test; 5] = [
+pub const TESTS: [Test; 6] = [
     test("a_shell_is_there_after_a_save", 600, comes_back),
     test("an_editor_is_there_after_a_save", 600, editor),
+    test("what_left_its_group_stands_still_for_a_save", 300, strays),
     test("a_restart_of_the_service_keeps_every_machine", 600, restart),
     test("ten_logins_at_once_resume_one_machine", 600, ten_logins),
     test("a_kill_during_a_save_or_resume_never_brings_stale_memory", 3600, kills),
@@ -68,6 +69,32 @@ fn comes_back(story: &Story) -> Result<()> {
         ensure!((guest - host).abs() <= 2, "the guest's clock says {guest}, the host's {host}");
     }
     Ok(())
+}
+
+/// The root cgroup can't be frozen: whatever is in it is moved out of it.
+fn strays(story: &Story) -> Result<()> {
+    let alice = story.account_with("alice", &["--linger 1 --max-linger 0s"])?;
+    let group = |of: &str| alice.output(&format!("cat /proc/$(pgrep -xf '{of}')/cgroup"));
+    alice.output("sleep 1111 </dev/null &>/dev/null &")?;
+    same("where sessions are", group("sleep 1111")?.trim(), "0::/hermitage")?;
+    wait_saved(story, &alice)?;
+    // Between two saves, of which the first had nothing to look for.
+    alice.output("pgrep -xf 'sleep 1111' | sudo tee /sys/fs/cgroup/cgroup.procs")?;
+    same("where it went", group("sleep 1111")?.trim(), "0::/")?;
+    wait_saved(story, &alice)?;
+    same("where the save found it", group("sleep 1111")?.trim(), "0::/hermitage")?;
+
+    // The kernel starts this one.
+    let bob = story.account_with("bob", &["--linger 1 --max-linger 0s"])?;
+    let group = |of: &str| bob.output(&format!("cat /proc/$(pgrep -xf '{of}')/cgroup"));
+    // Until it has read the dump, who crashes can't stop.
+    let handler = r"#!/bin/sh\ncat > /dev/null; exec sleep 2222\n";
+    bob.output(&format!("printf '{handler}' > ~/handler; chmod +x ~/handler"))?;
+    bob.output("echo \"|$HOME/handler\" | sudo tee /proc/sys/kernel/core_pattern")?;
+    bob.output("ulimit -c unlimited; sh -c 'kill -SEGV $$'; until pgrep -xf 'sleep 2222'; do sleep 0.2; done")?;
+    same("where the kernel starts it", group("sleep 2222")?.trim(), "0::/")?;
+    wait_saved(story, &bob)?;
+    same("where the save found it", group("sleep 2222")?.trim(), "0::/hermitage")
 }
 
 fn editor(story: &Story) -> Result<()> {
