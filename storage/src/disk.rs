@@ -174,8 +174,17 @@ pub fn tag(disk: &File) -> io::Result<Option<Tag>> {
 
 /// Puts a tag on a disk, in place of any; it is on the medium on return.
 pub fn set_tag(disk: &File, tag: Tag) -> io::Result<()> {
+    write_tag(disk, tag)?;
+    sync_tag(disk)
+}
+
+/// The first half of [`set_tag`]: what is done before the second shares its sync.
+pub fn write_tag(disk: &File, tag: Tag) -> io::Result<()> {
     faults::at(Point::PublishTag)?;
-    fsetxattr(disk, TAG, &tag, XattrFlags::empty())?;
+    Ok(fsetxattr(disk, TAG, &tag, XattrFlags::empty())?)
+}
+
+pub fn sync_tag(disk: &File) -> io::Result<()> {
     faults::at(Point::PublishTagSync)?;
     disk.sync_all()
 }

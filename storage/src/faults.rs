@@ -73,9 +73,9 @@ points! {
     SaveSynced "save.synced" Machine "The snapshot is on the medium; nobody was told.";
     SaveTold "save.told" Machine "The service was told.";
     PublishTag "publish.tag" Serve "The disk is to get the snapshot's tag.";
-    PublishTagSync "publish.tag-sync" Serve "The tag is set and not synced.";
-    PublishRename "publish.rename" Serve "The tag is on the medium; the snapshot has no name yet.";
-    PublishDirSync "publish.dir-sync" Serve "The snapshot has its name, which is not synced.";
+    PublishTagSync "publish.tag-sync" Serve "The tag is set, and the snapshot has its name, if it gets one; neither is synced.";
+    PublishRename "publish.rename" Serve "The tag is set and not synced; the snapshot has no name yet.";
+    PublishDirSync "publish.dir-sync" Serve "The tag is on the medium; the name is not synced.";
     PublishDone "publish.done" Serve "All of it is on the medium; the machine is still there.";
     WithdrawBegin "withdraw.begin" Serve "What there is of a snapshot is to be taken back.";
     ResumeFind "resume.find" Serve "A login looks for a snapshot.";

@@ -2,7 +2,8 @@
 //! (`docs/formats/diff.md`): which of the two is written first is what keeps stale memory from ever
 //! meeting a newer disk.
 //!
-//! - [`publish`]: tag, then name. A crash in between leaves a tag without a snapshot, which means nothing.
+//! - [`publish`]: tag and name, then the syncs of both. A crash in between leaves any of the two: a tag without a
+//!   snapshot means nothing, and a snapshot without its tag is never resumed.
 //! - [`consume`]: the tag goes before the first instruction of the resumed machine. A crash after it
 //!   leaves a snapshot whose tag no disk has: it is never resumed.
 //!
@@ -74,9 +75,12 @@ pub fn create(state: &StateDir, account: Uuid) -> io::Result<File> {
 /// Makes what was written to [`create`]'s file the account's snapshot. Durable when it returns; after an
 /// error [`withdraw`] has to be called.
 pub fn publish(state: &StateDir, account: Uuid, tag: Tag) -> io::Result<()> {
-    disk::set_tag(&tagged(state, account)?, tag)?;
+    let disk = tagged(state, account)?;
+    disk::write_tag(&disk, tag)?;
     faults::at(Point::PublishRename)?;
     fs::rename(state.new_snapshot(account), state.snapshot(account))?;
+    // Of one file system's journal, so both are one commit, and the folder's own sync finds nothing left to do.
+    disk::sync_tag(&disk)?;
     faults::at(Point::PublishDirSync)?;
     sync_dir(&state.account_dir(account))?;
     faults::at(Point::PublishDone)
