@@ -176,6 +176,17 @@ impl ClientHandler {
         self.channels.values().filter(is_session).count()
     }
 
+    /// Forgets what has ended by itself, or was refused: russh does not say when a client has closed a channel that
+    /// was closed from here before.
+    pub(super) fn forget_ended(&mut self, connection: &Connection) {
+        self.channels.retain(|id, state| match state {
+            ChannelState::Idle(_) => true,
+            // Of channels that it has no more russh knows no size.
+            ChannelState::Running(_) => connection.max_packet_size(id) > 0,
+            ChannelState::Stream { closed, .. } => !closed.is_cancelled(),
+        });
+    }
+
     /// Starts a session on a channel. False if it has one already.
     fn start(&mut self, channel: ChannelId, kind: Kind, connection: &Connection) -> bool {
         let Some(account) = self.account.clone() else { return false };
@@ -327,8 +338,9 @@ impl Handler for ClientHandler {
         &mut self,
         channel: Channel<Msg>,
         reply: ChannelOpenHandle,
-        _connection: &mut Connection,
+        connection: &mut Connection,
     ) -> Result<(), Self::Error> {
+        self.forget_ended(connection);
         let most = self.server.config.ssh.max_channels;
         if self.sessions() >= most {
             let reason = format!("a connection has at most {most} sessions here");
