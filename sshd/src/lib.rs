@@ -18,6 +18,7 @@ mod lifecycle;
 pub mod limits;
 mod link;
 mod lobby;
+pub mod logging;
 mod machine;
 pub mod process;
 mod promises;

@@ -274,15 +274,7 @@ fn carry_out(context: &Context, command: Command) -> anyhow::Result<()> {
 }
 
 fn serve(context: &Context) -> anyhow::Result<()> {
-    use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(ansi);
-    tracing_subscriber::registry()
-        .with(filter)
-        .with(lines)
-        .with(hermitage::watch::errors::Counted)
-        .init();
+    hermitage::logging::start("info");
     let source = context.source.clone();
     hermitage::server::run(context.config.clone(), Box::new(move || source.read()))
 }

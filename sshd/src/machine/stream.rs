@@ -43,6 +43,18 @@ impl ByteStream {
     }
 }
 
+impl ReadHalf {
+    /// For good: who writes to it gets an error from now on (EPIPE).
+    pub fn shut_down(self) {
+        let mut socket = self.0.get_ref();
+        // A peer that is gone can't be told.
+        let _ = socket.shutdown(Shutdown::Read);
+        // A peer that waits for room does not try to write. Nothing comes after what is there, and then an end.
+        let mut rest = [0; 4096];
+        while socket.read(&mut rest).is_ok_and(|count| count > 0) {}
+    }
+}
+
 impl AsyncRead for ReadHalf {
     fn poll_read(
         self: Pin<&mut Self>,
@@ -224,6 +236,31 @@ mod tests {
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
         theirs.write_all(b"x").unwrap();
         assert_eq!(from.read_u8().await.unwrap(), b'x');
+    }
+
+    #[tokio::test]
+    async fn shutting_down_the_reader_fails_the_peer_that_waits_for_room_and_nothing_else() {
+        let (ours, mut theirs) = pair();
+        theirs.set_nonblocking(false).unwrap();
+        let (from, mut to) = ours.into_split();
+        let (writes, refused) = std::sync::mpsc::channel();
+        let mut writing = theirs.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let error = loop {
+                if let Err(error) = writing.write(&[0; 65536]) {
+                    break error;
+                }
+            };
+            writes.send(error.kind()).unwrap();
+        });
+        // Until it waits.
+        let full = refused.recv_timeout(Duration::from_millis(200));
+        assert!(full.is_err(), "endless room in a socket that nobody reads: {full:?}");
+        from.shut_down();
+        let told = refused.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(told, ErrorKind::BrokenPipe);
+        to.write_all(b"x").await.unwrap();
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 1);
     }
 
     /// What epoll is asked for about a descriptor (proc_pid_fdinfo(5)). None: nothing, not even of its end.

@@ -83,7 +83,7 @@ fn make_host_key(path: &Path) -> Result<PrivateKey, Box<dyn std::error::Error>> 
 pub fn server_config(ssh: &Ssh, key: PrivateKey) -> russh::server::Config {
     russh::server::Config {
         // No version: it helps whoever looks for a bug more than anybody else.
-        server_id: SshId::Standard(Cow::Borrowed("SSH-2.0-Hermitage")),
+        server_id: SshId::Standard(Cow::Borrowed("SSH-2.0-OpenSSH_compatible_Hermitage")),
         methods: methods(),
         // Rejected offers cost nothing; the authenticator makes failures slow.
         auth_rejection_time: Duration::ZERO,

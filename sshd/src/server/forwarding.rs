@@ -69,11 +69,7 @@ impl ClientHandler {
         reply: ChannelOpenHandle,
         connection: &mut Connection,
     ) {
-        // Those that were refused meanwhile are told apart by nothing else.
-        self.channels.retain(|_, state| match state {
-            ChannelState::Stream { closed, .. } => !closed.is_cancelled(),
-            ChannelState::Idle(_) | ChannelState::Running(_) => true,
-        });
+        self.forget_ended(connection);
         if let Ok(to) = &to
             && let Err(reason) = permits::connect(&self.options, to)
         {

@@ -25,6 +25,7 @@ use super::{
     Server, banner,
     connections::Entry,
     environment,
+    eow::Meant,
     forwarding::tcp,
     listener::offend,
     login_name::{self, Wishes},
@@ -59,6 +60,7 @@ pub struct ClientHandler {
     /// What that login asked for, or why that can't be.
     pub(super) wishes: Result<Wishes, String>,
     pub(super) channels: HashMap<ChannelId, ChannelState>,
+    meant: Meant,
     /// From the first thing that is forwarded.
     pub(super) forwards: Option<Forwards>,
     /// What is listened on in the machine, by what the client calls it.
@@ -93,6 +95,8 @@ pub(super) struct Controls {
     input: Arc<InputQueue>,
     window: watch::Sender<Window>,
     signals: mpsc::Sender<String>,
+    /// Unless its program is on a terminal.
+    unread: Option<CancellationToken>,
     closed: CancellationToken,
 }
 
@@ -119,6 +123,7 @@ impl ClientHandler {
             options: KeyOptions::default(),
             wishes,
             channels,
+            meant: Meant::default(),
             forwards: None,
             listening: HashMap::new(),
             gone,
@@ -176,6 +181,29 @@ impl ClientHandler {
         self.channels.values().filter(is_session).count()
     }
 
+    /// Forgets what has ended by itself, or was refused: russh does not say when a client has closed a channel that
+    /// was closed from here before.
+    pub(super) fn forget_ended(&mut self, connection: &Connection) {
+        self.channels.retain(|id, state| match state {
+            ChannelState::Idle(_) => true,
+            // Of channels that it has no more russh knows no size.
+            ChannelState::Running(_) => connection.max_packet_size(id) > 0,
+            ChannelState::Stream { closed, .. } => !closed.is_cancelled(),
+        });
+    }
+
+    /// Whenever sessions change: whom the client means if it says `eow`. If it may be one of two, nobody. All that it
+    /// may be are known here: of requests for channels that russh has no more it logs nothing.
+    fn settle_who_is_meant(&mut self, connection: &Connection) {
+        self.forget_ended(connection);
+        let one = self.sessions() == 1;
+        let unread = self.channels.values().find_map(|state| match state {
+            ChannelState::Running(controls) if one => controls.unread.clone(),
+            _ => None,
+        });
+        self.meant.set(unread);
+    }
+
     /// Starts a session on a channel. False if it has one already.
     fn start(&mut self, channel: ChannelId, kind: Kind, connection: &Connection) -> bool {
         let Some(account) = self.account.clone() else { return false };
@@ -190,6 +218,8 @@ impl ClientHandler {
         let (window, window_changes) = watch::channel(setup.window);
         let (signals, signals_received) = mpsc::channel(SIGNALS);
         let closed = self.gone.token().child_token();
+        let unread = CancellationToken::new();
+        let on_streams = setup.pty.is_none();
         let mut env = setup.env.into_pairs(&self.ends);
         let (kind, wishes) = match permits::program(&self.options, kind, &mut env) {
             Ok(kind) => (kind, self.wishes.clone()),
@@ -210,6 +240,7 @@ impl ClientHandler {
                 input: setup.input.clone(),
                 window: window_changes,
                 signals: signals_received,
+                unread: unread.clone(),
                 closed: closed.clone(),
             },
             output: Arc::new(Output {
@@ -218,8 +249,10 @@ impl ClientHandler {
                 live: OnceLock::new(),
             }),
         };
-        let controls = Controls { input: setup.input, window, signals, closed };
+        let unread = on_streams.then_some(unread);
+        let controls = Controls { input: setup.input, window, signals, unread, closed };
         self.channels.insert(channel, ChannelState::Running(controls));
+        self.settle_who_is_meant(connection);
         let (desk, watch) = (self.server.desk.clone(), self.server.watch.clone());
         tokio::spawn(session::run(desk, watch, session));
         true
@@ -327,8 +360,9 @@ impl Handler for ClientHandler {
         &mut self,
         channel: Channel<Msg>,
         reply: ChannelOpenHandle,
-        _connection: &mut Connection,
+        connection: &mut Connection,
     ) -> Result<(), Self::Error> {
+        self.forget_ended(connection);
         let most = self.server.config.ssh.max_channels;
         if self.sessions() >= most {
             let reason = format!("a connection has at most {most} sessions here");
@@ -346,6 +380,7 @@ impl Handler for ClientHandler {
             write,
         };
         self.channels.insert(setup.write.id(), ChannelState::Idle(Box::new(setup)));
+        self.settle_who_is_meant(connection);
         reply.accept().await;
         Ok(())
     }
@@ -515,6 +550,19 @@ impl Handler for ClientHandler {
         Ok(())
     }
 
+    /// Of two sessions one may have ended, and nobody was told.
+    async fn window_adjusted(
+        &mut self,
+        _channel: ChannelId,
+        _size: u32,
+        connection: &mut Connection,
+    ) -> Result<(), Self::Error> {
+        if self.sessions() > 1 {
+            self.settle_who_is_meant(connection);
+        }
+        Ok(())
+    }
+
     fn adjust_window(&mut self, _channel: ChannelId, _current: u32) -> u32 {
         self.inflow.window()
     }
@@ -545,9 +593,10 @@ impl Handler for ClientHandler {
     async fn channel_close(
         &mut self,
         channel: ChannelId,
-        _connection: &mut Connection,
+        connection: &mut Connection,
     ) -> Result<(), Self::Error> {
         self.forget(channel);
+        self.settle_who_is_meant(connection);
         Ok(())
     }
 

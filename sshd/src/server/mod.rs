@@ -5,6 +5,7 @@ mod banner;
 mod connections;
 mod crypto;
 mod environment;
+pub(crate) mod eow;
 mod forwarding;
 mod handler;
 mod listener;

@@ -105,6 +105,8 @@ pub struct Client {
     pub input: Arc<InputQueue>,
     pub window: watch::Receiver<Window>,
     pub signals: mpsc::Receiver<String>,
+    /// It takes no more of the standard output of a command.
+    pub unread: CancellationToken,
     /// The channel was closed, or the connection is gone.
     pub closed: CancellationToken,
 }

@@ -6,11 +6,12 @@ use tokio::{
     io::{AsyncWrite, AsyncWriteExt},
     time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{Client, InputQueue, Outcome, Output};
 use crate::{
     lifecycle::Lease,
-    machine::{Command, Remote, Terminal},
+    machine::{Command, ReadHalf, Remote, Terminal},
 };
 
 /// How long what a dead machine has left in its sockets may take to reach the client.
@@ -67,7 +68,7 @@ pub(super) async fn command(
     let Command { stdio, stderr, mut program } = command;
     let remote = program.remote();
     let (from, to) = stdio.into_split();
-    let input = client.input.clone();
+    let (input, unread) = (client.input.clone(), client.unread.clone());
     let mut feeding = pin!(async {
         if let Some(to) = feed(&input, to).await {
             // Half-close: the program sees the end of its input and may still write.
@@ -75,7 +76,7 @@ pub(super) async fn command(
         }
     });
     let mut showing = pin!(async {
-        tokio::join!(output.stdout(from), output.stderr(stderr));
+        tokio::join!(show(output, from, &unread), output.stderr(stderr));
     });
     let mut shown = false;
     let mut fed = false;
@@ -103,6 +104,15 @@ pub(super) async fn command(
         Some(status) => Outcome::Exited(status),
         None => Outcome::Lost(lease.machine.ended().await),
     }
+}
+
+/// Standard output: until its end, or until the client takes no more of it and whoever writes it is to know.
+async fn show(output: &Output, mut from: ReadHalf, unread: &CancellationToken) {
+    tokio::select! {
+        () = output.stdout(&mut from) => return,
+        () = unread.cancelled() => {}
+    }
+    from.shut_down();
 }
 
 /// One window change or signal. Cancellation-safe.

@@ -4,7 +4,7 @@
 //! Nobody waits for any of it: an event is handed over or, when the log does not keep up, counted as lost.
 
 pub mod audit;
-pub mod errors;
+pub(crate) mod errors;
 mod event;
 pub mod exporter;
 mod gather;

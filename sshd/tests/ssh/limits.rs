@@ -149,7 +149,7 @@ fn garbage_on_the_port_ends_alone() {
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut answer = vec![];
         let _ = socket.read_to_end(&mut answer);
-        assert!(answer.starts_with(b"SSH-2.0-Hermitage\r\n"));
+        assert!(answer.starts_with(b"SSH-2.0-OpenSSH_compatible_Hermitage\r\n"));
     }
     assert!(service.ssh("alice", "true").status.success());
     assert!(!service.log().contains("panicked"), "{}", service.log());

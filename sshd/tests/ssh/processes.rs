@@ -35,14 +35,7 @@ fn is(role: &str) -> bool {
 #[ignore = "a program for the other tests"]
 fn serve() {
     if is("serve") {
-        tracing_subscriber::fmt()
-            .with_env_filter(
-                tracing_subscriber::EnvFilter::try_from_default_env()
-                    .unwrap_or_else(|_| "hermitage=debug,russh=warn".into()),
-            )
-            .with_ansi(false)
-            .with_writer(std::io::stderr)
-            .init();
+        hermitage::logging::start("hermitage=debug,russh=warn");
         let path = std::env::var("HERMITAGE_TEST_CONFIG").unwrap();
         let read = move || Ok(hermitage::config::Config::load(Some(path.as_ref()))?);
         if let Err(error) = hermitage::server::run(read().unwrap(), Box::new(read)) {

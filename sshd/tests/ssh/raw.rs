@@ -69,6 +69,20 @@ async fn a_connection_has_so_many_channels() {
     connection.channel_open_session().await.unwrap();
 }
 
+/// Those that have ended by themselves are none of them. (russh does not say that the client has closed a channel
+/// that was closed from here before.)
+#[tokio::test]
+async fn as_many_as_one_likes_may_run_on_a_connection_one_after_another() {
+    let service = Service::start();
+    service.account("alice");
+    let connection = login(&service, "alice").await;
+    for number in 0..70 {
+        let mut channel = connection.channel_open_session().await.unwrap();
+        channel.exec(true, format!("echo {number}")).await.unwrap();
+        assert_eq!(output(&all(&mut channel).await), format!("{number}\n"));
+    }
+}
+
 #[tokio::test]
 async fn input_before_the_command_reaches_it() {
     let service = Service::start();

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Read, Write},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -89,6 +89,98 @@ fn a_program_that_closes_its_output_goes_on_reading() {
     let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", &at("alice"), line]);
     let output = finish(ssh.stdin(File::open(service.path("sent")).unwrap()));
     assert_eq!(stderr(&output).trim(), (3 << 20).to_string());
+}
+
+/// A client's standard output is a pipe whose reader takes one line and goes. Its input stays open, as a
+/// terminal does: if that had ended too, the client would close the channel. `typed` is what comes later.
+fn first_line(mut ssh: Command, typed: &str) -> (String, Output) {
+    let piped = || Stdio::piped();
+    let mut child = ssh.stdin(piped()).stdout(piped()).stderr(piped()).spawn().unwrap();
+    let mut typing = child.stdin.take().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    if !typed.is_empty() {
+        std::thread::sleep(Duration::from_millis(300));
+        typing.write_all(typed.as_bytes()).unwrap();
+    }
+    (line, finish_child(child))
+}
+
+/// OpenSSH's client says so to servers named OpenSSH, and russh does not know the request: this is what fails when
+/// either changes.
+#[test]
+fn a_program_whose_output_the_client_takes_no_more_of_is_told() {
+    let service = Service::start();
+    service.account("alice");
+    let ssh = |line| service.ssh_with(&["-o", "BatchMode=yes", &at("alice"), line]);
+    let (line, _) = first_line(ssh("exec yes"), "");
+    assert_eq!(line, "y\n");
+    wait_for("the sessions log", || {
+        let account = service.accounts().named("alice").unwrap();
+        let outcome =
+            service.accounts().sessions(account.id, 1).unwrap().first()?.outcome.clone()?;
+        // The Unix socket that stands in for the guest's gives who waits for room the error without the signal.
+        assert!(outcome == "signal PIPE" || outcome == "exit status 1", "{outcome}");
+        Some(())
+    });
+
+    // Only its standard output is over: its status and its errors are still wanted, its input goes on. (The client
+    // drops errors that come together with the end, once its output is closed.)
+    let (line, ended) = first_line(ssh("yes 2>/dev/null; echo after >&2; sleep 0.5; exit 3"), "");
+    assert_eq!(line, "y\n");
+    assert_eq!((stderr(&ended).as_str(), ended.status.code()), ("after\n", Some(3)));
+    let reading = ssh("trap '' PIPE; yes 2>/dev/null; head -n 1 >&2; sleep 0.5; exit 4");
+    let (_, ended) = first_line(reading, "typed later\n");
+    assert_eq!((stderr(&ended).as_str(), ended.status.code()), ("typed later\n", Some(4)));
+
+    assert!(!service.log().contains("unknown channel request"), "it is no news for the log");
+    assert_eq!(stdout(&service.ssh("alice", "echo still here")), "still here\n");
+}
+
+/// Nobody knows which of two is meant; neither is touched.
+#[test]
+fn of_two_sessions_on_a_connection_none_loses_its_output() {
+    let service = Service::start();
+    service.account("alice");
+    let control = service.path("control");
+    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
+    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
+    wait_for("the control socket", || control.exists().then_some(()));
+    let session = |line: &str| {
+        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
+        ssh.arg(&control).args([&at("alice"), line]);
+        ssh
+    };
+    let mut cat = session("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut typing = cat.stdin.take().unwrap();
+    let mut shown = BufReader::new(cat.stdout.take().unwrap());
+    let mut echo = |text: &str| {
+        typing.write_all(format!("{text}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        shown.read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), text);
+    };
+    echo("before");
+    let mut yes = session("exec yes").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let _typing = yes.stdin.take();
+    BufReader::new(yes.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    echo("after");
+    for child in [&mut yes, &mut cat] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    wait_for("both to be gone", || {
+        service.account_status("alice").filter(|status| status.sessions == 0)
+    });
+    // From then on there is one at a time again, also where the one before has ended by itself.
+    for _ in 0..3 {
+        let script = "yes 2>/dev/null; echo after >&2; sleep 0.5; exit 3";
+        let (line, ended) = first_line(session(script), "");
+        assert_eq!((line.as_str(), stderr(&ended).as_str()), ("y\n", "after\n"));
+    }
+    master.kill().unwrap();
+    master.wait().unwrap();
 }
 
 #[test]

@@ -23,8 +23,9 @@ use crate::{
     runner::{Test, skip, test},
 };
 
-pub const TESTS: [Test; 5] = [
+pub const TESTS: [Test; 6] = [
     test("habits_of_ssh", 180, habits),
+    test("output_that_nobody_takes_any_more", 180, head),
     test("through_one_machine_to_another", 240, through),
     test("trees_with_awkward_names", 300, trees),
     test("interrupted_transfers_go_on", 180, interrupted),
@@ -46,13 +47,6 @@ fn remote_shell(login: &Login) -> Result<String> {
 
 fn habits(story: &Story) -> Result<()> {
     let alice = story.account("alice")?;
-    // The reader goes first, in the machine. (A client whose own output is closed says so to servers named
-    // OpenSSH only: docs/ssh.md.)
-    same("in the machine", alice.output("yes | head -n 3 | wc -l")?.as_str(), "3")?;
-    story.wait_for("yes to be gone", 30, || {
-        Ok((!alice.exec("pgrep -x yes")?.status.success()).then_some(()))
-    })?;
-
     // -f: the client goes into the background, the command on.
     let mut command = alice.login().ssh(&["-f"])?;
     command.arg("sleep 1; touch done");
@@ -90,6 +84,54 @@ fn habits(story: &Story) -> Result<()> {
     same("status after ~.", shell.wait_end(30)?.0, 255)?;
     let mut shell = alice.shell()?;
     same("the shell after ~.", shell.run("echo $$")?, first)
+}
+
+/// `ssh host command | head`: the program's next write fails, and nothing else.
+fn head(story: &Story) -> Result<()> {
+    let alice = story.account("alice")?;
+    let gone = || {
+        story.wait_for("yes to be gone", 30, || {
+            Ok((alice.exec("pgrep -x yes")?.code() == Some(1)).then_some(()))
+        })
+    };
+    same("in the machine", alice.output("yes | head -n 3 | wc -l")?.as_str(), "3")?;
+    gone()?;
+
+    // The client's input stays open, as a terminal does: otherwise it closes the channel by itself.
+    let open = story.path("never");
+    let mut fifo = Command::new("mkfifo");
+    fifo.arg(&open);
+    process::run("mkfifo", fifo, Input::Nothing, story.within(10))?.success()?;
+    let open = quote(&open.display().to_string());
+    let first_line = |login: &Login, script: &str| {
+        let (shell, to, script) = (remote_shell(login)?, login.destination(), quote(script));
+        let mut piped = Command::new("bash");
+        piped
+            .arg("-c")
+            .arg(format!("{shell} {to} {script} 0<>{open} | head -n 1; echo ${{PIPESTATUS[0]}}"));
+        let ended = process::run("ssh | head", piped, Input::Nothing, story.within(30))?;
+        Ok::<_, anyhow::Error>((ended.out(), ended.err()))
+    };
+    // 255: ssh's word for a signal.
+    same("of yes", first_line(&alice.login(), "exec yes")?.0.as_str(), "y\n255\n")?;
+    gone()?;
+    // 141: the shell's word for SIGPIPE. (The client drops errors that come together with the end.)
+    let script = "yes; echo $? >&2; sleep 1; exit 3";
+    let (shown, errors) = first_line(&alice.login(), script)?;
+    same("of a shell", (shown.as_str(), errors.as_str()), ("y\n3\n", "141\n"))?;
+    // Who does not care goes on as long as it likes, and is not heard.
+    let script = "trap '' PIPE; yes 2>/dev/null; for n in $(seq 50); do echo $n; done 2>/dev/null; \
+                  echo stubborn >&2; sleep 1";
+    let (shown, errors) = first_line(&alice.login(), script)?;
+    same("of one without SIGPIPE", (shown.as_str(), errors.as_str()), ("y\n0\n", "stubborn\n"))?;
+
+    // On a shared connection too, one after another.
+    let login = shared(story, alice.login());
+    for _ in 0..2 {
+        same("of a shared one", first_line(&login, "exec yes")?.0.as_str(), "y\n255\n")?;
+        gone()?;
+    }
+    same("what comes after", alice.output("echo here")?.as_str(), "here")
 }
 
 /// `ssh -J` through alice's machine to bob's, and git from hers to his with a key that is not in hers. A

@@ -310,6 +310,9 @@ async def main():
             async with sftp.open("up", "wb") as file:
                 await file.write(b"x" * 200000)
             print(await sftp.getsize("up"))
+            # OpenSSH's server takes these two the other way round; clients tell by the server's name.
+            await sftp.symlink("up", "link")
+            print(await sftp.readlink("link"))
         server = await one.create_process("nc -lN 127.0.0.1 7200")
         listener = await one.forward_local_port("127.0.0.1", LOCAL, "localhost", 7200)
         for _ in range(100):
@@ -325,7 +328,11 @@ async def main():
 asyncio.run(main())
 "#;
     let told = python(story, "asyncssh", &program.replace("LOCAL", &local.to_string()), &alice)?;
-    same("what asyncssh saw", told.as_str(), "True\nTERM\n['31', '90'] True\n200000\nthrough it\n")
+    same(
+        "what asyncssh saw",
+        told.as_str(),
+        "True\nTERM\n['31', '90'] True\n200000\nup\nthrough it\n",
+    )
 }
 
 /// libssh by the Python module that Ansible uses, which brings the library along. It was built for the Python that

@@ -341,6 +341,40 @@ fn a_host_that_stops_reading_for_good_is_told_to_the_guest() {
     assert_eq!(guest.read(port, 10), b"still");
 }
 
+/// As long as it waits for room nobody tries to write; what the host throws away makes room.
+#[test]
+fn a_guest_that_writes_as_fast_as_it_can_is_told_as_well() {
+    let mut guest = Guest::start();
+    let (mut peer, port) = guest.connect(1, 1025);
+    let bytes = Dice::new(28).bytes(SOCKET + credit::BUFFER as usize);
+    let mut written = 0;
+    loop {
+        let count = guest.write(port, &bytes[written..]);
+        guest.run();
+        written += count;
+        if count == 0 {
+            break;
+        }
+    }
+    assert!(written < bytes.len() && guest.sockets[&port].closed == 0);
+    peer.shutdown(Shutdown::Read).unwrap();
+    assert!(read_all(&mut peer).len() < written);
+    guest.run();
+    assert_eq!(guest.sockets[&port].closed, shutdown::RECEIVE);
+    // What the device held is dropped, and so is what the guest had on its way: its credit comes back.
+    assert!(guest.write(port, &bytes) > 0);
+    guest.run();
+    assert!(read_all(&mut peer).is_empty());
+    // Its last word still ends the connection for both.
+    peer.write_all(b"still").unwrap();
+    guest.run();
+    assert_eq!(guest.read(port, 10), b"still");
+    guest.send_packet(port, op::SHUTDOWN, shutdown::BOTH, &[]);
+    guest.run();
+    assert!(guest.sockets[&port].reset);
+    assert_eq!(guest.open(), 0);
+}
+
 #[test]
 fn a_guest_that_stops_reading_for_good_breaks_the_hosts_pipe() {
     let mut guest = Guest::start();
