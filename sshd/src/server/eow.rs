@@ -20,8 +20,9 @@ use tracing::{
 };
 use tracing_subscriber::{Layer, filter::Targets, layer::Context, registry::LookupSpan};
 
-/// As russh 0.65.1 has it (src/server/encrypted.rs).
+/// As russh 0.65.1 has it (src/server/encrypted.rs), with the name of this request.
 const WARNING: &str = "unknown channel request eow@openssh.com";
+const NAME: &str = "eow@openssh.com";
 const TARGET: &str = "russh::server";
 
 /// Whose output it is, by the connection's task. At most one for each connection there is.
@@ -59,8 +60,8 @@ impl Drop for Meant {
     }
 }
 
-/// Hears the warning, and keeps it from all other layers: it is no news for a log, and any client can say it as
-/// often as it likes.
+/// Hears the warning, and keeps it from all other layers, whatever name is in it: it is no news for a log, and any
+/// client can say it as often as it likes.
 pub fn layer<S>() -> impl Layer<S>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -72,9 +73,9 @@ struct Ear;
 
 impl<S: Subscriber> Layer<S> for Ear {
     fn event_enabled(&self, event: &Event<'_>, _context: Context<'_, S>) -> bool {
-        let mut said = Said(false);
+        let mut said = Said::Other;
         event.record(&mut said);
-        if said.0
+        if said == Said::Eow
             && let Some(task) = task::try_id()
         {
             let unread = meant().get(&task).cloned();
@@ -82,18 +83,29 @@ impl<S: Subscriber> Layer<S> for Ear {
                 unread.cancel();
             }
         }
-        !said.0
+        said == Said::Other
     }
 }
 
-/// Whether an event is the warning.
-struct Said(bool);
+/// What an event is.
+#[derive(PartialEq)]
+enum Said {
+    Eow,
+    /// The warning, of another request.
+    Unknown,
+    Other,
+}
 
 impl Visit for Said {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "message" {
             let mut rest = Rest(WARNING);
-            self.0 = write!(rest, "{value:?}").is_ok() && rest.0.is_empty();
+            let whole = write!(rest, "{value:?}").is_ok();
+            *self = match rest.0.len() {
+                0 if whole => Self::Eow,
+                left if left <= NAME.len() => Self::Unknown,
+                _ => Self::Other,
+            };
         }
     }
 }
@@ -104,8 +116,10 @@ struct Rest(&'static str);
 
 impl fmt::Write for Rest {
     fn write_str(&mut self, part: &str) -> fmt::Result {
-        self.0 = self.0.strip_prefix(part).ok_or(fmt::Error)?;
-        Ok(())
+        let same =
+            part.bytes().zip(self.0.bytes()).take_while(|(said, looked)| said == looked).count();
+        self.0 = self.0.get(same..).unwrap_or_default();
+        if same == part.len() { Ok(()) } else { Err(fmt::Error) }
     }
 }
 
@@ -173,13 +187,17 @@ mod tests {
             russh_warns!("unknown channel request {}", "eow@openssh.com.example");
             russh_warns!("unknown channel request {}", "eow@openssh.co");
             russh_warns!("unknown channel request {}", "");
+            assert!(!unread.is_cancelled());
+            russh_warns!("unknown global request {}", "eow@openssh.com");
+            russh_warns!("unknown channel reques");
             russh_warns!(said = "unknown channel request eow@openssh.com", "something");
             tracing::warn!(target: "other", "{WARNING}");
             tracing::info!(target: "russh::server", "{WARNING}");
             unread.is_cancelled()
         });
         assert!(!told.await.unwrap());
-        assert_eq!(count.heard(), 6);
+        // Those that are not the warning.
+        assert_eq!(count.heard(), 5);
     }
 
     #[tokio::test]
