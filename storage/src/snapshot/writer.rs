@@ -69,7 +69,8 @@ impl<'f> Writer<'f> {
             let (what, value, limit) = ("bytes of state", state_bytes, MAX_STATE);
             return Err(SnapshotError::TooMuch { what, value, limit });
         }
-        self.flush()?;
+        // What is left of the pages goes with what follows them, in as few writes.
+        faults::at(Point::SavePages).map_err(failed("write page data"))?;
         let index = self.runs.encode();
         let header = Header {
             description,
