@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::{driver::Context, save::STAND_TIMEOUT};
 use crate::{
     machine::{DiskCopy, Machine},
-    room,
+    room, time,
 };
 
 /// How a copy stands.
@@ -72,7 +72,9 @@ pub(super) async fn copy(
     let begun = Instant::now();
     let outcome = copy.run().await;
     match &outcome {
-        Ok(_) => tracing::info!(%account, ms = millis(begun), "disk copied while in use"),
+        Ok(_) => {
+            tracing::info!(%account, ms = time::ms(begun.elapsed()), "disk copied while in use")
+        }
         Err(reason) => tracing::warn!(%account, reason, "no copy of the disk"),
     }
     if let Err(unsent) = copy.asker.news.send(CopyNews::Over(outcome)).await
@@ -169,7 +171,7 @@ impl Copy {
             None => self.machine.copy_disk(copies.disk.file(), room).await,
         };
         let woken = self.machine.wake().await;
-        tracing::info!(account = %self.account, ms = millis(begun), "stood still to be copied");
+        tracing::info!(account = %self.account, ms = time::ms(begun.elapsed()), "stood still to be copied");
         match (copying, woken) {
             (copying, Ok(())) => copying,
             (copying, Err(reason)) => {
@@ -241,8 +243,4 @@ fn new_files(dir: &Path, memory: bool, floor: u64) -> std::io::Result<(Copies, u
     let memory = memory.then(|| new("export-memory")).transpose()?;
     let copies = Copies { disk: new("export")?, memory };
     Ok((copies, room::free(dir)?.saturating_sub(floor)))
-}
-
-fn millis(since: Instant) -> u64 {
-    since.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
 }

@@ -33,6 +33,7 @@ use crate::{
     promises::{Full, Promise},
     quota, room,
     store::StoreError,
+    time,
     watch::Event,
 };
 
@@ -168,7 +169,7 @@ pub(super) async fn start(
         account = account.name,
         pid = machine.pid,
         base = machine.base,
-        ms = begun.elapsed().as_millis() as u64,
+        ms = time::ms(begun.elapsed()),
         how = arrival.as_deref().unwrap_or("cold start"),
         "machine started"
     );
@@ -178,7 +179,7 @@ pub(super) async fn start(
         pid: machine.pid,
         base: machine.base.clone(),
         how: how.as_str(),
-        milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+        milliseconds: time::ms(begun.elapsed()),
         detail: arrival.clone(),
         stages: machine.take_stages(),
     });

@@ -1,7 +1,7 @@
 //! A user's checkpoints: docs/formats/checkpoint.md. Each costs her host as much as her disk may, so of those that she
 //! has made there are few.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hermitage_storage::{
     accounts::Account,
@@ -17,7 +17,7 @@ use crate::{
     checkpoints,
     lifecycle::{Copies, CopyNews, StopCause},
     room, time,
-    watch::{Copied, Event},
+    watch::{Copied, CopyNote},
 };
 
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
@@ -75,9 +75,9 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
 
 pub(super) async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
-    let note = Note::new(desk, account, Copied::Checkpoint, &name);
+    let note = note(account, Copied::Checkpoint, &name);
     let taken = take(desk, account, &name).await;
-    note.over(taken.as_ref().map(|(_, bytes)| *bytes));
+    desk.watch.tell(note.over(taken.as_ref().map(|(_, bytes)| *bytes)));
     let (about, _) = taken?;
     tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
     Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
@@ -87,9 +87,9 @@ pub(super) async fn create(desk: &Desk, account: &Account, name: &str) -> Result
 pub(super) async fn restore(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let source = find(desk, account, &name).await?;
-    let note = Note::new(desk, account, Copied::GoBack, &name);
+    let note = note(account, Copied::GoBack, &name);
     let done = go_back(desk, account, &source).await;
-    note.over(done.as_ref().map(|_| source.allocated));
+    desk.watch.tell(note.over(done.as_ref().map(|_| source.allocated)));
     let done = done?;
     // What the service remembers of her last machine is of another.
     desk.registry.reconsider(account.id);
@@ -145,43 +145,19 @@ async fn go_back(
 pub(super) async fn drop(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let one = find(desk, account, &name).await?;
-    let note = Note::new(desk, account, Copied::DropCheckpoint, &name);
+    let note = note(account, Copied::DropCheckpoint, &name);
     let (state, id, dropped) = (desk.state_dir.clone(), account.id, name.clone());
     let removed =
         blocking(move || checkpoint::remove(&state, id, &dropped).map_err(|error| trouble(&error)));
     let removed = removed.await.and_then(|removed| removed);
-    note.over(removed.as_ref().map(|()| one.allocated));
+    desk.watch.tell(note.over(removed.as_ref().map(|()| one.allocated)));
     removed?;
     Ok(format!("{name} is deleted.\n"))
 }
 
 /// What is to be told in the audit log of something under way.
-struct Note<'a> {
-    desk: &'a Desk,
-    account: &'a Account,
-    what: Copied,
-    name: &'a Name,
-    begun: Instant,
-}
-
-impl<'a> Note<'a> {
-    fn new(desk: &'a Desk, account: &'a Account, what: Copied, name: &'a Name) -> Self {
-        Self { desk, account, what, name, begun: Instant::now() }
-    }
-
-    /// With the bytes that it was about.
-    fn over(self, outcome: Result<u64, &String>) {
-        self.desk.watch.tell(Event::Copy {
-            who: None,
-            what: self.what,
-            account: self.account.name.clone(),
-            id: Some(self.account.id),
-            place: Some(self.name.to_string()),
-            bytes: outcome.ok(),
-            milliseconds: self.begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
-            error: outcome.err().cloned(),
-        });
-    }
+fn note(account: &Account, what: Copied, name: &Name) -> CopyNote {
+    CopyNote::new(what, &account.name, Some(account.id)).at(name.to_string())
 }
 
 async fn all(desk: &Desk, account: &Account) -> Result<Vec<Checkpoint>, String> {
