@@ -22,6 +22,11 @@ pub fn short(seconds: i64) -> String {
     rfc3339(seconds)[..16].replace('T', " ")
 }
 
+/// As names have it: `20261121-052415`.
+pub fn name(seconds: i64) -> String {
+    rfc3339(seconds).replace(['-', ':', 'Z'], "").replace('T', "-")
+}
+
 /// Now, in seconds since 1970-01-01 UTC.
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -67,6 +72,7 @@ mod tests {
             assert_eq!(rfc3339(seconds), expected);
         }
         assert_eq!(short(951_868_800), "2000-03-01 00:00");
+        assert_eq!(name(951_782_399), "20000228-235959");
         let later = SystemTime::UNIX_EPOCH + Duration::from_millis(951_868_800_007);
         assert_eq!(rfc3339_ms(later), "2000-03-01T00:00:00.007Z");
     }
