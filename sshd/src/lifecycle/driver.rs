@@ -451,7 +451,7 @@ impl Driver {
                 None
             }
         };
-        self.former = Some(intent.map(former_of).unwrap_or_default());
+        self.former = Some(intent.map(start::Former::of).unwrap_or_default());
     }
 
     fn admit(&mut self) {
@@ -514,19 +514,6 @@ impl Driver {
     fn machine(&self) -> Option<Arc<Machine>> {
         self.machine.as_ref().map(|attached| attached.machine.0.clone())
     }
-}
-
-/// What the last record of a former service says to the next start.
-fn former_of(intent: accounts::Intent) -> start::Former {
-    let left = intent.terminals.as_deref().unwrap_or_default();
-    let left = left.split(' ').filter_map(|terminal| terminal.parse().ok()).collect();
-    let lost = match intent.state {
-        MachineState::Saved => None,
-        // Told as it was recorded, if there was something to tell.
-        MachineState::Stopped | MachineState::Failed => intent.detail,
-        _ => Some(super::INTERRUPTED.into()),
-    };
-    start::Former { left, lost, paused: intent.paused }
 }
 
 async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {

@@ -31,7 +31,7 @@ fn export_of(service: &Service, name: &str) -> Child {
 }
 
 /// Nothing is in her folder that was not there before, not for a moment longer than somebody reads it.
-fn nothing_remains(service: &Service, account: &Account) {
+pub fn nothing_remains(service: &Service, account: &Account) {
     let dir = service.state().account_dir(account.id);
     let beside =
         || fs::read_dir(&dir).unwrap().flatten().any(|file| publish::is_beside(&file.file_name()));
@@ -39,7 +39,7 @@ fn nothing_remains(service: &Service, account: &Account) {
 }
 
 /// A copy of hers is being made.
-fn wait_copying(service: &Service, account: &Account) {
+pub fn wait_copying(service: &Service, account: &Account) {
     let dir = service.state().account_dir(account.id);
     wait_for("the copy", || {
         let files = fs::read_dir(&dir).unwrap().flatten();

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Asks without a terminal.
-fn ask(service: &Service, user: &str, argument: &[&str]) -> Output {
+pub fn ask(service: &Service, user: &str, argument: &[&str]) -> Output {
     finish(service.ssh_with(&["-T", "-o", "BatchMode=yes", &at(user)]).args(argument))
 }
 
@@ -27,7 +27,7 @@ fn say(service: &Service, user: &str, input: &str) -> Output {
     finish_child(child)
 }
 
-fn refused(output: &Output) -> String {
+pub fn refused(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(255), "{}{}", stdout(output), stderr(output));
     assert_eq!(stdout(output), "");
     stderr(output)
