@@ -53,11 +53,11 @@ pub(super) async fn copy_disk(
                 }
                 Some(CopyNews::Over(Err(reason))) => {
                     server.watch.tell(note.over(Err(&reason)));
-                    break refused(format!("the disk of {name}'s machine can't be copied: {reason}"));
+                    break refused(format!("{name}'s machine was not copied: {reason}"));
                 }
                 None => {
                     server.watch.tell(note.over(Err("cut off")));
-                    break refused(format!("copying the disk of {name}'s machine was cut off"));
+                    break refused(format!("copying {name}'s machine was cut off"));
                 }
             },
             // One that does not read holds its machine's rest up, and others' copies.

@@ -246,8 +246,8 @@ async fn in_use(
             Some(CopyNews::NotRunning) => return Ok(None),
             Some(CopyNews::Over(Ok(copies))) => return Ok(Some(copies)),
             Some(CopyNews::Over(Err(reason))) => {
-                tracing::warn!(account = account.name, reason, "no checkpoint");
-                return Err("your machine could not be copied; try again in a moment".into());
+                tracing::warn!(account = account.name, %reason, "no checkpoint");
+                return Err(format!("your machine could not be copied: {}", reason.for_user()));
             }
             None => return Err("copying your machine was cut off; try again".into()),
         }

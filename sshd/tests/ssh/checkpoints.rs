@@ -3,14 +3,16 @@
 use std::{
     fs::{self, Permissions},
     os::unix::fs::PermissionsExt,
+    process::Stdio,
 };
 
+use hermitage::admin::protocol::{Reply, Request};
 use hermitage_storage::faults;
 
 use crate::{
     copying::{nothing_remains, wait_copying},
-    harness::{Options, Service, at, stdout, wait_for},
-    lobby::ask,
+    harness::{Options, Service, at, finish_child, stdout, wait_for},
+    lobby::{ask, refused},
     terminals::Shell,
     watching::audited,
 };
@@ -64,6 +66,29 @@ fn a_return_goes_on_when_the_link_is_cut_and_the_next_login_is_told_of_it() {
             back.find(|copy| copy.get("error").is_none()).map(drop)
         });
     }
+}
+
+/// What a copy fails by that concerns her she is told.
+#[test]
+fn who_gets_no_checkpoint_is_told_why() {
+    let service = Service::with(Options { machines: "linger = 60", ..Options::default() });
+    let account = service.account("slowcopy");
+    let mut shell = Shell::open(&service, "slowcopy");
+    shell.run("echo he''re", "here");
+    let mut asking = service.ssh_with(&["-T", "-o", "BatchMode=yes", &at("slowcopy+checkpoint")]);
+    let asking = asking.arg("one").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_copying(&service, &account);
+    assert_eq!(service.admin(&Request::StopAccount { account: "slowcopy".into() }), Reply::Done);
+    let said = refused(&finish_child(asking));
+    let words =
+        "your machine could not be copied: it was put to rest or ended meanwhile; try again";
+    assert!(said.contains(words), "{said}");
+
+    service.account("unfrozen");
+    let mut shell = Shell::open(&service, "unfrozen");
+    shell.run("echo he''re", "here");
+    let said = refused(&ask(&service, "unfrozen+checkpoint", &["one"]));
+    assert!(said.contains("could not be copied: its disk does not answer"), "{said}");
 }
 
 #[test]
