@@ -4,6 +4,7 @@ use hermitage_storage::{
     StateDir,
     accounts::{Account, Intent, MachineState},
     checkpoint::{self, About, CheckpointError, Known, Name},
+    publish,
 };
 
 use crate::time;
@@ -11,16 +12,8 @@ use crate::time;
 /// `20261121-101530`, UTC, behind something; `…-2` for the second of one second.
 pub fn dated(state: &StateDir, account: &Account, before: &str) -> Result<Name, CheckpointError> {
     let taken = checkpoint::list(state, account.id)?;
-    let now: String = time::rfc3339(time::now());
-    let digits: String = now.chars().filter(char::is_ascii_digit).collect();
-    let (day, second) = digits.split_at(digits.len().min(8));
-    let mut name = format!("{before}{day}-{second}");
-    let mut count = 1;
-    while taken.iter().any(|one| one.name.as_str() == name) {
-        count += 1;
-        name = format!("{before}{day}-{second}-{count}");
-    }
-    Name::parse(&name)
+    let name = format!("{before}{}", time::name(time::now()));
+    Name::parse(&publish::unused(&name, |name| taken.iter().any(|one| one.name.as_str() == name)))
 }
 
 /// What the database knows of a machine at rest.

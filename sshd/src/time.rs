@@ -1,6 +1,6 @@
 //! Times as people and programs read them: UTC, RFC 3339.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Seconds since 1970-01-01 UTC as `2026-11-21T05:24:15Z`.
 pub fn rfc3339(seconds: i64) -> String {
@@ -22,10 +22,20 @@ pub fn short(seconds: i64) -> String {
     rfc3339(seconds)[..16].replace('T', " ")
 }
 
+/// As names have it: `20261121-052415`.
+pub fn name(seconds: i64) -> String {
+    rfc3339(seconds).replace(['-', ':', 'Z'], "").replace('T', "-")
+}
+
 /// Now, in seconds since 1970-01-01 UTC.
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     since.as_secs().try_into().unwrap_or(i64::MAX)
+}
+
+/// Whole milliseconds, at most what the type holds.
+pub fn ms(span: Duration) -> u64 {
+    span.as_millis().try_into().unwrap_or(u64::MAX)
 }
 
 /// Days since 1970-01-01 as year, month, day of the Gregorian calendar. Years are counted from March, so
@@ -62,7 +72,14 @@ mod tests {
             assert_eq!(rfc3339(seconds), expected);
         }
         assert_eq!(short(951_868_800), "2000-03-01 00:00");
-        let later = SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(951_868_800_007);
+        assert_eq!(name(951_782_399), "20000228-235959");
+        let later = SystemTime::UNIX_EPOCH + Duration::from_millis(951_868_800_007);
         assert_eq!(rfc3339_ms(later), "2000-03-01T00:00:00.007Z");
+    }
+
+    #[test]
+    fn a_span_is_told_in_whole_milliseconds() {
+        assert_eq!(ms(Duration::from_micros(7_999)), 7);
+        assert_eq!(ms(Duration::MAX), u64::MAX);
     }
 }

@@ -122,11 +122,23 @@ pub fn open_locked(path: &Path) -> Result<File, DiskError> {
     if !file.metadata().map_err(failed(path, "reading the disk"))?.is_file() {
         return Err(DiskError::NotAFile(path.to_owned()));
     }
-    lock(&file).map_err(|errno| match errno {
+    lock_as(path, &file)?;
+    Ok(file)
+}
+
+/// Locks what was opened by this name. Until then somebody may have put another disk in its place: who goes back to a
+/// checkpoint does, and what is locked then is a checkpoint's.
+fn lock_as(path: &Path, file: &File) -> Result<(), DiskError> {
+    lock(file).map_err(|errno| match errno {
         Errno::EAGAIN | Errno::EACCES => DiskError::InUse(path.to_owned()),
         errno => failed(path, "locking the disk")(errno.into()),
     })?;
-    Ok(file)
+    let looked = file.metadata().and_then(|opened| Ok((opened, fs::symlink_metadata(path)?)));
+    let (opened, there) = looked.map_err(failed(path, "reading the disk"))?;
+    match (opened.dev(), opened.ino()) == (there.dev(), there.ino()) {
+        true => Ok(()),
+        false => Err(DiskError::InUse(path.to_owned())),
+    }
 }
 
 /// A write lock of the open file on all of it, or an error at once.

@@ -82,6 +82,19 @@ fn holder() {
     std::thread::sleep(Duration::from_secs(60));
 }
 
+/// Between a file's opening and its lock the one who had it may have put another in its place.
+#[test]
+fn a_disk_that_was_replaced_before_it_was_locked_is_not_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let [path, new] = ["disk.img", "new"].map(|name| dir.path().join(name));
+    std::fs::write(&path, "old").unwrap();
+    let opened = File::options().read(true).write(true).open(&path).unwrap();
+    std::fs::write(&new, "new").unwrap();
+    std::fs::rename(&new, &path).unwrap();
+    assert!(matches!(lock_as(&path, &opened), Err(DiskError::InUse(_))));
+    open_locked(&path).unwrap();
+}
+
 #[test]
 fn another_process_holds_the_lock_until_it_is_killed() {
     let (_dir, state, template) = state();

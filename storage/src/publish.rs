@@ -196,6 +196,16 @@ fn abandoned(dir: &Path) -> io::Result<Vec<(PathBuf, File)>> {
     Ok(found)
 }
 
+/// This name, or `NAME-2` and so on where it is taken.
+pub fn unused(name: &str, taken: impl Fn(&str) -> bool) -> String {
+    let (mut unused, mut count) = (name.to_owned(), 1);
+    while taken(&unused) {
+        count += 1;
+        unused = format!("{name}-{count}");
+    }
+    unused
+}
+
 /// Is this the name of something unfinished?
 pub fn is_beside(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
@@ -272,5 +282,11 @@ mod tests {
         let mut left = names(dir.path());
         left.sort();
         assert_eq!(left, ["c", "kept"]);
+    }
+
+    #[test]
+    fn a_name_that_is_taken_is_numbered() {
+        assert_eq!(unused("a", |_| false), "a");
+        assert_eq!(unused("a", |name| ["a", "a-2"].contains(&name)), "a-3");
     }
 }

@@ -1,6 +1,6 @@
 //! Handing out a copy of a disk that is in use.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::{
     io::AsyncReadExt,
@@ -12,7 +12,7 @@ use super::{answer, asker, protocol::Reply, refused};
 use crate::{
     lifecycle::{Copies, CopyNews, discard},
     server::Server,
-    watch::{Copied, Event},
+    watch::{Copied, CopyNote},
 };
 
 /// How often the client hears something, so that it can tell a long copy from a service that is gone.
@@ -35,19 +35,7 @@ pub(super) async fn copy_disk(
         }
         Err(error) => return answer(&mut stream, &refused(error.to_string())).await,
     };
-    let (begun, who) = (Instant::now(), asker(&stream));
-    let tell = |bytes: u64, error: Option<String>| {
-        server.watch.tell(Event::Copy {
-            who: Some(who.clone()),
-            what: Copied::Disk,
-            account: account.name.clone(),
-            id: Some(account.id),
-            place: None,
-            bytes: error.is_none().then_some(bytes),
-            milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
-            error,
-        });
-    };
+    let note = CopyNote::new(Copied::Disk, &account.name, Some(account.id)).by(asker(&stream));
     let mut news = server.registry.copy(&account, memory).await;
     let mut tick = interval(TELL);
     let (mut of, mut stands) = (0, Reply::Waiting { for_another: false });
@@ -60,29 +48,29 @@ pub(super) async fn copy_disk(
                 }
                 Some(CopyNews::NotRunning) => break Reply::NotRunning,
                 Some(CopyNews::Over(Ok(copies))) => {
-                    tell(of, None);
+                    server.watch.tell(note.over(Ok::<_, String>(of)));
                     return hand_out(copies, stream).await;
                 }
                 Some(CopyNews::Over(Err(reason))) => {
-                    tell(0, Some(reason.clone()));
-                    break refused(format!("the disk of {name}'s machine can't be copied: {reason}"));
+                    server.watch.tell(note.over(Err(&reason)));
+                    break refused(format!("{name}'s machine was not copied: {reason}"));
                 }
                 None => {
-                    tell(0, Some("cut off".into()));
-                    break refused(format!("copying the disk of {name}'s machine was cut off"));
+                    server.watch.tell(note.over(Err("cut off")));
+                    break refused(format!("copying {name}'s machine was cut off"));
                 }
             },
             // One that does not read holds its machine's rest up, and others' copies.
             _ = tick.tick() => {
                 let told = timeout(UNREAD, answer(&mut stream, &stands)).await;
                 if !matches!(told, Ok(Ok(()))) {
-                    tell(0, Some("whoever wanted it does not read".into()));
+                    server.watch.tell(note.over(Err("whoever wanted it does not read")));
                     return told?;
                 }
             }
             // Dropping the channel gives the copy up.
             () = closed(&mut stream) => {
-                tell(0, Some("nobody wants it any more".into()));
+                server.watch.tell(note.over(Err("nobody wants it any more")));
                 return Ok(());
             }
         }

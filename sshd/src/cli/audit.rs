@@ -5,7 +5,8 @@
 //! an account's files out; what only looks, checks or says what it would do is not.
 
 use super::context::Context;
-use hermitage::watch::{Copied, Event, Who, audit, audit_log};
+use hermitage::time;
+use hermitage::watch::{self, Copied, Event, Who, audit, audit_log};
 use hermitage_storage::accounts::Account;
 use std::fmt::Display;
 use std::time::Instant;
@@ -33,22 +34,18 @@ impl Note {
             who: who(),
             command: self.words,
             details: context.details(),
-            milliseconds: millis(self.begun),
+            milliseconds: time::ms(self.begun.elapsed()),
             error: outcome.as_ref().err().map(|error| format!("{error:#}")),
         };
         append(context, &event, outcome.is_ok());
     }
 }
 
-/// What becomes of an account's files, noted when it is over: the command's line says neither whose they were, where
-/// it was about many, nor how much it was.
+/// What becomes of an account's files: the command's line says neither whose they were, where it was about many, nor
+/// how much it was.
 pub struct CopyNote<'a> {
     context: &'a Context,
-    what: Copied,
-    account: String,
-    id: Option<Uuid>,
-    place: String,
-    begun: Instant,
+    note: watch::CopyNote,
 }
 
 impl<'a> CopyNote<'a> {
@@ -58,7 +55,7 @@ impl<'a> CopyNote<'a> {
         account: &Account,
         place: impl Display,
     ) -> CopyNote<'a> {
-        CopyNote { id: Some(account.id), ..Self::named(context, what, &account.name, place) }
+        Self::new(context, what, &account.name, Some(account.id), place)
     }
 
     /// Of an account that is not there yet. Its name may be an archive's word.
@@ -68,37 +65,36 @@ impl<'a> CopyNote<'a> {
         account: &str,
         place: impl Display,
     ) -> CopyNote<'a> {
-        let (account, place) = (shortened(account.to_owned()), shortened(place.to_string()));
-        CopyNote { context, what, account, id: None, place, begun: Instant::now() }
+        Self::new(context, what, account, None, place)
+    }
+
+    fn new(
+        context: &'a Context,
+        what: Copied,
+        account: &str,
+        id: Option<Uuid>,
+        place: impl Display,
+    ) -> CopyNote<'a> {
+        let account = shortened(account.to_owned());
+        let note = watch::CopyNote::new(what, &account, id);
+        CopyNote { context, note: note.by(who()).at(shortened(place.to_string())) }
     }
 
     /// Now it is there.
     pub fn is(&mut self, id: Uuid) {
-        self.id = Some(id);
+        self.note.is(id);
     }
 
     /// `outcome`: bytes, or why there are none.
     pub fn over(self, outcome: Result<u64, &anyhow::Error>) {
-        let event = Event::Copy {
-            who: Some(who()),
-            what: self.what,
-            account: self.account,
-            id: self.id,
-            place: Some(self.place),
-            bytes: outcome.ok(),
-            milliseconds: millis(self.begun),
-            error: outcome.err().map(|error| format!("{error:#}")),
-        };
-        append(self.context, &event, outcome.is_ok());
+        let done = outcome.is_ok();
+        let event = self.note.over(outcome.map_err(|error| format!("{error:#}")));
+        append(self.context, &event, done);
     }
 }
 
 fn who() -> Who {
     Who::of(nix::unistd::getuid().as_raw(), std::process::id() as i32)
-}
-
-fn millis(since: Instant) -> u64 {
-    since.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
 }
 
 /// `done`: it came to something. Whoever may not do anything here may not note it either.

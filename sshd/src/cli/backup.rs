@@ -164,10 +164,7 @@ fn create(
             }
         }
     }
-    let now: String = time::rfc3339(time::now());
-    let digits: String = now.chars().filter(char::is_ascii_digit).collect();
-    let (day, second) = digits.split_at(digits.len().min(8));
-    let id = format!("{day}-{second}");
+    let id = time::name(time::now());
     let written = writer.finish(&accounts, context.state.root(), &id, env!("CARGO_PKG_VERSION"))?;
     let object = json!({
         "run": written.run.id,

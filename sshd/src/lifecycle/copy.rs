@@ -10,7 +10,7 @@ use std::{
 };
 
 use hermitage_storage::{
-    disk::Tag,
+    disk::{self, Tag},
     publish::{self, NewFile},
 };
 use tokio::{
@@ -20,10 +20,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{driver::Context, save::STAND_TIMEOUT};
+use super::{
+    driver::Context,
+    no_copy::{NoCopy, Part},
+    save::STAND_TIMEOUT,
+};
 use crate::{
     machine::{DiskCopy, Machine},
-    room,
+    room, time,
 };
 
 /// How a copy stands.
@@ -36,7 +40,7 @@ pub enum CopyNews {
     /// The account has no machine that would be in the way.
     NotRunning,
     /// The copies, or why there are none.
-    Over(Result<Copies, String>),
+    Over(Result<Copies, NoCopy>),
 }
 
 /// The state of one moment, in files that are deleted when this is dropped.
@@ -72,8 +76,10 @@ pub(super) async fn copy(
     let begun = Instant::now();
     let outcome = copy.run().await;
     match &outcome {
-        Ok(_) => tracing::info!(%account, ms = millis(begun), "disk copied while in use"),
-        Err(reason) => tracing::warn!(%account, reason, "no copy of the disk"),
+        Ok(_) => {
+            tracing::info!(%account, ms = time::ms(begun.elapsed()), "disk copied while in use")
+        }
+        Err(reason) => tracing::warn!(%account, %reason, "no copy of the machine"),
     }
     if let Err(unsent) = copy.asker.news.send(CopyNews::Over(outcome)).await
         && let CopyNews::Over(Ok(copies)) = unsent.0
@@ -97,7 +103,7 @@ struct Copy {
 }
 
 impl Copy {
-    async fn run(&self) -> Result<Copies, String> {
+    async fn run(&self) -> Result<Copies, NoCopy> {
         // One at a time on this host: each takes as much room as there is, and reads as fast as it can.
         let _turn = match self.context.copies.try_acquire() {
             Ok(turn) => turn,
@@ -105,7 +111,7 @@ impl Copy {
                 let _ = self.asker.news.try_send(CopyNews::Waiting { for_another: true });
                 tokio::select! {
                     turn = self.context.copies.acquire() => {
-                        turn.map_err(|error| error.to_string())?
+                        turn.map_err(|error| NoCopy::Host(error.to_string()))?
                     }
                     reason = self.unwanted() => return Err(reason),
                 }
@@ -117,12 +123,28 @@ impl Copy {
             Ok(()) => Ok(copies),
             Err(reason) => {
                 discard(copies);
-                Err(reason)
+                Err(self.explained(reason, room).await)
             }
         }
     }
 
-    async fn copy_into(&self, copies: &Copies, room: u64) -> Result<(), String> {
+    /// What came of a machine's end was that, and what came of too little room may have been that.
+    async fn explained(&self, reason: NoCopy, room: u64) -> NoCopy {
+        let NoCopy::Part { what, reason, .. } = reason else { return reason };
+        if let Ok(reason) = timeout(Duration::ZERO, self.machine.ended()).await {
+            return NoCopy::Ended(reason);
+        }
+        let (disk, dir) =
+            (self.context.state_dir.disk(self.account), self.context.state_dir.clone());
+        let floor = self.floor();
+        let looked = tokio::task::spawn_blocking(move || {
+            let left = room::free(dir.root()).map_or(room, |free| free.saturating_sub(floor));
+            disk::allocated(&disk).is_ok_and(|takes| takes > room.min(left))
+        });
+        NoCopy::Part { what, reason, tight: looked.await.unwrap_or(false) }
+    }
+
+    async fn copy_into(&self, copies: &Copies, room: u64) -> Result<(), NoCopy> {
         let mut copying = self.begin(copies, room).await?;
         let of = copying.bytes;
         let mut copied = 0;
@@ -136,11 +158,8 @@ impl Copy {
                         continue;
                     }
                     Ok(Err(Ok(_))) => return Ok(()),
-                    Ok(Err(Err(reason))) => return Err(reason),
-                    Err(_) => format!(
-                        "nothing was copied for {} s; look at the host's disk, or give --stop",
-                        STALLED.as_secs()
-                    ),
+                    Ok(Err(Err(reason))) => return Err(part(Part::Disk)(reason)),
+                    Err(_) => NoCopy::Stalled(STALLED.as_secs()),
                 },
                 reason = self.unwanted() => reason,
             };
@@ -150,26 +169,29 @@ impl Copy {
     }
 
     /// From its return on the guest goes on, and what it writes is not in the copy.
-    async fn begin(&self, copies: &Copies, room: u64) -> Result<DiskCopy<'_>, String> {
+    async fn begin(&self, copies: &Copies, room: u64) -> Result<DiskCopy<'_>, NoCopy> {
         let standing = tokio::select! {
             standing = self.machine.stand() => standing,
             reason = self.unwanted() => return Err(reason),
             () = sleep(STAND_TIMEOUT) => {
-                return Err("its agent has not gone on since the last time it was to stand still; stop the machine, or give --stop".into());
+                return Err(NoCopy::Standing);
             }
         };
         let begun = Instant::now();
         if let Err(reason) = self.machine.freeze().await {
             // Whether it stands still or not: it is told to go on, and heeds that when it can.
             self.machine.keep_waking(standing);
-            return Err(reason);
+            return Err(NoCopy::Guest(reason));
         }
         let copying = match &copies.memory {
             Some(memory) => self.with_memory(memory.file(), copies.disk.file(), room).await,
-            None => self.machine.copy_disk(copies.disk.file(), room).await,
+            None => {
+                let copying = self.machine.copy_disk(copies.disk.file(), room).await;
+                copying.map_err(part(Part::Disk))
+            }
         };
         let woken = self.machine.wake().await;
-        tracing::info!(account = %self.account, ms = millis(begun), "stood still to be copied");
+        tracing::info!(account = %self.account, ms = time::ms(begun.elapsed()), "stood still to be copied");
         match (copying, woken) {
             (copying, Ok(())) => copying,
             (copying, Err(reason)) => {
@@ -177,7 +199,7 @@ impl Copy {
                 if let Ok(copying) = copying {
                     copying.give_up().await;
                 }
-                Err(reason)
+                Err(NoCopy::Guest(reason))
             }
         }
     }
@@ -188,25 +210,29 @@ impl Copy {
         memory: &File,
         disk: &File,
         room: u64,
-    ) -> Result<DiskCopy<'_>, String> {
+    ) -> Result<DiskCopy<'_>, NoCopy> {
         // The live disk never gets this tag: its own machine's memory is another matter.
         let mut tag: Tag = [0; 16];
-        getrandom::fill(&mut tag).map_err(|error| format!("no random numbers: {error}"))?;
+        let unfilled = |error| NoCopy::Host(format!("no random numbers: {error}"));
+        getrandom::fill(&mut tag).map_err(unfilled)?;
         let copying = match self.machine.save(memory, *self.account.as_bytes(), tag).await {
-            Ok(bytes) => self.machine.copy_disk(disk, room.saturating_sub(bytes)).await,
-            Err(reason) => Err(reason),
+            Ok(bytes) => {
+                let copying = self.machine.copy_disk(disk, room.saturating_sub(bytes)).await;
+                copying.map_err(part(Part::Disk))
+            }
+            Err(reason) => Err(part(Part::Memory)(reason)),
         };
         // Those of a machine that is put to rest are told elsewhere.
         self.machine.take_stages();
         // Whether it was saved, in time or at all: a machine that runs ignores this.
         match (copying, self.machine.carry_on().await) {
             (copying, Ok(())) => copying,
-            (_, Err(reason)) => Err(reason),
+            (_, Err(reason)) => Err(part(Part::Memory)(reason)),
         }
     }
 
     /// Why the copy is to be given up, when it is.
-    async fn unwanted(&self) -> String {
+    async fn unwanted(&self) -> NoCopy {
         let mut scarce = self.context.scarce.clone();
         let scarce = async {
             // A service that is about to end looks no more.
@@ -215,23 +241,30 @@ impl Copy {
             }
         };
         tokio::select! {
-            () = self.called_off.cancelled() => {
-                "the machine was put to rest or stopped meanwhile; try again".into()
-            }
-            () = self.asker.news.closed() => "nobody wants it any more".into(),
-            () = scarce => "the host's disk is nearly full".into(),
+            () = self.called_off.cancelled() => NoCopy::PutToRest,
+            () = self.asker.news.closed() => NoCopy::Unwanted,
+            () = scarce => NoCopy::Scarce,
         }
     }
 
     /// Where they go, and how much there is room for.
-    async fn files(&self) -> Result<(Copies, u64), String> {
+    async fn files(&self) -> Result<(Copies, u64), NoCopy> {
         let dir = self.context.state_dir.account_dir(self.account);
-        let floor = self.context.config.machines.min_free_mib << 20;
+        let floor = self.floor();
         let memory = self.asker.memory;
         let made = tokio::task::spawn_blocking(move || new_files(&dir, memory, floor)).await;
-        made.map_err(|error| error.to_string())?
-            .map_err(|error| format!("no file for a copy of the disk: {error}"))
+        made.map_err(|error| NoCopy::Host(error.to_string()))?
+            .map_err(|error| NoCopy::Host(format!("no file for a copy of the disk: {error}")))
     }
+
+    /// Bytes that copies leave free on the host.
+    fn floor(&self) -> u64 {
+        self.context.config.machines.min_free_mib << 20
+    }
+}
+
+fn part(what: Part) -> impl FnOnce(String) -> NoCopy {
+    move |reason| NoCopy::Part { what, reason, tight: false }
 }
 
 /// Beside the disk, so that the two can share blocks; under names that are swept if nobody holds them.
@@ -241,8 +274,4 @@ fn new_files(dir: &Path, memory: bool, floor: u64) -> std::io::Result<(Copies, u
     let memory = memory.then(|| new("export-memory")).transpose()?;
     let copies = Copies { disk: new("export")?, memory };
     Ok((copies, room::free(dir)?.saturating_sub(floor)))
-}
-
-fn millis(since: Instant) -> u64 {
-    since.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
 }

@@ -3,6 +3,8 @@
 //! beside it, so that a stop can be noted while it is under way.
 
 mod copying;
+mod effects;
+mod record;
 mod report;
 mod vigil;
 
@@ -12,11 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hermitage_storage::{
-    StateDir,
-    accounts::{self, MachineState},
-    saved,
-};
+use hermitage_storage::{StateDir, accounts::MachineState};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
     task::JoinHandle,
@@ -27,8 +25,7 @@ use uuid::Uuid;
 
 use super::{
     Arrival, How, Lease, LoginError, MachineCell, Status, copy, save, start,
-    state::{Effect, Event, Intent, Lifecycle, SaveOutcome, State, StopCause, Timer},
-    words,
+    state::{Event, Lifecycle, SaveOutcome, State, StopCause, Timer},
 };
 use crate::{
     cgroup::Cgroups,
@@ -343,164 +340,6 @@ impl Driver {
         self.publish();
     }
 
-    async fn carry_out(&mut self, effect: Effect) {
-        if matches!(effect, Effect::Release | Effect::PowerOff | Effect::Kill)
-            && let Some(attached) = &self.machine
-        {
-            // Of what is gone the kernel counts nothing any more.
-            attached.machine.1.settle();
-        }
-        match effect {
-            Effect::Record(intent) => self.record(intent).await,
-            Effect::Start => {
-                let (context, account) = (self.context.clone(), self.account);
-                let former = self.former.clone().unwrap_or_default();
-                let quota = self.quota.clone();
-                let task = start::start(context, account, former, quota);
-                self.starting = Some(tokio::spawn(task));
-            }
-            Effect::Save => {
-                self.saved_because = self.rest_cause();
-                if let Some(machine) = self.machine() {
-                    let (context, account) = (self.context.clone(), self.account);
-                    self.call_off = CancellationToken::new();
-                    let called_off = self.call_off.clone();
-                    let task = save::save(context, account, machine, called_off);
-                    self.saving = Some(tokio::spawn(task));
-                }
-            }
-            Effect::CallOff => self.call_off.cancel(),
-            Effect::Copy => self.copy(),
-            Effect::CallOffCopy => self.call_off_copy.cancel(),
-            Effect::Release => {
-                if let Some(machine) = self.machine() {
-                    tokio::spawn(async move { machine.release().await });
-                }
-            }
-            Effect::Drop => self.drop_memory().await,
-            Effect::Admit => self.admit(),
-            Effect::Refuse(reason) => {
-                for reply in self.waiting.drain(..) {
-                    let _ = reply.send(Err(LoginError::NoMachine(reason.clone())));
-                }
-            }
-            Effect::EndSessions(reason) => {
-                if let Some(attached) = &self.machine {
-                    attached.end.send_replace(Some(reason));
-                }
-            }
-            Effect::PowerOff => {
-                if let Some(machine) = self.machine() {
-                    let grace = self.context.config.machines.stop_timeout();
-                    let grace = grace.saturating_sub(POWER_OFF_MARGIN).max(grace / 2);
-                    // Beside this task: a guest that does not read must not hold it up.
-                    tokio::spawn(async move { machine.power_off(grace).await });
-                }
-            }
-            Effect::Kill => {
-                if let Some(machine) = self.machine() {
-                    tracing::warn!(account = %self.account, pid = machine.pid, "killing the machine");
-                    tokio::spawn(async move { machine.kill().await });
-                }
-            }
-            Effect::Look => self.look(),
-            Effect::Greet(awake) => {
-                if let Some(attached) = &self.machine {
-                    attached.arrival.add(words::still_running(&awake));
-                }
-            }
-            Effect::SetTimer(timer) => {
-                if matches!(timer, Timer::Linger | Timer::Expected) {
-                    self.vigil.begin();
-                }
-                self.timer = Some(Instant::now() + self.length(timer));
-            }
-            Effect::CancelTimer => self.timer = None,
-            Effect::Gone => {
-                for reply in self.stopping.drain(..) {
-                    let _ = reply.send(());
-                }
-            }
-        }
-    }
-
-    async fn drop_memory(&mut self) {
-        self.former = Some(start::Former::default());
-        let (context, account) = (self.context.clone(), self.account);
-        let dropped =
-            tokio::task::spawn_blocking(move || saved::withdraw(&context.state_dir, account));
-        let outcome = dropped.await.map_err(std::io::Error::other).and_then(|outcome| outcome);
-        if let Err(error) = outcome {
-            // It is found again at the next start, which resumes it or says why not.
-            tracing::error!(account = %self.account, %error, "can't drop a saved machine");
-        }
-    }
-
-    /// What a service before this one recorded of the account's machine.
-    async fn look_up_former(&mut self) {
-        if let Some(former) = &mut self.former {
-            if let Some(lost) = &self.lifecycle.lost {
-                former.lost = Some(lost.clone());
-            }
-            return;
-        }
-        let intent = match self.context.store.intent(self.account).await {
-            Ok(intent) => intent,
-            Err(error) => {
-                tracing::error!(account = %self.account, %error, "can't look up the last machine");
-                None
-            }
-        };
-        self.former = Some(intent.map(former_of).unwrap_or_default());
-    }
-
-    fn admit(&mut self) {
-        let Some(attached) = &mut self.machine else { return };
-        for reply in self.waiting.drain(..) {
-            let lease = Lease {
-                arrival: attached.arrival.clone(),
-                machine: attached.machine.0.clone(),
-                how: std::mem::replace(&mut attached.how, How::Running),
-                end: attached.end.subscribe(),
-                leaves: self.leaves.clone(),
-            };
-            // Somebody who did not wait leaves at once, by the lease's drop.
-            let _ = reply.send(Ok(lease));
-        }
-    }
-
-    /// A database that can't be written does not keep anybody out: the disk's lock guards the disk.
-    async fn record(&mut self, intent: Intent) {
-        if matches!(intent, Intent::Starting | Intent::Resuming) {
-            self.look_up_former().await;
-        }
-        let left = self.former.as_ref().map(|former| former.left.as_slice()).unwrap_or_default();
-        let machine = self.machine();
-        let record = accounts::Intent {
-            account: self.account,
-            state: match (intent, &self.lifecycle.state) {
-                (Intent::Stopped, State::Failed(_)) => MachineState::Failed,
-                (Intent::Stopped, _) => MachineState::Stopped,
-                (Intent::Starting, _) => MachineState::Starting,
-                (Intent::Running, _) => MachineState::Running,
-                (Intent::Saving, _) => MachineState::Saving,
-                (Intent::Saved, _) => MachineState::Saved,
-                (Intent::Resuming, _) => MachineState::Resuming,
-                (Intent::Stopping, _) => MachineState::Stopping,
-            },
-            pid: machine.as_ref().map(|machine| machine.pid),
-            base: machine.map(|machine| machine.base.clone()),
-            detail: Some(self.why()).filter(|why| !why.is_empty()),
-            paused: self.former.as_ref().and_then(|former| former.paused.clone()),
-            terminals: (!left.is_empty())
-                .then(|| left.iter().map(u8::to_string).collect::<Vec<_>>().join(" ")),
-            since: 0,
-        };
-        if let Err(error) = self.context.store.record(record).await {
-            tracing::error!(account = %self.account, ?intent, %error, "can't record");
-        }
-    }
-
     fn length(&self, timer: Timer) -> Duration {
         match timer {
             Timer::Linger => self.vigil.linger,
@@ -514,19 +353,6 @@ impl Driver {
     fn machine(&self) -> Option<Arc<Machine>> {
         self.machine.as_ref().map(|attached| attached.machine.0.clone())
     }
-}
-
-/// What the last record of a former service says to the next start.
-fn former_of(intent: accounts::Intent) -> start::Former {
-    let left = intent.terminals.as_deref().unwrap_or_default();
-    let left = left.split(' ').filter_map(|terminal| terminal.parse().ok()).collect();
-    let lost = match intent.state {
-        MachineState::Saved => None,
-        // Told as it was recorded, if there was something to tell.
-        MachineState::Stopped | MachineState::Failed => intent.detail,
-        _ => Some(super::INTERRUPTED.into()),
-    };
-    start::Former { left, lost, paused: intent.paused }
 }
 
 async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {

@@ -6,6 +6,7 @@
 mod copy;
 mod driver;
 mod leftovers;
+mod no_copy;
 mod resume;
 mod save;
 mod start;
@@ -33,6 +34,7 @@ use crate::{admin::protocol::AccountStatus, limits::Limits, machine::Machine, wa
 pub use copy::{Copies, CopyNews, discard};
 pub use driver::Context;
 use driver::{Driver, Request};
+pub use no_copy::NoCopy;
 pub use state::StopCause;
 
 /// What a machine that a former service left behind went through.
@@ -260,7 +262,7 @@ impl Registry {
         let (sender, news) = mpsc::channel(copy::NEWS);
         let asker = copy::Asker { memory, news: sender };
         if self.inner.closing.load(Ordering::Acquire) {
-            let _ = asker.news.try_send(CopyNews::Over(Err(LoginError::Stopping.to_string())));
+            let _ = asker.news.try_send(CopyNews::Over(Err(NoCopy::Stopping)));
             return news;
         }
         let mailbox = self.handle(account).mailbox;

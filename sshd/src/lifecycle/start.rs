@@ -9,7 +9,7 @@ use std::{
 
 use hermitage_guest_proto::Attach;
 use hermitage_storage::{
-    accounts::{Account, Closed},
+    accounts::{Account, Closed, Intent, MachineState},
     disk::{self, DiskError},
     snapshot,
 };
@@ -33,6 +33,7 @@ use crate::{
     promises::{Full, Promise},
     quota, room,
     store::StoreError,
+    time,
     watch::Event,
 };
 
@@ -51,6 +52,21 @@ pub(super) struct Former {
     pub lost: Option<String>,
     /// What was at work in it when it was saved.
     pub paused: Option<String>,
+}
+
+impl Former {
+    /// What its last record says to the next start.
+    pub fn of(intent: Intent) -> Self {
+        let left = intent.terminals.as_deref().unwrap_or_default();
+        let left = left.split(' ').filter_map(|terminal| terminal.parse().ok()).collect();
+        let lost = match intent.state {
+            MachineState::Saved => None,
+            // Told as it was recorded, if there was something to tell.
+            MachineState::Stopped | MachineState::Failed => intent.detail,
+            _ => Some(super::INTERRUPTED.into()),
+        };
+        Self { left, lost, paused: intent.paused }
+    }
 }
 
 pub(super) struct Started {
@@ -141,9 +157,10 @@ pub(super) async fn start(
     };
 
     let path = context.state_dir.disk(account.id);
-    let disk = open_disk(&path, machines.stale_timeout()).await?;
+    let (disk, waited) = open_disk(&path, machines.stale_timeout()).await?;
     let begun = Instant::now();
-    let Former { left, lost, paused } = former;
+    let anew = if waited { replaced(&context, account.id).await } else { None };
+    let Former { left, lost, paused } = anew.unwrap_or(former);
     let (machine, how, arrival) = match resume::resume(&context, &account, &disk, left, &scarce)
         .await?
     {
@@ -168,7 +185,7 @@ pub(super) async fn start(
         account = account.name,
         pid = machine.pid,
         base = machine.base,
-        ms = begun.elapsed().as_millis() as u64,
+        ms = time::ms(begun.elapsed()),
         how = arrival.as_deref().unwrap_or("cold start"),
         "machine started"
     );
@@ -178,7 +195,7 @@ pub(super) async fn start(
         pid: machine.pid,
         base: machine.base.clone(),
         how: how.as_str(),
-        milliseconds: begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
+        milliseconds: time::ms(begun.elapsed()),
         detail: arrival.clone(),
         stages: machine.take_stages(),
     });
@@ -246,18 +263,37 @@ pub(super) fn admission(context: &Context, account: &Account) -> Admission {
     }
 }
 
-/// Opens and locks an account's disk. A machine that a former service left behind still has it until
-/// it has powered off: that is waited for.
-pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<File, StartError> {
-    let deadline = Instant::now() + patience;
+/// What is on record of the memory and files that took the place of the former ones while this start waited for them.
+/// None: they are those that it was to start from.
+async fn replaced(context: &Context, account: Uuid) -> Option<Former> {
+    match context.store.intent(account).await {
+        // Of this start's own there is another state.
+        Ok(Some(now)) if matches!(now.state, MachineState::Saved | MachineState::Stopped) => {
+            Some(Former::of(now))
+        }
+        Ok(_) => None,
+        Err(error) => {
+            tracing::error!(%account, %error, "can't look up the last machine");
+            None
+        }
+    }
+}
+
+/// Opens and locks an account's disk, and says whether somebody else had it. A machine that a former service left
+/// behind still has it until it has powered off, and so has who goes back to a checkpoint: that is waited for.
+pub(super) async fn open_disk(path: &Path, patience: Duration) -> Result<(File, bool), StartError> {
+    let (deadline, mut waited) = (Instant::now() + patience, false);
     loop {
         let owned = path.to_owned();
         let opened = tokio::task::spawn_blocking(move || disk::open_locked(&owned))
             .await
             .map_err(|error| StartError::Interrupted(error.to_string()))?;
         match opened {
-            Err(DiskError::InUse(_)) if Instant::now() < deadline => sleep(DISK_RETRY).await,
-            outcome => return Ok(outcome?),
+            Err(DiskError::InUse(_)) if Instant::now() < deadline => {
+                waited = true;
+                sleep(DISK_RETRY).await;
+            }
+            outcome => return Ok((outcome?, waited)),
         }
     }
 }

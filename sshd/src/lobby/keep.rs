@@ -1,7 +1,7 @@
 //! A user's checkpoints: docs/formats/checkpoint.md. Each costs her host as much as her disk may, so of those that she
 //! has made there are few.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hermitage_storage::{
     accounts::Account,
@@ -11,13 +11,14 @@ use hermitage_storage::{
     rest::AtRest,
 };
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::Desk;
 use crate::{
     checkpoints,
     lifecycle::{Copies, CopyNews, StopCause},
     room, time,
-    watch::{Copied, Event},
+    watch::{Copied, CopyNote},
 };
 
 /// With so many there, a user takes no more: each may be a whole copy of her disk.
@@ -75,29 +76,39 @@ pub async fn list(desk: &Desk, account: &Account) -> Result<String, String> {
 
 pub(super) async fn create(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
-    let note = Note::new(desk, account, Copied::Checkpoint, &name);
-    let taken = take(desk, account, &name).await;
-    note.over(taken.as_ref().map(|(_, bytes)| *bytes));
-    let (about, _) = taken?;
-    tracing::info!(account = account.name, checkpoint = %name, "has taken a checkpoint");
-    Ok(format!("{name} has your {} as they are now.\n", holds(&about)))
+    let (desk, account, named) = (desk.clone(), account.clone(), name.clone());
+    let waits = CancellationToken::new();
+    let unwanted = waits.clone();
+    let _waits = waits.drop_guard();
+    let about = to_its_end(async move {
+        let note = note(&account, Copied::Checkpoint, &named);
+        let taken = take(&desk, &account, &named, &unwanted).await;
+        desk.watch.tell(note.over(taken.as_ref().map(|(_, bytes)| *bytes)));
+        let (about, _) = taken?;
+        tracing::info!(account = account.name, checkpoint = %named, "has taken a checkpoint");
+        Ok(about)
+    });
+    Ok(format!("{name} has your {} as they are now.\n", holds(&about.await?)))
 }
 
 /// Makes her files and memory what they were then. What they are now is kept.
 pub(super) async fn restore(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let source = find(desk, account, &name).await?;
-    let note = Note::new(desk, account, Copied::GoBack, &name);
-    let done = go_back(desk, account, &source).await;
-    note.over(done.as_ref().map(|_| source.allocated));
-    let done = done?;
-    // What the service remembers of her last machine is of another.
-    desk.registry.reconsider(account.id);
-    tracing::info!(account = account.name, checkpoint = %name, "has gone back to a checkpoint");
+    let (desk, account) = (desk.clone(), account.clone());
+    let done = to_its_end(async move {
+        let note = note(&account, Copied::GoBack, &source.name);
+        let done = go_back(&desk, &account, &source).await;
+        desk.watch.tell(note.over(done.as_ref().map(|_| source.allocated)));
+        let RolledBack { about, kept, .. } = done?;
+        let to = &source.name;
+        tracing::info!(account = account.name, checkpoint = %to, "has gone back to a checkpoint");
+        Ok((about, kept))
+    });
+    let (about, kept) = done.await?;
     Ok(format!(
-        "Your {} are as they were in {name}. What they were before is the checkpoint {}.\n",
-        holds(&done.about),
-        done.kept
+        "Your {} are as they were in {name}. What they were before is the checkpoint {kept}.\n",
+        holds(&about),
     ))
 }
 
@@ -139,49 +150,38 @@ async fn go_back(
         // It is so all the same: she is told less at her next login.
         tracing::error!(account = account.name, %error, "can't record a return to a checkpoint");
     }
+    // What the service remembers of her last machine is of another.
+    desk.registry.reconsider(account.id);
     Ok(done)
 }
 
 pub(super) async fn drop(desk: &Desk, account: &Account, name: &str) -> Result<String, String> {
     let name = Name::parse(name).map_err(|error| error.to_string())?;
     let one = find(desk, account, &name).await?;
-    let note = Note::new(desk, account, Copied::DropCheckpoint, &name);
-    let (state, id, dropped) = (desk.state_dir.clone(), account.id, name.clone());
-    let removed =
-        blocking(move || checkpoint::remove(&state, id, &dropped).map_err(|error| trouble(&error)));
-    let removed = removed.await.and_then(|removed| removed);
-    note.over(removed.as_ref().map(|()| one.allocated));
-    removed?;
+    let note = note(account, Copied::DropCheckpoint, &name);
+    let (desk, id) = (desk.clone(), account.id);
+    to_its_end(async move {
+        let state = desk.state_dir.clone();
+        let removed = blocking(move || checkpoint::remove(&state, id, &one.name));
+        let removed = removed.await.and_then(|removed| removed.map_err(|error| trouble(&error)));
+        desk.watch.tell(note.over(removed.as_ref().map(|()| one.allocated)));
+        removed
+    })
+    .await?;
     Ok(format!("{name} is deleted.\n"))
 }
 
-/// What is to be told in the audit log of something under way.
-struct Note<'a> {
-    desk: &'a Desk,
-    account: &'a Account,
-    what: Copied,
-    name: &'a Name,
-    begun: Instant,
+/// Does all of it, also when the link is cut over which it was asked for: what is done to her files is told in the
+/// audit log, and to her at her next login.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, String>> + Send + 'static,
+) -> Result<T, String> {
+    tokio::spawn(work).await.map_err(|error| error.to_string())?
 }
 
-impl<'a> Note<'a> {
-    fn new(desk: &'a Desk, account: &'a Account, what: Copied, name: &'a Name) -> Self {
-        Self { desk, account, what, name, begun: Instant::now() }
-    }
-
-    /// With the bytes that it was about.
-    fn over(self, outcome: Result<u64, &String>) {
-        self.desk.watch.tell(Event::Copy {
-            who: None,
-            what: self.what,
-            account: self.account.name.clone(),
-            id: Some(self.account.id),
-            place: Some(self.name.to_string()),
-            bytes: outcome.ok(),
-            milliseconds: self.begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX),
-            error: outcome.err().cloned(),
-        });
-    }
+/// What is to be told in the audit log of something under way.
+fn note(account: &Account, what: Copied, name: &Name) -> CopyNote {
+    CopyNote::new(what, &account.name, Some(account.id)).at(name.to_string())
 }
 
 async fn all(desk: &Desk, account: &Account) -> Result<Vec<Checkpoint>, String> {
@@ -200,7 +200,12 @@ async fn known(desk: &Desk, account: &Account) -> Known {
 }
 
 /// What it has, and the bytes that it takes.
-async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64), String> {
+async fn take(
+    desk: &Desk,
+    account: &Account,
+    name: &Name,
+    unwanted: &CancellationToken,
+) -> Result<(About, u64), String> {
     let there = all(desk, account).await?;
     // Before her machine stands still for nothing.
     if there.iter().any(|one| one.name == *name) {
@@ -214,7 +219,7 @@ async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64
     }
     let quota = desk.quota(account).await?;
     quota.fits(quota.used.disk).map_err(|over| format!("your quota does not allow it: {over}"))?;
-    let about = match in_use(desk, account).await? {
+    let about = match in_use(desk, account, unwanted).await? {
         Some(copies) => of_copies(desk, account, name, copies).await,
         None => at_rest(desk, account, name).await,
     }?;
@@ -224,16 +229,25 @@ async fn take(desk: &Desk, account: &Account, name: &Name) -> Result<(About, u64
 }
 
 /// Copies of her machine, which goes on. None: it does not run.
-async fn in_use(desk: &Desk, account: &Account) -> Result<Option<Copies>, String> {
+async fn in_use(
+    desk: &Desk,
+    account: &Account,
+    unwanted: &CancellationToken,
+) -> Result<Option<Copies>, String> {
     let mut news = desk.registry.copy(account, true).await;
     loop {
-        match news.recv().await {
+        let one = tokio::select! {
+            one = news.recv() => one,
+            // Dropping the channel gives the copy up.
+            () = unwanted.cancelled() => return Err("nobody waits for it any more".into()),
+        };
+        match one {
             Some(CopyNews::Waiting { .. } | CopyNews::Copying { .. }) => {}
             Some(CopyNews::NotRunning) => return Ok(None),
             Some(CopyNews::Over(Ok(copies))) => return Ok(Some(copies)),
             Some(CopyNews::Over(Err(reason))) => {
-                tracing::warn!(account = account.name, reason, "no checkpoint");
-                return Err("your machine could not be copied; try again in a moment".into());
+                tracing::warn!(account = account.name, %reason, "no checkpoint");
+                return Err(format!("your machine could not be copied: {}", reason.for_user()));
             }
             None => return Err("copying your machine was cut off; try again".into()),
         }

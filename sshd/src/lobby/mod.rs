@@ -15,7 +15,7 @@ mod rate;
 mod redeem;
 mod report;
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use hermitage_storage::{
     StateDir,
@@ -92,6 +92,7 @@ impl Word {
 }
 
 /// What answers stand on.
+#[derive(Clone)]
 pub struct Desk {
     pub registry: Registry,
     pub store: Store,
@@ -99,9 +100,9 @@ pub struct Desk {
     config: Settings,
     state_dir: StateDir,
     watch: Watch,
-    rate: Rate,
+    rate: Arc<Rate>,
     /// Of questions from inside: a machine that asks without end keeps nobody from `+reset`.
-    inside: Rate,
+    inside: Arc<Rate>,
 }
 
 impl Desk {
@@ -113,7 +114,7 @@ impl Desk {
         state_dir: StateDir,
         watch: Watch,
     ) -> Self {
-        let (rate, inside) = (Rate::default(), Rate::default());
+        let (rate, inside) = Default::default();
         Self { registry, store, authenticator, config, state_dir, watch, rate, inside }
     }
 

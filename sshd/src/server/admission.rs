@@ -61,7 +61,7 @@ impl ClientHandler {
                 match self.server.authenticator.takes_certificates() {
                     true => refused,
                     // Its offer was accepted a moment ago.
-                    false => self.failed(user, Method::Publickey),
+                    false => self.failed(user, Method::Publickey).await,
                 }
             }
         }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::penalties::Penalty;
@@ -36,6 +37,8 @@ pub struct Entry {
     account: OnceLock<Uuid>,
     reason: OnceLock<String>,
     disconnect: Notify,
+    /// Its goodbye is on its way.
+    said: CancellationToken,
     authenticated: Notify,
 }
 
@@ -63,6 +66,15 @@ impl Entry {
             }
             self.disconnect.notified().await;
         }
+    }
+
+    /// Nothing that the client is told from now on comes before the reason.
+    pub fn said_goodbye(&self) {
+        self.said.cancel();
+    }
+
+    pub async fn goodbye(&self) {
+        self.said.cancelled().await;
     }
 
     pub fn authenticated(&self, account: Uuid) {

@@ -19,6 +19,7 @@ use russh::{
     },
 };
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
@@ -27,7 +28,7 @@ use super::{
     environment,
     eow::Meant,
     forwarding::tcp,
-    listener::offend,
+    listener::{CLOSE_TIMEOUT, offend},
     login_name::{self, Wishes},
     penalties::Offence,
     permits,
@@ -131,7 +132,7 @@ impl ClientHandler {
     }
 
     /// A failed attempt. Offers of keys are none: an agent offers all it has.
-    pub(super) fn failed(&mut self, user: &str, method: Method) -> Auth {
+    pub(super) async fn failed(&mut self, user: &str, method: Method) -> Auth {
         self.failures += 1;
         let user = shown(user);
         tracing::warn!(peer = %self.peer, user, method = method.as_str(), "failed login");
@@ -145,6 +146,8 @@ impl ClientHandler {
         offend(&self.server, self.peer, Offence::Failure);
         if self.failures >= self.server.config.ssh.max_failures {
             self.entry.disconnect("too many authentication failures");
+            // Answered before that is on its way, the client would try once more.
+            let _ = timeout(CLOSE_TIMEOUT, self.entry.goodbye()).await;
         }
         again()
     }
@@ -329,7 +332,7 @@ impl Handler for ClientHandler {
             return Ok(Auth::Accept);
         }
         let account = self.server.authenticator.password(name, password).await;
-        let Some(account) = account else { return Ok(self.failed(user, Method::Password)) };
+        let Some(account) = account else { return Ok(self.failed(user, Method::Password).await) };
         tracing::info!(peer = %self.peer, account = account.name, "login by password");
         self.by = "password".into();
         self.tell_of_login(&account, Method::Password, false);

@@ -26,7 +26,7 @@ use super::{
 use crate::{link::Link, session::Inflow, watch::Event};
 
 /// How long a client may take to close once the server has said all it has to say.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pause after a failed accept. It fails when descriptors run out, which passes.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -136,6 +136,7 @@ async fn attend(server: Arc<Server>, tcp: TcpStream, peer: SocketAddr, mut place
                 let by_application = Disconnect::ByApplication;
                 let said = handle.disconnect(by_application, reason, "en".into());
                 let _ = timeout(CLOSE_TIMEOUT, said).await;
+                entry.said_goodbye();
                 break close(&switch, running).await;
             }
             () = switch.finished.cancelled() => break close(&switch, running).await,

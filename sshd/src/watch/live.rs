@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 use super::{Event, Traffic, Watch};
-use crate::lifecycle::How;
+use crate::{lifecycle::How, time};
 
 /// Messages that a terminal which takes no bytes keeps waiting.
 const MESSAGES: usize = 4;
@@ -80,8 +80,7 @@ impl LiveSessions {
 impl Live {
     /// Its client has said something.
     pub fn heard(&self) {
-        let now = self.begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
-        self.heard.store(now, Ordering::Relaxed);
+        self.heard.store(time::ms(self.begun.elapsed()), Ordering::Relaxed);
     }
 
     pub fn idle(&self) -> Duration {

@@ -4,6 +4,7 @@
 //! Nobody waits for any of it: an event is handed over or, when the log does not keep up, counted as lost.
 
 pub mod audit;
+mod copying;
 pub(crate) mod errors;
 mod event;
 pub mod exporter;
@@ -16,6 +17,7 @@ mod writer;
 
 use std::sync::Arc;
 
+pub use copying::CopyNote;
 pub use event::{Copied, Event, Method, Who};
 pub use ledger::{Ledger, Meter, Traffic};
 pub use live::{Live, LiveSessions, NewSession, Presence};

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use crate::harness::{Service, resident_kib, stdout, wait_for};
 
 /// Debian's own: other Pythons don't have its modules.
-const PYTHON: &str = "/usr/bin/python3";
+pub const PYTHON: &str = "/usr/bin/python3";
 
 /// What stays allocated after all of it, at most: buffers that the allocator keeps.
 const KEPT_KIB: u64 = 48 << 10;
@@ -42,12 +42,20 @@ fn noise_hurts_nobody_else() {
     assert_eq!(became.lines().count(), rounds.parse::<usize>().unwrap(), "{became}");
 }
 
+/// Says so where there is none.
+pub fn has_paramiko() -> bool {
+    let there = Command::new(PYTHON).args(["-c", "import paramiko"]).stderr(Stdio::null()).status();
+    let there = there.is_ok_and(|status| status.success());
+    if !there {
+        eprintln!("skipped: {PYTHON} has no paramiko here (Debian's python3-paramiko)");
+    }
+    there
+}
+
 /// Runs the script beside somebody else's session, to whom nothing may happen. What became of its connections;
 /// None where it can't run.
 fn abuse(choice: &[&str]) -> Option<String> {
-    let there = Command::new(PYTHON).args(["-c", "import paramiko"]).stderr(Stdio::null()).status();
-    if !there.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: {PYTHON} has no paramiko here (Debian's python3-paramiko)");
+    if !has_paramiko() {
         return None;
     }
     let service = Service::start();

@@ -31,7 +31,7 @@ fn export_of(service: &Service, name: &str) -> Child {
 }
 
 /// Nothing is in her folder that was not there before, not for a moment longer than somebody reads it.
-fn nothing_remains(service: &Service, account: &Account) {
+pub fn nothing_remains(service: &Service, account: &Account) {
     let dir = service.state().account_dir(account.id);
     let beside =
         || fs::read_dir(&dir).unwrap().flatten().any(|file| publish::is_beside(&file.file_name()));
@@ -39,7 +39,7 @@ fn nothing_remains(service: &Service, account: &Account) {
 }
 
 /// A copy of hers is being made.
-fn wait_copying(service: &Service, account: &Account) {
+pub fn wait_copying(service: &Service, account: &Account) {
     let dir = service.state().account_dir(account.id);
     wait_for("the copy", || {
         let files = fs::read_dir(&dir).unwrap().flatten();
@@ -180,7 +180,8 @@ fn a_machine_that_dies_ends_the_copy() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)
         .unwrap();
     let output = finish_child(export);
-    assert!(stderr(&output).contains("can't be copied"), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(told.contains("slowcopy's machine was not copied: the machine "), "{told}");
     nothing_remains(&service, &account);
     drop(shell);
 }

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::harness::{Options, Service, at, finish, resident_kib, stderr, stdout, wait_for};
+use crate::{
+    abuse::{PYTHON, has_paramiko},
+    harness::{Options, PASSWORD, Service, at, finish, resident_kib, stderr, stdout, wait_for},
+};
 
 #[test]
 fn a_client_that_stops_reading_costs_no_memory_and_delays_nobody() {
@@ -215,6 +218,24 @@ fn guessing_passwords_ends_the_connection() {
     assert_eq!(output.status.code(), Some(255));
     assert!(stderr(&output).contains("too many authentication failures"), "{}", stderr(&output));
     assert_eq!(service.log().matches("failed login").count(), 2);
+}
+
+/// One that sends all its guesses at once is not heard on the later ones, and is not let in by the right one.
+#[test]
+fn guesses_sent_ahead_are_not_heard() {
+    if !has_paramiko() {
+        return;
+    }
+    let service = Service::with(Options { ssh: "max_failures = 2", ..Options::default() });
+    service.account("alice");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/ssh/guesses.py");
+    let mut client = std::process::Command::new(PYTHON);
+    client.arg(script).arg(service.port.to_string()).args(["alice", "8"]);
+    let output = finish(client.args(["guess", "another", PASSWORD, PASSWORD, "guess"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let log = service.log();
+    assert_eq!(log.matches("failed login").count(), 16);
+    assert!(!log.contains("login by"), "{log}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Asks without a terminal.
-fn ask(service: &Service, user: &str, argument: &[&str]) -> Output {
+pub fn ask(service: &Service, user: &str, argument: &[&str]) -> Output {
     finish(service.ssh_with(&["-T", "-o", "BatchMode=yes", &at(user)]).args(argument))
 }
 
@@ -27,7 +27,7 @@ fn say(service: &Service, user: &str, input: &str) -> Output {
     finish_child(child)
 }
 
-fn refused(output: &Output) -> String {
+pub fn refused(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(255), "{}{}", stdout(output), stderr(output));
     assert_eq!(stdout(output), "");
     stderr(output)
@@ -267,7 +267,13 @@ fn a_checkpoint_of_a_machine_that_is_not_saved_changes_nothing() {
     let mut shell = Shell::open(&service, "unsaveable");
     shell.run("echo he''re", "here");
     let said = refused(&ask(&service, "unsaveable+checkpoint", &["both"]));
-    assert!(said.contains("could not be copied"), "{said}");
+    let words = "your machine could not be copied: the host could not do it; its operator finds";
+    assert!(said.contains(words) && !said.contains("space left"), "{said}");
+    // Who asks this way finds it here.
+    let asked = hermitage(&service, &["checkpoint", "create", "unsaveable", "both"]);
+    let told = stderr(&asked);
+    let words = "unsaveable's machine was not copied: its memory can't be copied: no space left";
+    assert!(told.contains(words) && !told.contains("disk"), "{told}");
     let listed = stdout(&ask(&service, "unsaveable+checkpoint", &[]));
     assert_eq!(listed.lines().count(), 1, "{listed}");
     shell.run("echo st''ill", "still");

@@ -7,6 +7,7 @@ mod abuse;
 mod algorithms;
 mod certificates;
 mod cgroups;
+mod checkpoints;
 mod copying;
 mod ends;
 mod endurance;

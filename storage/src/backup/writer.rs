@@ -13,7 +13,7 @@ use super::run::{self, Content, Database, LeftOut, Listed, Run};
 use super::{Backup, BackupError, VERSION, failed, named};
 use crate::accounts::Accounts;
 use crate::archive::Manifest;
-use crate::publish::NewFile;
+use crate::publish::{self, NewFile};
 use crate::rest::Kept;
 use crate::sparse::next_data;
 
@@ -143,8 +143,7 @@ impl Writer {
             .map_err(|error| failed(&dir, "describing the run")(error.into()))?;
         self.backup.sync()?;
         let taken = self.backup.runs()?;
-        let ids = (1..).map(|n| if n == 1 { id.to_owned() } else { format!("{id}-{n}") });
-        let id = ids.into_iter().find(|id| !taken.contains(id)).unwrap_or_default();
+        let id = publish::unused(id, |id| taken.iter().any(|one| one == id));
         let path = dir.join(&id);
         let failing = || failed(&path, "writing the run");
         let mut new = NewFile::create(&path, 0o600).map_err(failing())?;

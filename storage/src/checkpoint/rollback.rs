@@ -28,10 +28,11 @@ pub struct RolledBack {
     pub kept: Name,
     /// An older one of its kind that had to make room.
     pub dropped: Option<Name>,
+    /// The account's new disk. Nobody else has it until this is dropped: time to write down what the account is now.
+    pub held: File,
 }
 
-/// Makes the account what it was when this checkpoint was taken. What it is now is kept as `keep`. The account is
-/// at rest no more when this returns.
+/// Makes the account what it was when this checkpoint was taken. What it is now is kept as `keep`.
 pub fn rollback(
     state: &StateDir,
     at_rest: AtRest,
@@ -51,14 +52,14 @@ pub fn rollback(
     let folder = place.dir.join(keep.as_str());
     let new = New::make(state, &at_rest, &source, &folder, room)?;
     let kept = about(&at_rest, known, now, true);
-    new.put_in_place(state, &at_rest, &kept)?;
+    let held = new.put_in_place(state, &at_rest, &kept)?;
     let mut dropped = None;
     if let Some(oldest) = oldest_kept {
         let path = place.dir.join(oldest.as_str());
         discard(&path).map_err(failed(&path, "deleting the oldest kept checkpoint"))?;
         dropped = Some(oldest);
     }
-    Ok(RolledBack { about: source.about, kept: keep.clone(), dropped })
+    Ok(RolledBack { about: source.about, kept: keep.clone(), dropped, held })
 }
 
 /// Whether `keep` can be added. What was kept before may have to go for it: that checkpoint's name.
@@ -165,7 +166,7 @@ impl<'a> New<'a> {
         state: &StateDir,
         at_rest: &AtRest,
         kept: &About,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<File, CheckpointError> {
         let Self { keep, folder, disk, memory, tag } = self;
         let failing = |doing| failed(keep, doing);
         let text =
@@ -212,6 +213,7 @@ impl<'a> New<'a> {
             sync_dir(keep)?;
             faults::at(Point::RollbackDone)
         };
-        rest().map_err(failing("the files are those of the checkpoint, but it is not complete"))
+        rest().map_err(failing("the files are those of the checkpoint, but it is not complete"))?;
+        Ok(disk)
     }
 }

@@ -1,6 +1,7 @@
 use std::os::unix::fs::FileExt as _;
 
 use super::*;
+use crate::disk::DiskError;
 use crate::rest::Resting;
 use crate::saved;
 use crate::snapshot::{Description, PAGE, Snapshot, Writer};
@@ -177,6 +178,9 @@ fn files_and_memory_go_back_together_and_come_forth_again() {
     assert_eq!(host.now(), (1, Some(1)), "it is resumed as if nothing had been");
     host.live(2, true);
     let done = host.back("one", "before").unwrap();
+    // Whoever it was done for has the account until it is written down.
+    assert!(matches!(AtRest::take(&host.state, host.account), Err(DiskError::InUse(_))));
+    drop(done.held);
     assert_eq!((done.kept.as_str(), done.dropped), ("before", None));
     assert_eq!(host.now(), (1, Some(1)));
     assert_eq!(host.files(), ["checkpoints", "disk.img", "resume.snap"]);
@@ -263,6 +267,7 @@ fn there_are_not_more_than_there_may_be_and_what_was_kept_goes_first() {
     assert!(matches!(host.create("c1").unwrap_err(), CheckpointError::Taken(_)));
     assert_eq!(host.back("c1", "kept-1").unwrap().dropped, None);
     let second = host.back("c1", "kept-2").unwrap();
+    drop(second.held);
     assert_eq!(second.dropped.unwrap().as_str(), "kept-1");
     assert!(matches!(host.back("kept-2", "kept-3").unwrap_err(), CheckpointError::TooMany));
     assert!(usage(&host.state, host.account) > 0);

@@ -105,12 +105,13 @@ pub fn bring_image(serving: &mut Serving, image: &GuestImage) -> Result<String> 
     if serving.is_native() {
         return Ok(image.dir().to_string_lossy().into_owned());
     }
-    let place = format!("{}/.lab-image/{}", serving.state_dir(), image.key());
-    if serving.run(&format!("test -f {place}/image.json")).is_err() {
-        serving
-            .run(&format!("rm -rf {0}/.lab-image; mkdir {0}/.lab-image", serving.state_dir()))?;
+    let images = format!("{}/.lab-image", serving.state_path());
+    let place = format!("{images}/{}", image.key());
+    if serving.run(&format!("test -f {}/image.json", quote(&place))).is_err() {
+        // Of one that was brought and has gone, with the data or for another, there must be no memory.
+        serving.empty(&images)?;
         serving.push(image.dir(), &place, image.key())?;
-        serving.run(&format!("sync -f {place}"))?;
+        serving.run(&format!("sync -f {}", quote(&place)))?;
     }
     Ok(place)
 }

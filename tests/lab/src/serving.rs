@@ -162,6 +162,14 @@ impl Serving {
         Ok(true)
     }
 
+    /// Makes an empty folder there in the place of what may be there, or may have gone without this lab's doing.
+    pub fn empty(&mut self, dir: &str) -> Result<()> {
+        self.state.forget(dir);
+        self.state.save(&self.layout)?;
+        self.run(&format!("rm -rf {0}; mkdir {0}", quote(dir)))?;
+        Ok(())
+    }
+
     /// Writes an archive over the exchange disk. The emulated machine reads it at the speed of its
     /// virtual disk, where ssh would spend its time on emulated encryption.
     fn fill_exchange(&self, dir: &Path, name: &str) -> Result<Flock<fs::File>> {

@@ -58,6 +58,11 @@ impl State {
             .map(Some)
     }
 
+    /// That folder on the serving machine is gone, with all that was brought there.
+    pub fn forget(&mut self, dir: &str) {
+        self.pushed.retain(|path, _| !Path::new(path).starts_with(dir));
+    }
+
     pub fn save(&self, layout: &Layout) -> Result<()> {
         write_whole(&layout.state_file(), &serde_json::to_vec_pretty(self)?)
     }
@@ -110,5 +115,19 @@ impl Claim {
             }
         };
         Ok(Self { _lock: lock })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lay_in_a_folder_that_is_gone_is_brought_again() {
+        let paths = ["/lib/.lab-image/a", "/lib/.lab-image/b", "/lib/.lab-image-c", "/bin/x"];
+        let pushed = paths.map(|path| (path.to_owned(), "digest".to_owned())).into();
+        let mut state = State { place: Place::Native, port: 1, pushed };
+        state.forget("/lib/.lab-image");
+        assert_eq!(state.pushed.keys().collect::<Vec<_>>(), ["/bin/x", "/lib/.lab-image-c"]);
     }
 }

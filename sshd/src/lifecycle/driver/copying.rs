@@ -5,6 +5,7 @@ use tokio_util::sync::CancellationToken;
 use super::Driver;
 use crate::lifecycle::{
     copy::{self, Asker, CopyNews},
+    no_copy::NoCopy,
     state::{Event, State},
 };
 
@@ -19,8 +20,7 @@ impl Driver {
             let _ = asker.news.try_send(CopyNews::Waiting { for_another });
             return self.askers.push_back(asker);
         }
-        let reason = format!("{MOST_ASKERS} others wait for a copy of its disk already");
-        let _ = asker.news.try_send(CopyNews::Over(Err(reason)));
+        let _ = asker.news.try_send(CopyNews::Over(Err(NoCopy::Queue(MOST_ASKERS))));
     }
 
     /// Begins the next copy if the machine's state allows it. One that is just starting, or on its way out, is

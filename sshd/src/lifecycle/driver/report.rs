@@ -11,6 +11,7 @@ use crate::{
         state::{Awake, Copying, SaveOutcome, State, StopCause},
         words,
     },
+    time,
     watch::Event,
 };
 
@@ -29,7 +30,7 @@ impl Driver {
             SaveOutcome::Done => Event::MachineSaved {
                 id,
                 bytes: over.bytes,
-                milliseconds: over.took.as_millis().try_into().unwrap_or(u64::MAX),
+                milliseconds: time::ms(over.took),
                 because: self.saved_because.clone(),
                 stages: over.stages.clone(),
             },
