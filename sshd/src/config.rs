@@ -102,6 +102,7 @@ impl Config {
             ("ssh.max_unauthenticated_per_source", self.ssh.max_unauthenticated_per_source as u64),
             ("ssh.max_connections", self.ssh.max_connections as u64),
             ("ssh.max_channels", self.ssh.max_channels as u64),
+            ("ssh.max_ended_channels", self.ssh.max_ended_channels as u64),
             ("ssh.keepalive", self.ssh.keepalive),
             ("ssh.password_checks", self.ssh.password_checks as u64),
             ("machines.start_timeout", self.machines.start_timeout),

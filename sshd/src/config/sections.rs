@@ -34,6 +34,9 @@ pub struct Ssh {
     pub max_connections: usize,
     /// Sessions of one connection.
     pub max_channels: usize,
+    /// Sessions and streams of one connection that have ended, and whose client has not closed them before: some
+    /// 4 KiB of memory each for as long as it lives.
+    pub max_ended_channels: usize,
     /// Streams that one connection forwards at a time, in either direction.
     pub max_streams: usize,
     /// Sockets that one connection has listened on in its machine.
@@ -71,6 +74,7 @@ impl Default for Ssh {
             penalty_exempt: vec![],
             max_connections: 4000,
             max_channels: 64,
+            max_ended_channels: 4096,
             max_streams: 128,
             max_listeners: 32,
             keepalive: 30,

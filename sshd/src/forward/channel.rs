@@ -11,11 +11,15 @@ use tokio_util::sync::CancellationToken;
 use super::link::Use;
 use crate::{
     machine::ByteStream,
+    server::Ended,
     session::{Inflow, InputQueue, feed, pump, shut_down},
 };
 
 /// How long what was sent before a channel was closed, or before a machine ended, may take to arrive.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a client may take to close a channel when both directions have ended: it has nothing to wait for.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Returns when both directions have ended, the client has closed the channel, or the machine is gone.
 pub(super) async fn relay(
@@ -25,6 +29,7 @@ pub(super) async fn relay(
     channel: &ChannelWriteHalf<Msg>,
     input: &InputQueue,
     closed: &CancellationToken,
+    ended: &Ended,
 ) {
     let (from, to) = stream.into_split();
     let live = link.live();
@@ -61,8 +66,21 @@ pub(super) async fn relay(
         }
     }
     input.discard();
-    let _ = channel.close().await;
     link.close(id);
+    // Clients close what has ended both ways, and what they close is forgotten; what is closed from here is not.
+    if !(all_in && all_out && timeout(CLOSE_TIMEOUT, closed.cancelled()).await.is_ok()) {
+        close(channel, closed, ended).await;
+    }
+}
+
+/// Before the client does, unless it has.
+async fn close(channel: &ChannelWriteHalf<Msg>, closed: &CancellationToken, ended: &Ended) {
+    if !closed.is_cancelled() {
+        ended.add(1);
+    }
+    let _ = channel.close().await;
+    // No callback and no message comes for it any more.
+    closed.cancel();
 }
 
 /// A channel that the client let us open, for a connection that was accepted in the machine.
@@ -72,6 +90,7 @@ pub(super) async fn take_in(
     channel: Channel<Msg>,
     inflow: Arc<Inflow>,
     gone: &CancellationToken,
+    ended: &Ended,
 ) {
     let (read, write) = channel.split();
     let input = Arc::new(InputQueue::new(inflow));
@@ -79,11 +98,11 @@ pub(super) async fn take_in(
     // A task of its own: russh waits with the whole connection until a message is taken.
     tokio::spawn(drain(read, input.clone(), closed.clone()));
     match link.stream(id).await {
-        Ok(stream) => relay(link, id, stream, &write, &input, &closed).await,
+        Ok(stream) => relay(link, id, stream, &write, &input, &closed, ended).await,
         Err(reason) => {
             tracing::debug!(reason, "an accepted connection has no stream");
             input.discard();
-            let _ = write.close().await;
+            close(&write, &closed, ended).await;
             link.close(id);
         }
     }
@@ -91,7 +110,12 @@ pub(super) async fn take_in(
 
 /// Puts what comes on a channel where it is counted. Ends with the channel.
 async fn drain(mut read: ChannelReadHalf, input: Arc<InputQueue>, closed: CancellationToken) {
-    while let Some(message) = read.wait().await {
+    loop {
+        let message = tokio::select! {
+            message = read.wait() => message,
+            () = closed.cancelled() => break,
+        };
+        let Some(message) = message else { break };
         match message {
             ChannelMsg::Data { data } => input.push(&data),
             ChannelMsg::Eof => input.end(),

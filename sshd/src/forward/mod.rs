@@ -28,6 +28,7 @@ pub use link::Listening;
 use link::{Link, Use};
 
 use crate::{
+    config::Ssh,
     lifecycle::Registry,
     server::{Entry, Wishes},
     session::{Inflow, InputQueue},
@@ -49,6 +50,7 @@ struct Inner {
     listeners: Arc<Semaphore>,
     most_streams: usize,
     most_listeners: usize,
+    most_ended: usize,
 }
 
 /// Whose connection it is, and what it stands on.
@@ -99,7 +101,8 @@ pub struct Direct {
 }
 
 impl Forwards {
-    pub fn new(client: Client, most_streams: usize, most_listeners: usize) -> Self {
+    pub fn new(client: Client, most_streams: usize, ssh: &Ssh) -> Self {
+        let most_listeners = ssh.max_listeners;
         let inner = Inner {
             client,
             link: Mutex::default(),
@@ -107,6 +110,7 @@ impl Forwards {
             listeners: Arc::new(Semaphore::new(most_listeners)),
             most_streams,
             most_listeners,
+            most_ended: ssh.max_ended_channels,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -133,7 +137,8 @@ impl Forwards {
             Ok((link, (id, stream))) => {
                 tracing::debug!(account = self.inner.client.account.name, name, "forwarding");
                 reply.accept().await;
-                channel::relay(&link, id, stream, &channel, &input, &closed).await;
+                let ended = &self.inner.client.entry.ended;
+                channel::relay(&link, id, stream, &channel, &input, &closed, ended).await;
             }
             Err(reason) => {
                 tracing::debug!(account = self.inner.client.account.name, name, reason, "refused");
@@ -169,6 +174,7 @@ impl Forwards {
 
 impl Inner {
     fn permit(&self) -> Result<Permit, String> {
+        self.client.entry.ended.room(self.most_ended)?;
         self.streams.clone().try_acquire_owned().map(|_permit| Permit { _permit }).map_err(|_| {
             let most = self.most_streams;
             format!("a connection forwards at most {most} streams here (ssh.max_streams, or its class' limit)")
@@ -216,8 +222,8 @@ impl Inner {
         };
         match opened {
             Ok(opened) => {
-                let (inflow, gone) = (self.client.inflow.clone(), &self.client.gone);
-                channel::take_in(&link, id, opened, inflow, gone).await;
+                let Client { inflow, gone, entry, .. } = &self.client;
+                channel::take_in(&link, id, opened, inflow.clone(), gone, &entry.ended).await;
             }
             Err(error) => {
                 tracing::debug!(account = self.client.account.name, %error, "the client refuses");

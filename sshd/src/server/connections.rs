@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::penalties::Penalty;
+use super::{ended::Ended, penalties::Penalty};
 use crate::{config::Ssh, link::Link};
 
 #[derive(Default)]
@@ -40,6 +40,7 @@ pub struct Entry {
     /// Its goodbye is on its way.
     said: CancellationToken,
     authenticated: Notify,
+    pub ended: Ended,
 }
 
 impl Entry {

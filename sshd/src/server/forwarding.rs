@@ -57,7 +57,7 @@ impl ClientHandler {
                 gone: self.gone.token().clone(),
             };
             let streams = Limits::of(&self.server.config, &client.account).max_streams;
-            Forwards::new(client, streams, self.server.config.ssh.max_listeners)
+            Forwards::new(client, streams, &self.server.config.ssh)
         });
         Some(forwards.clone())
     }

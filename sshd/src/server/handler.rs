@@ -187,10 +187,15 @@ impl ClientHandler {
     /// Forgets what has ended by itself, or was refused: russh does not say when a client has closed a channel that
     /// was closed from here before.
     pub(super) fn forget_ended(&mut self, connection: &Connection) {
+        let ended = &self.entry.ended;
         self.channels.retain(|id, state| match state {
             ChannelState::Idle(_) => true,
             // Of channels that it has no more russh knows no size.
-            ChannelState::Running(_) => connection.max_packet_size(id) > 0,
+            ChannelState::Running(_) if connection.max_packet_size(id) == 0 => {
+                ended.add(1);
+                false
+            }
+            ChannelState::Running(_) => true,
             ChannelState::Stream { closed, .. } => !closed.is_cancelled(),
         });
     }
@@ -366,9 +371,13 @@ impl Handler for ClientHandler {
         connection: &mut Connection,
     ) -> Result<(), Self::Error> {
         self.forget_ended(connection);
-        let most = self.server.config.ssh.max_channels;
-        if self.sessions() >= most {
-            let reason = format!("a connection has at most {most} sessions here");
+        let ssh = &self.server.config.ssh;
+        let most = ssh.max_channels;
+        let room = match self.sessions() >= most {
+            true => Err(format!("a connection has at most {most} sessions here")),
+            false => self.entry.ended.room(ssh.max_ended_channels),
+        };
+        if let Err(reason) = room {
             reply.reject(shortage(reason)).await;
             return Ok(());
         }

@@ -4,6 +4,7 @@ mod admission;
 mod banner;
 mod connections;
 mod crypto;
+mod ended;
 mod environment;
 pub(crate) mod eow;
 mod forwarding;
@@ -20,6 +21,7 @@ mod words;
 
 pub use connections::{Entry, Refusal};
 pub use crypto::{HostKeyError, read_host_key};
+pub use ended::Ended;
 pub use login_name::Wishes;
 pub use settings::{Reader, Settings};
 

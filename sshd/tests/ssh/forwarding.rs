@@ -119,6 +119,19 @@ fn a_refusal_says_why_and_harms_nobody_else() {
     assert_eq!(stdout(&service.ssh("alice", "echo still here")), "still here\n");
 }
 
+/// Who closes first forgets it, and that is the client.
+#[test]
+fn streams_that_are_over_are_forgotten() {
+    let service = Service::with(Options { ssh: "max_ended_channels = 2", machines: "" });
+    service.account("alice");
+    let (near, far) = (free_port(), echo());
+    let forward = format!("{near}:127.0.0.1:{far}");
+    let _client = Client(ssh(&service, &["-L", &forward], "alice").spawn().unwrap());
+    for n in 0..6u8 {
+        assert_eq!(answer(connect(near), &[n]), [n]);
+    }
+}
+
 #[test]
 fn limits_are_kept_and_given_back() {
     let service =

@@ -8,7 +8,7 @@ use russh::{
     keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate},
 };
 
-use crate::harness::Service;
+use crate::harness::{Options, Service, stderr, stdout};
 
 struct Client;
 
@@ -80,6 +80,33 @@ async fn as_many_as_one_likes_may_run_on_a_connection_one_after_another() {
         let mut channel = connection.channel_open_session().await.unwrap();
         channel.exec(true, format!("echo {number}")).await.unwrap();
         assert_eq!(output(&all(&mut channel).await), format!("{number}\n"));
+    }
+}
+
+/// The library keeps something of each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_has_had_so_many_channels_and_then_another_one_is_made() {
+    let service = Service::with(Options { ssh: "max_ended_channels = 3", machines: "" });
+    service.account("alice");
+    let connection = login(&service, "alice").await;
+    for _ in 0..3 {
+        let mut channel = connection.channel_open_session().await.unwrap();
+        channel.exec(true, "echo in").await.unwrap();
+        assert_eq!(output(&all(&mut channel).await), "in\n");
+    }
+    let refused = connection.channel_open_session().await;
+    assert!(matches!(refused, Err(russh::Error::ChannelOpenFailure(_))), "{refused:?}");
+
+    // OpenSSH's client makes one by itself.
+    let control = format!("ControlPath={}", service.path("control").display());
+    let multiplexed = ["-o", "BatchMode=yes", "-o", "ControlPersist=20", "-o", &control];
+    for round in 0..6 {
+        let said = tokio::task::block_in_place(|| {
+            let mut ssh = service.ssh_with(&multiplexed);
+            ssh.args(["-o", "ControlMaster=auto", &crate::harness::at("alice"), "echo in"]);
+            crate::harness::finish(&mut ssh)
+        });
+        assert_eq!(stdout(&said), "in\n", "round {round}: {}", stderr(&said));
     }
 }
 
