@@ -2,7 +2,10 @@
 
 use std::{
     io::{Read, Write},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::Duration,
 };
 
 use crate::harness::{Service, at, stderr, stdout, wait_for};
@@ -11,9 +14,13 @@ use crate::harness::{Service, at, stderr, stdout, wait_for};
 pub struct Shell {
     child: Child,
     typing: ChildStdin,
-    showing: ChildStdout,
+    /// What it shows, as it comes. Closed: it has ended.
+    showing: Receiver<Vec<u8>>,
     shown: String,
 }
+
+/// How long a terminal may show nothing while something is expected of it.
+const SILENCE: Duration = Duration::from_secs(60);
 
 impl Shell {
     pub fn open(service: &Service, user: &str) -> Self {
@@ -24,7 +31,14 @@ impl Shell {
     /// Of a client whose standard input and output are pipes.
     pub fn of(ssh: &mut Command) -> Self {
         let mut child = ssh.spawn().unwrap();
-        let (typing, showing) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (typing, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (shows, showing) = channel();
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = out.read(&mut chunk)
+                && shows.send(chunk[..count].to_vec()).is_ok()
+            {}
+        });
         Self { child, typing, showing, shown: String::new() }
     }
 
@@ -41,10 +55,15 @@ impl Shell {
                 let rest = self.shown.split_off(at + wanted.len());
                 return std::mem::replace(&mut self.shown, rest);
             }
-            let mut chunk = [0; 4096];
-            let count = self.showing.read(&mut chunk).unwrap();
-            assert!(count > 0, "ended before it showed {wanted:?}: {:?}", self.shown);
-            self.shown.push_str(&String::from_utf8_lossy(&chunk[..count]));
+            match self.showing.recv_timeout(SILENCE) {
+                Ok(chunk) => self.shown.push_str(&String::from_utf8_lossy(&chunk)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("ended before it showed {wanted:?}: {:?}", self.shown)
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("waited in vain for {wanted:?}: {:?}", self.shown)
+                }
+            }
         }
     }
 
@@ -67,7 +86,13 @@ impl Shell {
 
     /// Waits for the client's own end.
     pub fn wait(&mut self) -> i32 {
-        std::io::copy(&mut self.showing, &mut std::io::sink()).unwrap();
+        loop {
+            match self.showing.recv_timeout(SILENCE) {
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("the client does not end"),
+            }
+        }
         self.child.wait().unwrap().code().unwrap()
     }
 
