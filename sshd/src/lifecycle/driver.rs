@@ -16,7 +16,7 @@ use std::{
 
 use hermitage_storage::{StateDir, accounts::MachineState};
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
     task::JoinHandle,
     time::Instant,
 };
@@ -73,8 +73,6 @@ pub(super) enum Request {
         cause: StopCause,
         reply: oneshot::Sender<()>,
     },
-    /// The account's row has changed.
-    Reconsider,
     /// A copy of the disk is wanted.
     Copy(copy::Asker),
 }
@@ -84,6 +82,7 @@ pub(super) struct Driver {
     account: Uuid,
     lifecycle: Lifecycle,
     requests: mpsc::Receiver<Request>,
+    changed: Arc<Notify>,
     leaves: watch::Sender<u64>,
     left: u64,
     waiting: Vec<oneshot::Sender<Result<Lease, LoginError>>>,
@@ -124,6 +123,7 @@ impl Driver {
         context: Arc<Context>,
         account: Uuid,
         requests: mpsc::Receiver<Request>,
+        changed: Arc<Notify>,
     ) -> (Self, watch::Receiver<Status>) {
         let (status, watched) = watch::channel(Status {
             state: MachineState::Stopped,
@@ -145,6 +145,7 @@ impl Driver {
             account,
             lifecycle,
             requests,
+            changed,
             leaves: watch::channel(0).0,
             left: 0,
             waiting: vec![],
@@ -214,6 +215,8 @@ impl Driver {
                     self.timer = None;
                     Event::TimerOver
                 }
+                // Before the requests: a login is answered by the row as it is now.
+                () = self.changed.notified() => self.reconsider(),
                 request = self.requests.recv() => match request {
                     None => return,
                     Some(request) => match self.take(request) {
@@ -241,19 +244,20 @@ impl Driver {
                 self.stopping.push(reply);
                 Some(Event::Stop(cause))
             }
-            Request::Reconsider => {
-                if matches!(self.lifecycle.state, State::Stopped | State::Saved | State::Failed(_))
-                {
-                    // What is kept of it may have been replaced: the database says by what.
-                    self.former = None;
-                }
-                Some(Event::Reconsider)
-            }
             Request::Copy(asker) => {
                 self.ask(asker);
                 None
             }
         }
+    }
+
+    /// The account's row is to be looked at again.
+    fn reconsider(&mut self) -> Event {
+        if matches!(self.lifecycle.state, State::Stopped | State::Saved | State::Failed(_)) {
+            // What is kept of it may have been replaced: the database says by what.
+            self.former = None;
+        }
+        Event::Reconsider
     }
 
     fn forked(

@@ -25,7 +25,7 @@ use std::{
 
 use hermitage_storage::accounts::{Account, Intent, MachineState};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::timeout,
 };
 use uuid::Uuid;
@@ -145,6 +145,8 @@ struct Inner {
 struct Handle {
     mailbox: mpsc::Sender<Request>,
     status: watch::Receiver<Status>,
+    /// The account's row has changed: beside the mailbox, which may be full.
+    changed: Arc<Notify>,
 }
 
 impl Handle {
@@ -246,8 +248,7 @@ impl Registry {
     pub fn reconsider(&self, account: Uuid) {
         let handle = self.accounts().get(&account).cloned();
         if let Some(handle) = handle {
-            // With a full mailbox there is somebody logging in.
-            let _ = handle.mailbox.try_send(Request::Reconsider);
+            handle.changed.notify_one();
         }
     }
 
@@ -400,10 +401,11 @@ impl Registry {
             .entry(account.id)
             .or_insert_with(|| {
                 let (mailbox, requests) = mpsc::channel(MAILBOX);
-                let (driver, status) =
-                    Driver::new(self.inner.context.clone(), account.id, requests);
+                let changed = Arc::new(Notify::new());
+                let context = self.inner.context.clone();
+                let (driver, status) = Driver::new(context, account.id, requests, changed.clone());
                 tokio::spawn(driver.run());
-                Handle { mailbox, status }
+                Handle { mailbox, status, changed }
             })
             .clone()
     }
