@@ -280,7 +280,7 @@ fn check_base(dir: &Path) -> anyhow::Result<()> {
 /// A base, if it is whole and this host can run machines of it.
 fn usable(dir: &Path) -> anyhow::Result<(Base, kvm_ioctls::Kvm, BaseState, GuestMemory)> {
     let base = Base::open(dir)?;
-    let kvm = kvm::open()?;
+    let kvm = kvm::open_on_boot()?;
     let content = &base.manifest.content;
     let here = host_kind(&kvm)?;
     let refuse = |why: String| {

@@ -2,6 +2,7 @@
 //!
 //! References are to the kernel's `Documentation/virt/kvm/api.rst` ("KVM API").
 
+mod boot;
 pub mod compatible;
 pub mod cpuid;
 mod msrs;
@@ -16,6 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
+pub use boot::open_on_boot;
 pub use vcpu::{
     VcpuState, align_tscs, fresh_msrs, mark_stopped, place, prepare_for_boot, restore_vcpu,
     save_vcpu,
