@@ -239,6 +239,16 @@ impl Serving {
         State::remove(&self.layout)
     }
 
+    /// Reboots the machine, in order.
+    pub fn reboot(&self) -> Result<()> {
+        match &self.state.place {
+            Place::Emulated { process, ssh_port, .. } => {
+                emulator::reboot(&self.layout, process, *ssh_port)
+            }
+            Place::Native => bail!("this machine is no lab's to reboot"),
+        }
+    }
+
     /// Ends the machine; the service must have stopped.
     pub fn end(self) -> Result<()> {
         if let Place::Emulated { process, ssh_port, .. } = &self.state.place {

@@ -1,5 +1,5 @@
 //! The package's trial: a fresh Debian with systemd in an emulated machine of its own, where the script
-//! `tests/lab/machine/try-package` installs, upgrades, removes and purges the package. Beside the end-to-end
+//! `tests/lab/machine/try-package` installs, upgrades, removes and purges the package, and is rebooted in between. Beside the end-to-end
 //! suite it is a process of its own, whose output is shown when both are done.
 
 use std::fs::{self, File};
@@ -78,10 +78,24 @@ fn try_in(
         }
         serving.push(image.dir(), IMAGE, image.key())
     })?;
-    let script = ["timeout", "-k", "10", BOUND, "sh", SCRIPT, FORMER, NEXT, IMAGE];
-    let outcome = counted(&mut serving.command(&script, false), check);
+    let outcome = both_parts(serving);
     bring_logs(serving, &outcome)?;
     outcome
+}
+
+fn both_parts(serving: &Serving) -> Result<(Tally, bool)> {
+    let part = |which| {
+        let script = ["timeout", "-k", "10", BOUND, "sh", SCRIPT, which, FORMER, NEXT, IMAGE];
+        counted(&mut serving.command(&script, false), check)
+    };
+    let (mut tally, passed) = part("--until-reboot")?;
+    if !passed {
+        return Ok((tally, false));
+    }
+    step("reboot the machine", || serving.reboot())?;
+    let (rest, passed) = part("--after-reboot")?;
+    tally.add(rest);
+    Ok((tally, passed))
 }
 
 /// The journal and the console; their ends are shown if something failed.
@@ -93,8 +107,8 @@ fn bring_logs(serving: &Serving, outcome: &Result<(Tally, bool)>) -> Result<()> 
     fs::copy(serving.layout().serial_log(), &console).context("copy the serial log")?;
     let mut shown = vec![(console, 20)];
     for (name, words) in [
-        ("journal.log", &["journalctl", "--boot", "--no-pager", "-o", "short-precise"][..]),
-        ("service.log", &["journalctl", "--boot", "--no-pager", "-u", "hermitage"]),
+        ("journal.log", &["journalctl", "--no-pager", "-o", "short-precise"][..]),
+        ("service.log", &["journalctl", "--no-pager", "-u", "hermitage"]),
         ("dpkg.log", &["cat", "/var/log/dpkg.log"]),
     ] {
         let Ok(said) = run_captured(&mut serving.command(words, false)) else { continue };

@@ -48,6 +48,10 @@ impl MachineImage {
     }
 
     /// What the kernel is told besides what every machine of the lab is.
+    pub fn reboots(&self) -> bool {
+        self.recipe.reboots
+    }
+
     pub fn arguments(&self) -> &'static str {
         self.recipe.arguments
     }

@@ -23,6 +23,7 @@ const DATA_DISK_BYTES: u64 = 40 << 30;
 const EXCHANGE_DISK_BYTES: u64 = 8 << 30;
 /// Under load of everything else on a two-core host; alone it takes about five seconds.
 const BOOT_BOUND: Duration = Duration::from_secs(240);
+const READY: &str = "lab: ready";
 const DOWN_BOUND: Duration = Duration::from_secs(90);
 
 /// The exchange disk as the machine sees it (third in the order of [`qemu`]'s drives).
@@ -68,15 +69,7 @@ pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Star
     let ssh = Ssh::new(layout, ssh_port);
     ssh.disconnect();
     ssh.trust(&image.host_key()?)?;
-    let up =
-        wait_until("the lab machine's \"lab: ready\" on its serial console", BOOT_BOUND, || {
-            if !process.is_alive() {
-                bail!("the emulator ended");
-            }
-            Ok(says(&serial, "lab: ready"))
-        });
-    // The first may time out where everything else starts at the same time.
-    if let Err(error) = up.and_then(|()| ssh.connect().or_else(|_| ssh.connect())) {
+    if let Err(error) = wait_ready(&process, &serial, 1).and_then(|()| connect(&ssh)) {
         let log = process::tail(&serial, 40);
         process.signal(Signal::SIGKILL)?;
         return Err(
@@ -84,6 +77,42 @@ pub fn start(layout: &Layout, image: &MachineImage, shape: Shape) -> Result<Star
         );
     }
     Ok(Started { process, ssh_port })
+}
+
+/// Reboots the machine in order, as its own system does it; returns when it takes commands again. What was
+/// written to its root disk is there, as long as the emulator lives.
+pub fn reboot(layout: &Layout, process: &Process, ssh_port: u16) -> Result<()> {
+    let ssh = Ssh::new(layout, ssh_port);
+    let serial = layout.serial_log();
+    let boots = times_said(&serial, READY);
+    // Its answer may be cut off by what it asks for.
+    let _ = ssh.command(&["systemctl", "reboot"], false).output();
+    let up = wait_ready(process, &serial, boots + 1);
+    // Of the former boot.
+    ssh.disconnect();
+    up.and_then(|()| connect(&ssh)).with_context(|| {
+        format!(
+            "the lab machine did not come up again; {}:\n{}",
+            serial.display(),
+            process::tail(&serial, 40)
+        )
+    })
+}
+
+/// The first may time out where everything else starts at the same time.
+fn connect(ssh: &Ssh) -> Result<()> {
+    ssh.connect().or_else(|_| ssh.connect())
+}
+
+/// Waits until the machine has come up so many times since its emulator began.
+fn wait_ready(process: &Process, serial: &Path, times: usize) -> Result<()> {
+    let what = format!("the lab machine's {READY:?} on its serial console");
+    wait_until(&what, BOOT_BOUND, || {
+        if !process.is_alive() {
+            bail!("the emulator ended");
+        }
+        Ok(times_said(serial, READY) >= times)
+    })
 }
 
 fn pid_file(layout: &Layout) -> std::path::PathBuf {
@@ -150,7 +179,8 @@ fn qemu(
 ) -> Command {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg,thread=multi,tb-size=512", "-M", "q35"]);
-    qemu.args(["-cpu", "EPYC-Rome-v1,-arch-capabilities", "-no-reboot"]);
+    qemu.args(["-cpu", "EPYC-Rome-v1,-arch-capabilities"]);
+    qemu.args((!image.reboots()).then_some("-no-reboot"));
     qemu.args(["-smp", &shape.cpus.to_string(), "-m", &shape.memory_mib.to_string()]);
     qemu.arg("-name").arg(format!("hermitage-lab-{}", layout.name()));
     qemu.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initrd());
@@ -187,9 +217,10 @@ fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
-fn says(serial: &Path, text: &str) -> bool {
-    fs::read(serial)
-        .is_ok_and(|bytes| bytes.windows(text.len()).any(|window| window == text.as_bytes()))
+fn times_said(serial: &Path, text: &str) -> usize {
+    let count =
+        |said: Vec<u8>| said.windows(text.len()).filter(|part| *part == text.as_bytes()).count();
+    fs::read(serial).map_or(0, count)
 }
 
 fn ensure_data_disk(layout: &Layout) -> Result<()> {

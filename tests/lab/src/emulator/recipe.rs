@@ -19,6 +19,8 @@ pub struct Recipe {
     pub disk_mib: u64,
     /// Added to the kernel's command line.
     pub arguments: &'static str,
+    /// It comes up again after a reboot; else that is its end.
+    pub reboots: bool,
 }
 
 const SSHD_CONFIG: File = ("etc/ssh/sshd_config", 0o644, include_str!("../../machine/sshd_config"));
@@ -49,6 +51,7 @@ pub static BARE: Recipe = Recipe {
     left_out: &["doc", "man", "locale"],
     disk_mib: 2048,
     arguments: "",
+    reboots: false,
 };
 
 const NOTHING: &str = "/dev/null";
@@ -91,6 +94,7 @@ pub static DEBIAN: Recipe = Recipe {
     left_out: &["locale"],
     disk_mib: 8192,
     arguments: "net.ifnames=0 systemd.show_status=auto systemd.ssh_auto=no",
+    reboots: true,
 };
 
 const SETUP: &str = include_str!("../../machine/debian/lab-setup.service");
