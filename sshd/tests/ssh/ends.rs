@@ -14,7 +14,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::harness::{Options, Service, at, finish, finish_child, stderr, stdout, wait_for};
+use crate::{
+    harness::{Options, Service, at, finish, finish_child, stderr, stdout, wait_for},
+    multiplexed::Master,
+};
 
 /// A session that has said a word and stays.
 fn staying(service: &Service, user: &str, options: &[&str]) -> Child {
@@ -82,18 +85,12 @@ fn a_killed_machine_ends_its_own_sessions_with_words() {
 fn a_login_at_the_moment_a_machine_dies_gets_the_next_one() {
     let service = Service::start();
     service.account("alice");
-    let control = service.path("control");
-    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
-    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
-    wait_for("the control socket", || control.exists().then_some(()));
+    let master = Master::connect(&service, "alice");
     for _ in 0..10 {
-        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
-        let output = finish(ssh.arg(&control).args([&at("alice"), "echo in"]));
+        let output = finish(&mut master.session("echo in"));
         assert_eq!(stdout(&output), "in\n", "{}", stderr(&output));
         kill(machine_pid(&service, "alice"), Signal::SIGKILL).unwrap();
     }
-    master.kill().unwrap();
-    master.wait().unwrap();
 }
 
 #[test]

@@ -26,6 +26,7 @@ mod key_options;
 mod limits;
 mod lobby;
 mod login;
+mod multiplexed;
 mod openmetrics;
 mod penalties;
 mod process_limits;

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::harness::{Service, at, finish, finish_child, stderr, stdout, wait_for};
+use crate::{
+    harness::{Service, at, finish, finish_child, stderr, stdout, wait_for},
+    multiplexed::Master,
+};
 
 /// Bytes that look random and are the same each time.
 fn noise(length: usize) -> Vec<u8> {
@@ -142,15 +145,8 @@ fn a_program_whose_output_the_client_takes_no_more_of_is_told() {
 fn of_two_sessions_on_a_connection_none_loses_its_output() {
     let service = Service::start();
     service.account("alice");
-    let control = service.path("control");
-    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
-    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
-    wait_for("the control socket", || control.exists().then_some(()));
-    let session = |line: &str| {
-        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
-        ssh.arg(&control).args([&at("alice"), line]);
-        ssh
-    };
+    let master = Master::connect(&service, "alice");
+    let session = |line: &str| master.session(line);
     let mut cat = session("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut typing = cat.stdin.take().unwrap();
     let mut shown = BufReader::new(cat.stdout.take().unwrap());
@@ -179,8 +175,6 @@ fn of_two_sessions_on_a_connection_none_loses_its_output() {
         let (line, ended) = first_line(session(script), "");
         assert_eq!((line.as_str(), stderr(&ended).as_str()), ("y\n", "after\n"));
     }
-    master.kill().unwrap();
-    master.wait().unwrap();
 }
 
 #[test]
@@ -296,19 +290,12 @@ fn files_go_by_sftp_and_scp() {
 fn many_sessions_share_one_connection_and_one_machine() {
     let service = Service::start();
     service.account("alice");
-    let control = service.path("control");
-    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
-    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
-    wait_for("the control socket", || control.exists().then_some(()));
+    let master = Master::connect(&service, "alice");
     let outputs: Vec<_> = std::thread::scope(|scope| {
         let running: Vec<_> = (0..10)
             .map(|number| {
-                let (service, control) = (&service, &control);
-                scope.spawn(move || {
-                    let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
-                    ssh.arg(control).arg(at("alice")).arg(format!("echo {number}; sleep 1"));
-                    finish(&mut ssh)
-                })
+                let mut ssh = master.session(&format!("echo {number}; sleep 1"));
+                scope.spawn(move || finish(&mut ssh))
             })
             .collect();
         wait_for("ten sessions", || {
@@ -320,23 +307,14 @@ fn many_sessions_share_one_connection_and_one_machine() {
         assert_eq!(stdout(output), format!("{number}\n"), "{}", stderr(output));
     }
     assert_eq!(service.log().matches("fake machine").count(), 1);
-    master.kill().unwrap();
-    master.wait().unwrap();
 }
 
 #[test]
 fn one_program_that_ignores_its_input_does_not_stop_the_others_of_its_connection() {
     let service = Service::start();
     service.account("alice");
-    let control = service.path("control");
-    let mut master = service.ssh_with(&["-o", "BatchMode=yes", "-M", "-N", "-S"]);
-    let mut master = master.arg(&control).arg(at("alice")).spawn().unwrap();
-    wait_for("the control socket", || control.exists().then_some(()));
-    let session = |line: &str| {
-        let mut ssh = service.ssh_with(&["-o", "BatchMode=yes", "-S"]);
-        ssh.arg(&control).args([&at("alice"), line]);
-        ssh
-    };
+    let master = Master::connect(&service, "alice");
+    let session = |line: &str| master.session(line);
     std::fs::write(service.path("sent"), noise(64 << 20)).unwrap();
     let sent = || File::open(service.path("sent")).unwrap();
     let mut deaf = session("sleep 20").stdin(sent()).spawn().unwrap();
@@ -361,7 +339,7 @@ fn one_program_that_ignores_its_input_does_not_stop_the_others_of_its_connection
     deaf.kill().unwrap();
     let counted = finish(session("wc -c").stdin(sent()));
     assert_eq!(stdout(&counted).trim(), (64 << 20).to_string());
-    for child in [&mut echo, &mut deaf, &mut master] {
+    for child in [&mut echo, &mut deaf] {
         let _ = child.kill();
         child.wait().unwrap();
     }
