@@ -13,11 +13,7 @@ use russh::{
 };
 use tokio::time::timeout;
 
-use super::{
-    handler::{ChannelState, ClientHandler},
-    permits,
-    words::shortage,
-};
+use super::{channels::ChannelState, handler::ClientHandler, permits, words::shortage};
 use crate::{
     forward::{Client, Direct, Forwards, Listener},
     limits::Limits,

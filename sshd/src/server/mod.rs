@@ -2,6 +2,7 @@
 
 mod admission;
 mod banner;
+mod channels;
 mod connections;
 mod crypto;
 mod ended;
