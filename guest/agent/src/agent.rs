@@ -128,12 +128,9 @@ impl Agent {
             self.claim_streams()?;
             self.finish_sessions()?;
             self.questions.sweep(Instant::now());
-            let now = Instant::now();
-            if self.work.deadline().is_some_and(|due| due <= now) {
-                let strays = self.booted.strays.may_be_there();
-                if let Some(activity) = self.work.answer(&self.booted.cgroups, strays, now) {
-                    self.control.send(&AgentMessage::Activity(activity))?;
-                }
+            let (cgroups, strays) = (&self.booted.cgroups, &mut self.booted.strays);
+            if let Some(activity) = self.work.answer(cgroups, strays, Instant::now()) {
+                self.control.send(&AgentMessage::Activity(activity))?;
             }
         }
     }
@@ -258,8 +255,8 @@ impl Agent {
                 None => log::warn(format_args!("the host asks for the unknown signal {name:?}")),
             },
             HostMessage::Hangup { session } => {
-                let strays = self.booted.strays.may_be_there();
-                let processes: Vec<_> = work::processes(&self.booted.cgroups, strays).collect();
+                let (cgroups, strays) = (&self.booted.cgroups, &mut self.booted.strays);
+                let processes: Vec<_> = work::processes(cgroups, strays).collect();
                 if let Some(session) = self.session(session) {
                     session.hang_up(&processes);
                 }
@@ -288,8 +285,8 @@ impl Agent {
             }
             HostMessage::CountProcesses { question } => self.tell_processes(question, None)?,
             HostMessage::LookAtWork(question) => {
-                let strays = self.booted.strays.may_be_there();
-                self.work.ask(question, &self.booted.cgroups, strays, Instant::now());
+                let (cgroups, strays) = (&self.booted.cgroups, &mut self.booted.strays);
+                self.work.ask(question, cgroups, strays, Instant::now());
             }
             HostMessage::Answer(answer) => self.questions.answer(&answer),
         }

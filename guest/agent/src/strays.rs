@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 /// First byte of the handler of core dumps, if that is a program: `|`.
@@ -59,8 +60,8 @@ impl Strays {
     /// Once something was written there, always: a process there may have children at any time.
     pub fn may_be_there(&mut self) -> bool {
         let Some(Watched { writes, handler }) = &self.watched else { return true };
-        // Nothing to read is the error EAGAIN.
-        self.seen |= writes.read_events().is_ok();
+        // Whatever else it says than that there is nothing to read.
+        self.seen |= !matches!(writes.read_events(), Err(Errno::EAGAIN));
         let mut first = [0];
         self.seen || handler.read_at(&mut first, 0).is_err() || first == *b"|"
     }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use hermitage_guest_proto::{Activity, Busy, LookAtWork, MAX_BUSY, MAX_WINDOW_MS, WaitsFor};
 
+use crate::strays::Strays;
 use look::{Look, Seen};
 pub use look::{flags, processes};
 
@@ -31,7 +32,13 @@ pub struct Work {
 }
 
 impl Work {
-    pub fn ask(&mut self, question: LookAtWork, cgroups: impl AsFd, strays: bool, now: Instant) {
+    pub fn ask(
+        &mut self,
+        question: LookAtWork,
+        cgroups: impl AsFd,
+        strays: &mut Strays,
+        now: Instant,
+    ) {
         let window = Duration::from_millis(question.window_ms.min(MAX_WINDOW_MS).into());
         if question.fresh {
             self.last = None;
@@ -45,7 +52,12 @@ impl Work {
     }
 
     /// The answer, if there is a question and it is time.
-    pub fn answer(&mut self, cgroups: impl AsFd, strays: bool, now: Instant) -> Option<Activity> {
+    pub fn answer(
+        &mut self,
+        cgroups: impl AsFd,
+        strays: &mut Strays,
+        now: Instant,
+    ) -> Option<Activity> {
         let (question, _) = self.asked.filter(|(_, due)| *due <= now)?;
         self.asked = None;
         let (from, then) = self.last.take()?;

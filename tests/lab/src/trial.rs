@@ -1,5 +1,5 @@
 //! The package's trial: a fresh Debian with systemd in an emulated machine of its own, where the script
-//! `tests/lab/machine/try-package` installs, upgrades, removes and purges the package, and is rebooted in between. Beside the end-to-end
+//! `tests/lab/machine/try-package` installs, upgrades, removes and purges the package, with a reboot in between. Beside the end-to-end
 //! suite it is a process of its own, whose output is shown when both are done.
 
 use std::fs::{self, File};

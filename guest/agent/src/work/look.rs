@@ -15,6 +15,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, getsid};
 
 use super::tcp::Connections;
+use crate::strays::Strays;
 
 /// Clock ticks are hundredths of a second for every program (USER_HZ; linux, include/asm-generic/param.h).
 pub const TICK_MS: u64 = 10;
@@ -44,7 +45,7 @@ pub struct Seen {
 }
 
 impl Look {
-    pub fn take(cgroups: impl AsFd, strays: bool) -> Self {
+    pub fn take(cgroups: impl AsFd, strays: &mut Strays) -> Self {
         let mut look = Self {
             processes: Vec::new(),
             // Its own is that of relaying what others print.
@@ -67,11 +68,11 @@ impl Look {
     }
 }
 
-/// The user's processes. `strays`: there may be some in the root cgroup.
-pub fn processes(cgroups: impl AsFd, strays: bool) -> impl Iterator<Item = Pid> {
+/// The user's processes.
+pub fn processes(cgroups: impl AsFd, strays: &mut Strays) -> impl Iterator<Item = Pid> {
     let mut pids = Vec::new();
     if let Ok(root) = cgroups.as_fd().try_clone_to_owned() {
-        if strays {
+        if strays.may_be_there() {
             list(&root, &mut pids);
         }
         let mut left = MOST_CGROUPS;

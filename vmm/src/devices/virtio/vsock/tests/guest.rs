@@ -265,6 +265,19 @@ impl Guest {
         written
     }
 
+    /// Writes until nothing more is taken; how many bytes were.
+    pub fn fill(&mut self, port: u32, bytes: &[u8]) -> usize {
+        let mut written = 0;
+        loop {
+            let count = self.write(port, &bytes[written..]);
+            self.run();
+            written += count;
+            if count == 0 {
+                return written;
+            }
+        }
+    }
+
     /// A program reads.
     pub fn read(&mut self, port: u32, count: usize) -> Vec<u8> {
         let socket = self.sockets.get_mut(&port).unwrap();

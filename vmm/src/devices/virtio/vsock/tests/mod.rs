@@ -208,15 +208,7 @@ fn a_host_that_does_not_read_stops_the_guest() {
     let (mut peer, port) = guest.connect(1, 1025);
     let (mut other, other_port) = guest.connect(2, 1025);
     let bytes = Dice::new(22).bytes(8 << 20);
-    let mut written = 0;
-    loop {
-        let count = guest.write(port, &bytes[written..]);
-        guest.run();
-        written += count;
-        if count == 0 {
-            break;
-        }
-    }
+    let mut written = guest.fill(port, &bytes);
     assert!(written < SOCKET + credit::BUFFER as usize, "{written} bytes");
     guest.write(other_port, b"not delayed");
     guest.run();
@@ -347,15 +339,7 @@ fn a_guest_that_writes_as_fast_as_it_can_is_told_as_well() {
     let mut guest = Guest::start();
     let (mut peer, port) = guest.connect(1, 1025);
     let bytes = Dice::new(28).bytes(SOCKET + credit::BUFFER as usize);
-    let mut written = 0;
-    loop {
-        let count = guest.write(port, &bytes[written..]);
-        guest.run();
-        written += count;
-        if count == 0 {
-            break;
-        }
-    }
+    let written = guest.fill(port, &bytes);
     assert!(written < bytes.len() && guest.sockets[&port].closed == 0);
     peer.shutdown(Shutdown::Read).unwrap();
     assert!(read_all(&mut peer).len() < written);
