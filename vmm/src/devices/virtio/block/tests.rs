@@ -220,6 +220,24 @@ fn flush_identify_and_the_unheard_of() {
 }
 
 #[test]
+fn what_was_written_is_synced_when_nothing_more_comes() {
+    let (mut guest, _file) = Guest::with_disk();
+    let disk = guest.driver.device.look(|block| block.disk.clone()).unwrap();
+    let begin = Instant::now();
+    while begin.elapsed() < 2 * disk::REST {
+        assert_eq!(guest.write(0, &[1; 512]), OK);
+        assert!(disk.is_unsynced(), "it is not at rest");
+        thread::sleep(disk::REST / 8);
+    }
+    let begin = Instant::now();
+    while disk.is_unsynced() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "nobody has synced it");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(guest.ask(FLUSH, 0, &[]), (OK, 1));
+}
+
+#[test]
 fn every_change_is_for_the_next_flush_and_nothing_else_is() {
     let (mut guest, _) = Guest::with_disk();
     let disk = guest.driver.device.look(|block| block.disk.clone()).unwrap();

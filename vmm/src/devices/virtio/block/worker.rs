@@ -16,7 +16,7 @@ use vm_memory::Bytes;
 use super::{
     Block, BlockStats,
     copying::{CopyOrder, Copying},
-    disk::Disk,
+    disk::{Disk, REST},
     held::Held,
     request::{Request, Status, Work},
     work::{Failure, attempt, attempt_without_disk, has_hole},
@@ -142,8 +142,14 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
-    let mut disk_work =
-        DiskWork { memory, held: Held::new(), copying: None, failures: 0, shortages: 0 };
+    let mut disk_work = DiskWork {
+        memory,
+        held: Held::new(),
+        copying: None,
+        rests: None,
+        failures: 0,
+        shortages: 0,
+    };
     let mut last = Last::Other;
     while let Some(job) = next(shared, &mut disk_work, last) {
         last = match job.turn {
@@ -151,7 +157,10 @@ fn run(shared: &Shared, memory: &GuestMemory, device: &Handle<Block>) {
             Turn::CopyStep => Last::CopyStep,
             _ => Last::Other,
         };
+        let (disk, rested) = (job.disk.clone(), matches!(job.turn, Turn::Rest));
         let done = disk_work.take_turn(job);
+        let to_sync = !rested && disk.is_some_and(|disk| disk.is_unsynced());
+        disk_work.rests = to_sync.then(|| Instant::now() + REST);
         shared.held.store(disk_work.held.len(), Ordering::Relaxed);
         if done.is_empty() {
             continue;
@@ -172,6 +181,8 @@ enum Turn {
     BeginCopy(CopyOrder),
     EndCopy(Which, String),
     CopyStep,
+    /// There is nothing to do, and was not for a while.
+    Rest,
 }
 
 struct Job {
@@ -221,10 +232,12 @@ fn next(shared: &Shared, work: &mut DiskWork, last: Last) -> Option<Job> {
                 work.held.take(now).map(Turn::Retry).or_else(|| new(&mut inbox))
             }
         };
+        let rest = work.rests.map(|then| then.saturating_duration_since(now));
+        let turn = turn.or_else(|| rest.filter(|rest| rest.is_zero()).map(|_| Turn::Rest));
         if let Some(turn) = turn {
             return Some(Job { turn, disk: inbox.disk.clone(), may_wait });
         }
-        inbox = match work.held.due_in(now).into_iter().chain(steps).min() {
+        inbox = match work.held.due_in(now).into_iter().chain(steps).chain(rest).min() {
             None => shared.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner),
             Some(time) => {
                 let woken = shared.wake.wait_timeout(inbox, time);
@@ -238,6 +251,8 @@ struct DiskWork<'a> {
     memory: &'a GuestMemory,
     held: Held,
     copying: Option<Copying>,
+    /// When the disk is synced unasked, if nothing is asked of it until then.
+    rests: Option<Instant>,
     /// Requests that failed, and times that the room ran out, for the log.
     failures: u64,
     shortages: u64,
@@ -295,6 +310,12 @@ impl DiskWork<'_> {
                 Some(Err(reason)) => self.end_copy(Err(reason), disk, may_wait),
                 None => vec![],
             },
+            Turn::Rest => {
+                if let Some(disk) = disk {
+                    disk.sync_at_rest();
+                }
+                vec![]
+            }
         }
     }
 
