@@ -1,5 +1,6 @@
 //! A login that nobody sees: a machine is forked from the base that is just being made, gets an account and
-//! a disk, opens a shell, and is thrown away. What it touched is the base's working set.
+//! a disk, opens a shell, stands still as before a save, and is thrown away. What it touched is the base's working
+//! set.
 
 use std::{
     fs::File,
@@ -104,7 +105,12 @@ fn log_in(machine: &Machine, mut agent: UnixStream) -> anyhow::Result<(UnixStrea
     }
     let mut terminal = UnixStream::from(ours);
     until_quiet(machine, &mut terminal)?;
-    Ok((terminal, agent))
+    // Every login ends so, and then somebody waits.
+    agent.write_all(&encode(&HostMessage::Freeze)?).context("write to the agent")?;
+    match answer(machine, &mut agent, &mut decoder)? {
+        AgentMessage::Frozen => Ok((terminal, agent)),
+        other => bail!("the agent answered {other:?} to Freeze"),
+    }
 }
 
 fn answer(
