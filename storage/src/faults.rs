@@ -67,8 +67,8 @@ points! {
     SaveCreate "save.create" Serve "The guest stands still; the new file is not there.";
     SaveDisk "save.disk" Machine "The machine is paused; its disk is to be synced.";
     SavePages "save.pages" Machine "Some pages are to be written.";
-    SaveIndex "save.index" Machine "The pages are written, index and state are to be.";
-    SaveHeader "save.header" Machine "All but the header is written.";
+    SaveIndex "save.index" Machine "Index and state are to be written.";
+    SaveHeader "save.header" Machine "The header is to be written, in a small snapshot all of it.";
     SaveSync "save.sync" Machine "The snapshot is written and not synced.";
     SaveSynced "save.synced" Machine "The snapshot is on the medium; nobody was told.";
     SaveTold "save.told" Machine "The service was told.";

@@ -43,6 +43,7 @@ use crate::{
     sandbox::MachineJail,
     snapshot::Origin,
     stages::Stages,
+    working_set::Pristine,
 };
 
 /// A base, ready to be forked.
@@ -58,6 +59,8 @@ pub struct Template {
     /// What each machine puts itself under; None: there is no sandbox.
     pub jail: Option<MachineJail>,
     idle: IdleVm,
+    /// For saves: most of what they compare a machine's memory with.
+    pristine: Pristine,
     /// For saves: finding them out takes a VM, and as long as all of a machine's state.
     fresh_msrs: Vec<kvm_msr_entry>,
 }
@@ -77,7 +80,9 @@ impl Template {
             Some(vcpu) => kvm::fresh_msrs(&kvm, &vcpu.cpuid)?,
             None => Vec::new(),
         };
-        Ok(Self { id, sizes, kvm, memory, state, null, jail: None, idle, fresh_msrs })
+        let pristine = Pristine::keep(&memory, &state.working_set)
+            .context("keep what the base has where logins write")?;
+        Ok(Self { id, sizes, kvm, memory, state, null, jail: None, idle, pristine, fresh_msrs })
     }
 }
 
@@ -285,8 +290,8 @@ impl Server<'_> {
         }
         // A resumed machine has other things to write.
         let written = if resumed { &[][..] } else { &template.state.working_set.written };
-        let Template { id: base, fresh_msrs, .. } = template;
-        let origin = Origin { base, fresh_msrs, resumed_with };
+        let Template { id: base, pristine, fresh_msrs, .. } = template;
+        let origin = Origin { base, pristine, fresh_msrs, resumed_with };
         let end = control::serve(&machine, &origin, control, written);
         tracing::debug!(%end, "machine ended");
         // The guest's acknowledged writes are in the file by now (a write is acknowledged after

@@ -170,7 +170,7 @@ impl Host {
         let (state, account) = (self.state(), self.accounts().named(account).unwrap().id);
         let file = saved::create(&state, account).unwrap();
         let mut writer = Writer::new(&file).unwrap();
-        writer.data(1, &[7; PAGE]).unwrap();
+        writer.data(1, &[[7; PAGE]]).unwrap();
         let tag = [9; 16];
         let description = SnapshotDescription {
             base: base.clone(),

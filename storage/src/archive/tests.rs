@@ -61,10 +61,9 @@ impl Host {
         }
         disk.sync_all().unwrap();
         let memory = saved::create(&self.state, id).unwrap();
+        let pages: Vec<_> = (0..40u8).map(|page| [page; PAGE]).collect();
         let mut writer = Writer::new(&memory).unwrap();
-        for page in 0..40u8 {
-            writer.data(page.into(), &[page; PAGE]).unwrap();
-        }
+        writer.data(0, &pages).unwrap();
         let disk_tag = *Uuid::new_v4().as_bytes();
         let (ram, created) = (64 * PAGE as u64, 5);
         let base = base();

@@ -41,8 +41,9 @@ impl Host {
         at_rest.disk.write_all_at(&[generation], 8192).unwrap();
         if save {
             let file = saved::create(&self.state, self.account).unwrap();
+            let page = [[generation; PAGE]];
             let mut writer = Writer::new(&file).unwrap();
-            writer.data(3, &[generation; PAGE]).unwrap();
+            writer.data(3, &page).unwrap();
             let disk_tag = *Uuid::new_v4().as_bytes();
             let (account, ram) = (self.account, 64 * PAGE as u64);
             let base = base();

@@ -5,23 +5,19 @@
 
 use super::PAGE;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::{Errno, pwritev};
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, IoSlice};
 
-/// Written at once.
-const BUFFER: usize = 256 * PAGE;
+/// Most pieces of memory that are written at once (`UIO_MAXIOV`).
+pub const PIECES: usize = 1024;
 
 /// The end of a file that is written in whole pages but for the last. Nothing else writes to the file.
 pub struct Appender<'f> {
     file: &'f File,
     /// The file's flags as they were, if it is written past the page cache.
     former: Option<OFlags>,
-    /// [`BUFFER`] bytes from `start` on, where memory is aligned to a page.
-    buffer: Vec<u8>,
-    start: usize,
-    filled: usize,
-    /// Where the buffer goes.
+    /// Where the next bytes go.
     at: u64,
 }
 
@@ -32,77 +28,64 @@ impl<'f> Appender<'f> {
         let former = fcntl_getfl(file)
             .and_then(|flags| fcntl_setfl(file, flags | OFlags::DIRECT).map(|()| flags))
             .ok();
-        let buffer = vec![0; BUFFER + PAGE];
-        let start = (buffer.as_ptr() as usize).wrapping_neg() % PAGE;
-        Self { file, former, buffer, start, filled: 0, at }
+        Self { file, former, at }
     }
 
-    /// Whether what is written goes past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.former.is_some()
-    }
-
-    /// Bytes from the file's beginning that are written.
-    pub fn written(&self) -> u64 {
-        self.at
-    }
-
-    /// Takes bytes as far as there is room; returns the rest. [`Self::flush`] makes room.
-    pub fn take<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
-        let (now, rest) = bytes.split_at(bytes.len().min(BUFFER - self.filled));
-        let from = self.start + self.filled;
-        self.buffer[from..from + now.len()].copy_from_slice(now);
-        self.filled += now.len();
-        rest
-    }
-
-    pub fn is_full(&self) -> bool {
-        self.filled == BUFFER
-    }
-
-    /// Writes what was taken: whole pages.
-    pub fn flush(&mut self) -> io::Result<()> {
-        let bytes = self.start..self.start + self.filled;
-        self.write(bytes, self.at)?;
-        self.at += self.filled as u64;
-        self.filled = 0;
+    /// Writes whole pages. Those that lie aligned in memory go past the page cache.
+    pub fn append(&mut self, pieces: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.at = self.write(pieces, self.at)?;
         Ok(())
     }
 
-    /// Writes the last bytes, however many; the file ends behind them.
-    pub fn end(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        loop {
-            bytes = self.take(bytes);
-            if bytes.is_empty() {
-                break;
-            }
-            self.flush()?;
-        }
-        let end = self.at + self.filled as u64;
-        let padded = self.filled.next_multiple_of(PAGE);
-        self.buffer[self.start + self.filled..self.start + padded].fill(0);
-        self.filled = padded;
-        self.flush()?;
-        self.file.set_len(end)
+    /// Writes whole pages, and bytes behind them, however many; the file ends there.
+    pub fn end(&mut self, pages: &[IoSlice<'_>], bytes: &[u8]) -> io::Result<()> {
+        let padded = Aligned::padded(bytes);
+        let mut pieces = Vec::with_capacity(pages.len() + 1);
+        pieces.extend(pages.iter().map(|piece| IoSlice::new(piece)));
+        pieces.push(IoSlice::new(padded.bytes()));
+        self.append(&mut pieces)?;
+        self.file.set_len(self.at - padded.padding(bytes))
+    }
+
+    /// The same of a file in which nothing is written yet, with its first page, in as few writes.
+    pub fn whole(
+        &mut self,
+        first: &[u8; PAGE],
+        pages: &[IoSlice<'_>],
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let first = Aligned::padded(first);
+        let mut all = Vec::with_capacity(pages.len() + 1);
+        all.push(IoSlice::new(first.bytes()));
+        all.extend(pages.iter().map(|piece| IoSlice::new(piece)));
+        self.at = 0;
+        self.end(&all, bytes)
     }
 
     /// Writes the file's first page, when all else is written.
     pub fn first(&mut self, page: &[u8; PAGE]) -> io::Result<()> {
-        let bytes = self.start..self.start + PAGE;
-        self.buffer[bytes.clone()].copy_from_slice(page);
-        self.write(bytes, 0)
+        let page = Aligned::padded(page);
+        self.write(&mut [IoSlice::new(page.bytes())], 0).map(drop)
     }
 
-    fn write(&mut self, bytes: std::ops::Range<usize>, at: u64) -> io::Result<()> {
-        let bytes = &self.buffer[bytes];
-        match self.file.write_all_at(bytes, at) {
-            // Larger blocks than a page, or a file system that has changed its mind.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput && self.former.is_some() => {
-                restore(self.file, &mut self.former)?;
-                self.file.write_all_at(bytes, at)
+    /// Returns where what was written ends.
+    fn write(&mut self, mut pieces: &mut [IoSlice<'_>], mut at: u64) -> io::Result<u64> {
+        IoSlice::advance_slices(&mut pieces, 0);
+        while !pieces.is_empty() {
+            let now = pieces.len().min(PIECES);
+            match pwritev(self.file, &pieces[..now], at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    at += written as u64;
+                    IoSlice::advance_slices(&mut pieces, written);
+                }
+                Err(Errno::INTR) => {}
+                // Larger blocks than a page, memory that is not aligned, or a file system that has changed its mind.
+                Err(Errno::INVAL) if self.former.is_some() => restore(self.file, &mut self.former)?,
+                Err(error) => return Err(error.into()),
             }
-            done => done,
         }
+        Ok(at)
     }
 }
 
@@ -120,30 +103,60 @@ fn restore(file: &File, former: &mut Option<OFlags>) -> io::Result<()> {
     }
 }
 
+/// Bytes in memory that is aligned to a page, with zeroes up to a whole page.
+struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl Aligned {
+    fn padded(bytes: &[u8]) -> Self {
+        let length = bytes.len().next_multiple_of(PAGE);
+        let mut memory = vec![0; length + PAGE];
+        let start = (memory.as_ptr() as usize).wrapping_neg() % PAGE;
+        memory[start..start + bytes.len()].copy_from_slice(bytes);
+        Self { memory, start, length }
+    }
+
+    /// How many bytes more it is than `bytes`, which it was made of.
+    fn padding(&self, bytes: &[u8]) -> u64 {
+        (self.length - bytes.len()) as u64
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.length]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
+    use std::os::unix::fs::FileExt as _;
 
-    /// What a file of several flushes and an odd end looks like, wherever it lies.
+    /// More pieces than are written at once.
+    const MANY: usize = 2 * PIECES + 3;
+
+    /// What a file of many pieces and an odd end looks like, wherever it lies. Whether it was written directly.
     fn write_in(dir: &std::path::Path) -> (bool, Vec<u8>) {
         let path = dir.join("file");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         let flags = fcntl_getfl(&file).unwrap();
         let mut appender = Appender::new(&file, PAGE as u64);
-        let direct = appender.is_direct();
-        let pages: Vec<u8> = (0..2 * BUFFER + PAGE).map(|n| (n / 61) as u8).collect();
-        let mut rest = &pages[..];
-        while !rest.is_empty() {
-            rest = appender.take(rest);
-            appender.flush().unwrap();
-        }
-        assert_eq!(appender.written(), (PAGE + pages.len()) as u64);
-        appender.end(&pages[..BUFFER + 777]).unwrap();
+        let content: Vec<u8> = (0..MANY * PAGE).map(|n| (n / 61) as u8).collect();
+        let pages = Aligned::padded(&content);
+        let pieces = || pages.bytes().chunks(PAGE).map(IoSlice::new).collect::<Vec<_>>();
+        appender.append(&mut pieces()).unwrap();
+        appender.append(&mut []).unwrap();
+        assert_eq!(appender.at, (PAGE + content.len()) as u64);
+        appender.end(&pieces()[..5], &content[..PAGE + 777]).unwrap();
         appender.first(&[9; PAGE]).unwrap();
+        let direct = appender.former.is_some();
         drop(appender);
         assert_eq!(fcntl_getfl(&file).unwrap(), flags);
-        let expected = [&[9; PAGE][..], &pages, &pages[..BUFFER + 777]].concat();
+        let (five, odd) = (&content[..5 * PAGE], &content[..PAGE + 777]);
+        let expected = [&[9; PAGE][..], &content, five, odd].concat();
         let found = fs::read(&path).unwrap();
         assert!(found == expected);
         (direct, found)
@@ -163,19 +176,50 @@ mod tests {
     fn what_a_file_system_refuses_goes_through_the_page_cache() {
         let file = tempfile::tempfile().unwrap();
         let mut appender = Appender::new(&file, PAGE as u64);
-        if !appender.is_direct() {
+        if appender.former.is_none() {
             return println!(
                 "skipped: files in the folder for temporary files are not written directly"
             );
         }
         // Memory that is not aligned is what can be had refused everywhere.
-        appender.start += 1;
-        appender.buffer.push(0);
-        appender.take(&[5; PAGE]);
-        appender.flush().unwrap();
-        assert!(!appender.is_direct());
+        let page = Aligned::padded(&[5; PAGE + 1]);
+        appender.append(&mut [IoSlice::new(&page.memory[page.start + 1..][..PAGE])]).unwrap();
+        assert!(appender.former.is_none());
         let mut found = [0; PAGE];
         file.read_exact_at(&mut found, PAGE as u64).unwrap();
-        assert_eq!(found, [5; PAGE]);
+        assert_eq!(found, *[&[5; PAGE][..]].concat());
+    }
+
+    #[test]
+    fn a_file_that_is_written_at_once_is_the_same() {
+        let content: Vec<u8> = (0..5 * PAGE + 777).map(|n| (n / 61) as u8).collect();
+        let (pages, bytes) = content.split_at(4 * PAGE);
+        let pages = Aligned::padded(pages);
+        let pieces: Vec<_> = pages.bytes().chunks(PAGE).map(IoSlice::new).collect();
+        let found = [false, true].map(|whole| {
+            let file = tempfile::tempfile().unwrap();
+            let mut appender = Appender::new(&file, PAGE as u64);
+            if whole {
+                appender.whole(&[9; PAGE], &pieces, bytes).unwrap();
+            } else {
+                appender.end(&pieces, bytes).unwrap();
+                appender.first(&[9; PAGE]).unwrap();
+            }
+            drop(appender);
+            let mut found = vec![0; file.metadata().unwrap().len() as usize];
+            file.read_exact_at(&mut found, 0).unwrap();
+            found
+        });
+        assert!(found[0] == [&[9; PAGE][..], &content].concat());
+        assert!(found[0] == found[1]);
+    }
+
+    #[test]
+    fn an_end_without_bytes_is_the_pages_end() {
+        let file = tempfile::tempfile().unwrap();
+        let mut appender = Appender::new(&file, PAGE as u64);
+        let page = Aligned::padded(&[5; PAGE]);
+        appender.end(&[IoSlice::new(page.bytes())], &[]).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 2 * PAGE as u64);
     }
 }

@@ -1,23 +1,31 @@
 //! Writing a snapshot: data first, header last, in one pass.
 
-use super::append::Appender;
+use super::append::{Appender, PIECES};
 use super::index::Runs;
 use super::{Description, HEADER_BYTES, Header, MAX_STATE, PAGE, SnapshotError, failed};
 use crate::faults::{self, Point};
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use twox_hash::XxHash3_128;
 
-/// Takes a machine's pages in ascending order.
-pub struct Writer<'f> {
+/// Bytes of pages that are written at once, about.
+const BATCH: usize = 16 << 20;
+
+/// Takes a machine's pages in ascending order, and writes them from where they lie.
+pub struct Writer<'f, 'm> {
     file: &'f File,
     runs: Runs,
     data_sum: XxHash3_128,
     /// Data of scattered pages is contiguous in the file.
     data: Appender<'f>,
+    /// What is summed and not written.
+    pieces: Vec<IoSlice<'m>>,
+    bytes: usize,
+    /// Something is written.
+    begun: bool,
 }
 
-impl<'f> Writer<'f> {
+impl<'f, 'm> Writer<'f, 'm> {
     /// `file` is empty and open for reading and writing.
     pub fn new(file: &'f File) -> Result<Self, SnapshotError> {
         let length = file.metadata().map_err(failed("read the size of the file"))?.len();
@@ -30,32 +38,34 @@ impl<'f> Writer<'f> {
             runs: Runs::default(),
             data_sum: XxHash3_128::new(),
             data: Appender::new(file, HEADER_BYTES as u64),
+            pieces: Vec::new(),
+            bytes: 0,
+            begun: false,
         })
     }
 
-    /// A page that differs from the base's. `data` is a page long.
-    pub fn data(&mut self, page: u64, data: &[u8; PAGE]) -> Result<(), SnapshotError> {
-        self.runs.push(page, false)?;
-        self.data_sum.write(data);
-        // The buffer holds whole pages.
-        self.data.take(data);
-        if self.data.is_full() { self.flush() } else { Ok(()) }
+    /// Neighbouring pages that differ from the base's, from `first` on. They are written when there are many, or
+    /// at the end. Where they lie aligned to pages, nothing is copied on the way.
+    pub fn data(&mut self, first: u64, pages: &'m [[u8; PAGE]]) -> Result<(), SnapshotError> {
+        for (page, _) in (first..).zip(pages) {
+            self.runs.push(page, false)?;
+        }
+        let bytes = pages.as_flattened();
+        self.data_sum.write(bytes);
+        self.pieces.push(IoSlice::new(bytes));
+        self.bytes += bytes.len();
+        if self.pieces.len() < PIECES && self.bytes < BATCH {
+            return Ok(());
+        }
+        (self.bytes, self.begun) = (0, true);
+        faults::at(Point::SavePages)
+            .and_then(|()| self.data.append(&mut std::mem::take(&mut self.pieces)))
+            .map_err(failed("write page data"))
     }
 
     /// A page that is zero and in the base is not.
     pub fn zero(&mut self, page: u64) -> Result<(), SnapshotError> {
         self.runs.push(page, true)
-    }
-
-    /// Bytes from the file's beginning that wait in the host's page cache for the sync, but for the header.
-    pub fn cached(&self) -> u64 {
-        if self.data.is_direct() { 0 } else { self.data.written() }
-    }
-
-    fn flush(&mut self) -> Result<(), SnapshotError> {
-        faults::at(Point::SavePages)
-            .and_then(|()| self.data.flush())
-            .map_err(failed("write page data"))
     }
 
     /// Adds the machine's state and the header. The file is on the medium on return.
@@ -83,11 +93,16 @@ impl<'f> Writer<'f> {
             state_sum: XxHash3_128::oneshot(state),
         };
         header.check()?;
+        let tail = [&index, state].concat();
         faults::at(Point::SaveIndex)
-            .and_then(|()| self.data.end(&[&index, state].concat()))
-            .map_err(failed("write the index and the state"))?;
+            .and_then(|()| if self.begun { self.data.end(&self.pieces, &tail) } else { Ok(()) })
+            .map_err(failed("write the last pages, the index and the state"))?;
+        let first = header.encode();
         faults::at(Point::SaveHeader)
-            .and_then(|()| self.data.first(&header.encode()))
+            .and_then(|()| match self.begun {
+                true => self.data.first(&first),
+                false => self.data.whole(&first, &self.pieces, &tail),
+            })
             .map_err(failed("write the header"))?;
         faults::at(Point::SaveSync)
             .and_then(|()| self.file.sync_all())

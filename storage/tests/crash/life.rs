@@ -168,9 +168,9 @@ pub fn save(
     let failed = |source| SnapshotError::Io { doing: "publish", source };
     let file = saved::create(&account.state, account.id).map_err(failed)?;
     disk.sync_data().map_err(failed)?;
+    let mut page = [[0; PAGE]];
+    page[0][..8].copy_from_slice(&memory.to_le_bytes());
     let mut writer = Writer::new(&file)?;
-    let mut page = [0; PAGE];
-    page[..8].copy_from_slice(&memory.to_le_bytes());
     for n in (0..RAM_PAGES).step_by(1 + random.below(4) as usize) {
         writer.data(n, &page)?;
     }

@@ -130,6 +130,15 @@ fn mapped(
     address: u64,
     bytes: u64,
 ) -> Result<Arc<GuestRegionMmap<()>>, MemoryError> {
+    mapping(what, part, flags, bytes)?.at(what, address)
+}
+
+fn mapping(
+    what: &'static str,
+    part: Option<FileOffset>,
+    flags: libc::c_int,
+    bytes: u64,
+) -> Result<Mapping, MemoryError> {
     let flags = flags | libc::MAP_NORESERVE;
     let (flags, fd, offset) = match &part {
         Some(part) => (flags, part.file().as_raw_fd(), part.start() as i64),
@@ -144,12 +153,21 @@ fn mapped(
     if mapped == libc::MAP_FAILED {
         return Err(failed());
     }
-    Mapping { host: mapped.cast(), length: bytes, part, flags }.at(what, address)
+    Ok(Mapping { host: mapped.cast(), length: bytes, part, flags })
+}
+
+/// A file's memory at addresses of its own from 0 on, of which a write would be this process's own. The file is not
+/// kept: machines inherit what is mapped, and by a descriptor one could write what all of them see.
+pub fn map_beside(file: &File, bytes: u64) -> Result<GuestMemory, MemoryError> {
+    let what = "what is kept of the base";
+    let mapping = mapping(what, Some(part_of(file, 0, bytes)?), libc::MAP_PRIVATE, bytes)?;
+    let region = Mapping { part: None, ..mapping }.at(what, 0)?;
+    GuestMemory::from_arc_regions(vec![region]).map_err(|e| MemoryError::Regions(e.to_string()))
 }
 
 const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
-/// Made by [`mapped`], all of it or its beginning; never taken away.
+/// Made by [`mapping`], all of it or its beginning; never taken away.
 struct Mapping {
     host: *mut u8,
     length: u64,
@@ -247,6 +265,11 @@ pub struct RamRegion {
 }
 
 impl RamRegion {
+    /// Where the guest has what is at `offset` of the memory file.
+    pub fn address_of(&self, offset: u64) -> u64 {
+        self.guest + (offset - self.file_offset)
+    }
+
     /// The part of the memory file.
     pub fn file(&self) -> std::ops::Range<u64> {
         self.file_offset..self.file_offset + self.length
@@ -268,6 +291,24 @@ pub fn ram_regions(memory: &GuestMemory) -> impl Iterator<Item = RamRegion> {
             base: region.file_offset().map(|part| part.arc().clone()),
         }
     })
+}
+
+/// Whole pages of RAM from a guest address on, where they lie. None: there are not as many.
+///
+/// # Safety
+///
+/// Nothing may write to them as long as the slice lives: no vCPU, no device, no other thread.
+pub unsafe fn pages(
+    memory: &GuestMemory,
+    address: u64,
+    count: usize,
+) -> Option<&[[u8; PAGE_SIZE]]> {
+    let length = count.checked_mul(PAGE_SIZE)?;
+    let slice = memory.get_slice(GuestAddress(address), length).ok()?;
+    let start = slice.ptr_guard().as_ptr().cast();
+    // SAFETY: a mapping has these bytes, and stays as long as `memory` is borrowed; that nothing writes to them is
+    // the caller's promise. An array of bytes needs no alignment.
+    Some(unsafe { std::slice::from_raw_parts(start, count) })
 }
 
 /// Host address at which each region lies, for KVM: (guest address, length, host address).
@@ -324,6 +365,22 @@ mod tests {
         assert_eq!((parts[0].0, parts[0].1.clone()), (0, 0..3 << 30));
         assert_eq!((parts[1].0, parts[1].1.clone()), (4 << 30, 3 << 30..4 << 30));
         assert_eq!(parts.len(), 2, "the root image is not RAM");
+    }
+
+    #[test]
+    fn pages_are_seen_where_they_lie_and_no_further() {
+        let layout = Layout::new(16 << 20, 16 << 20, layout::ROOT_ALIGNMENT).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let booted = map(&layout, Backing::New(&file), &root()).unwrap();
+        booted.write_slice(&[7; 3], GuestAddress((16 << 20) - 3)).unwrap();
+        let page = PAGE_SIZE as u64;
+        // SAFETY: nothing writes any more.
+        let seen = |address, count| unsafe { pages(&booted, address, count) };
+        let last = seen((16 << 20) - 2 * page, 2).unwrap();
+        assert_eq!((last.len(), last[0]), (2, [0; PAGE_SIZE]));
+        assert_eq!(last[1][PAGE_SIZE - 4..], [0, 7, 7, 7]);
+        assert!(seen((16 << 20) - page, 2).is_none(), "a page behind the end");
+        assert!(seen(0, usize::MAX / 2).is_none());
     }
 
     #[test]

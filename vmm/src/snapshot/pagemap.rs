@@ -176,15 +176,15 @@ struct PageRegion {
 /// Pages of which some, chosen at random, were written.
 struct Probe {
     pages: NonNull<libc::c_void>,
-    pattern: u64,
+    pattern: u32,
 }
 
 impl Probe {
-    const PAGES: usize = u64::BITS as usize;
+    const PAGES: usize = u32::BITS as usize;
     const BYTES: usize = Self::PAGES * PAGE_SIZE;
 
     fn new() -> io::Result<Self> {
-        let mut pattern = [0u8; 8];
+        let mut pattern = [0u8; 4];
         // The system call itself: the crate wants to open /dev/urandom first, which is not there.
         // SAFETY: the kernel writes at most as many bytes as there are.
         let filled = unsafe { libc::getrandom(pattern.as_mut_ptr().cast(), pattern.len(), 0) };
@@ -195,7 +195,7 @@ impl Probe {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let pages = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }?;
-        let probe = Self { pages, pattern: u64::from_le_bytes(pattern) };
+        let probe = Self { pages, pattern: u32::from_le_bytes(pattern) };
         // A huge page would be present as a whole. Kernels without huge pages refuse the advice.
         // SAFETY: exactly the mapping made above.
         let _ = unsafe { madvise(pages, Self::BYTES, MmapAdvise::MADV_NOHUGEPAGE) };

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     ops::Range,
-    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+    os::unix::fs::FileExt as _,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -16,7 +16,6 @@ use hermitage_storage::{
 };
 use kvm_bindings::kvm_msr_entry;
 use uuid::Uuid;
-use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{
     pagemap::{Pagemap, PagemapError},
@@ -25,19 +24,21 @@ use super::{
 use crate::{
     SNAPSHOT_VERSION,
     machine::{Machine, MachineError, MachineState},
-    memory::{GuestMemory, RamRegion, ram_regions},
+    memory::{self, GuestMemory, RamRegion, ram_regions},
     stages::Stages,
+    working_set::Pristine,
 };
 
-/// Pages read at once.
-const CHUNK: usize = 64;
+/// Most pages of the base that are read at once.
+const READ: usize = 16;
 
-/// Bytes after which the medium is given something to do.
-const WRITE_OUT: u64 = 1 << 20;
+/// Most pages that are compared before they are summed, so that the CPU's caches still have them.
+const ROW: usize = 64;
 
 /// What a machine was made from: what its snapshots are the difference to.
 pub struct Origin<'a> {
     pub base: &'a BaseId,
+    pub pristine: &'a Pristine,
     /// What its vCPUs' registers were before they ran.
     pub fresh_msrs: &'a [kvm_msr_entry],
     /// The pages that it was resumed with; none for a fork.
@@ -105,14 +106,9 @@ pub fn save(
     let pieces = pieces(&machine.memory, &pagemap, &former)?;
     stages.done("find pages");
     let mut writer = Writer::new(&request.file)?;
-    let mut copier = Copier::new(&machine.memory);
-    let mut written_out = 0;
+    let mut comparison = Comparison::new(&machine.memory, origin.pristine);
     for piece in &pieces {
-        copier.copy(piece, &mut writer)?;
-        if writer.cached() > written_out + WRITE_OUT {
-            write_out(&request.file, written_out..writer.cached());
-            written_out = writer.cached();
-        }
+        comparison.write(piece, &mut writer)?;
     }
     stages.done("write pages");
     let description = describe(origin, request, &state, &machine.memory);
@@ -120,20 +116,6 @@ pub fn save(
     let header = writer.finish(description, &state)?;
     stages.done("sync snapshot");
     Ok(Saved { bytes: header.file_bytes(), pages: header.data_pages })
-}
-
-/// Has the kernel begin to write a part of the file to the medium, so that the sync at the end finds most of
-/// it there (sync_file_range(2)). It promises nothing and may fail: the sync tells.
-fn write_out(file: &File, range: Range<u64>) {
-    let (Ok(from), Ok(length)) =
-        (i64::try_from(range.start), i64::try_from(range.end - range.start))
-    else {
-        return;
-    };
-    // SAFETY: takes a descriptor, which is open, and numbers.
-    let _ = unsafe {
-        libc::sync_file_range(file.as_raw_fd(), from, length, libc::SYNC_FILE_RANGE_WRITE)
-    };
 }
 
 fn describe(
@@ -173,73 +155,178 @@ fn pieces(
     Ok(plan(&written, former))
 }
 
-/// Moves pages from the guest's memory to the file, leaving out what the base has.
-struct Copier {
-    memory: GuestMemory,
-    regions: Vec<RamRegion>,
-    ours: Vec<u8>,
-    base: Vec<u8>,
+/// Tells a paused machine's pages from its base's.
+struct Comparison<'a> {
+    memory: &'a GuestMemory,
+    pristine: &'a Pristine,
+    /// For pages that are not kept in there.
+    read: Vec<[u8; PAGE]>,
 }
 
-impl Copier {
-    fn new(memory: &GuestMemory) -> Self {
-        Self {
-            memory: memory.clone(),
-            regions: ram_regions(memory).collect(),
-            ours: vec![0; CHUNK * PAGE],
-            base: vec![0; CHUNK * PAGE],
-        }
+impl<'a> Comparison<'a> {
+    fn new(memory: &'a GuestMemory, pristine: &'a Pristine) -> Self {
+        Self { memory, pristine, read: Vec::new() }
     }
 
-    fn copy(&mut self, piece: &Piece, writer: &mut Writer<'_>) -> Result<(), SaveError> {
+    /// Writes those pages that can differ and do.
+    fn write(&mut self, piece: &Piece, writer: &mut Writer<'_, 'a>) -> Result<(), SaveError> {
         if piece.known == Known::Zero {
             return piece.pages.clone().try_for_each(|page| Ok(writer.zero(page)?));
         }
-        let mut page = piece.pages.start;
-        while page < piece.pages.end {
-            page += self.chunk(page, piece, writer)?;
+        let mut first = piece.pages.start;
+        while first < piece.pages.end {
+            let (region, ours) = self.ours(first..piece.pages.end)?;
+            let base = match piece.known {
+                Known::Nothing => Some(self.base(first, &region, ours.len())?),
+                _ => None,
+            };
+            let ours = &ours[..base.map_or(ours.len(), <[_]>::len)];
+            write(first, ours, base, writer)?;
+            first += ours.len() as u64;
         }
         Ok(())
     }
 
-    /// Copies some pages from `first` on; returns how many.
-    fn chunk(
+    /// The machine's pages as far as they are in one region of RAM: the next one lies elsewhere.
+    fn ours(&self, numbers: Range<u64>) -> Result<(RamRegion, Pages<'a>), SaveError> {
+        let offset = numbers.start * PAGE as u64;
+        let region = ram_regions(self.memory).find(|region| region.file().contains(&offset));
+        let region = region.ok_or(SaveError::Read(offset))?;
+        let end = region.file().end.min(numbers.end * PAGE as u64);
+        let (address, count) = (region.address_of(offset), (end - offset) as usize / PAGE);
+        // SAFETY: the machine is paused, its vCPUs and the disk's thread; this thread is all else that writes to
+        // its memory, and does not before the snapshot is written.
+        let ours = unsafe { memory::pages(self.memory, address, count) };
+        Ok((region, ours.ok_or(SaveError::Read(address))?))
+    }
+
+    /// Some of the base's pages: `most` at most, and at least one.
+    fn base(
         &mut self,
         first: u64,
-        piece: &Piece,
-        writer: &mut Writer<'_>,
-    ) -> Result<u64, SaveError> {
+        region: &RamRegion,
+        most: usize,
+    ) -> Result<Pages<'_>, SaveError> {
         let offset = first * PAGE as u64;
-        // A piece may go from one region of RAM into the next, which lies elsewhere.
-        let region = self
-            .regions
-            .iter()
-            .find(|region| region.file().contains(&offset))
-            .ok_or(SaveError::Read(offset))?;
-        let most = (region.file().end - offset) / PAGE as u64;
-        let count = (piece.pages.end - first).min(most).min(CHUNK as u64);
-        let length = count as usize * PAGE;
-        let address = region.guest + (offset - region.file_offset);
-        self.memory
-            .read_slice(&mut self.ours[..length], GuestAddress(address))
-            .map_err(|_| SaveError::Read(address))?;
-        let compare = piece.known == Known::Nothing;
-        if compare {
-            let file = region.base.as_ref().ok_or(SaveError::NoBase)?;
-            file.read_exact_at(&mut self.base[..length], offset)
-                .map_err(|source| SaveError::Base { offset, source })?;
+        let kept = self.pristine.pages(region.address_of(offset), most);
+        if !kept.is_empty() {
+            return Ok(kept);
         }
-        let (ours, _) = self.ours[..length].as_chunks::<PAGE>();
-        let (base, _) = self.base[..length].as_chunks::<PAGE>();
-        for (page, (ours, base)) in (first..).zip(ours.iter().zip(base)) {
-            if compare && ours == base {
-                continue;
-            }
-            match *ours == [0; PAGE] {
-                true => writer.zero(page)?,
-                false => writer.data(page, ours)?,
+        let file = region.base.as_ref().ok_or(SaveError::NoBase)?;
+        self.read.resize(READ, [0; PAGE]);
+        let pages = &mut self.read[..most.min(READ)];
+        file.read_exact_at(pages.as_flattened_mut(), offset)
+            .map_err(|source| SaveError::Base { offset, source })?;
+        Ok(pages)
+    }
+}
+
+/// Neighbouring pages.
+type Pages<'a> = &'a [[u8; PAGE]];
+
+/// What a save does with a page.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// Nothing: the base has it.
+    Base,
+    Zero,
+    Data,
+}
+
+/// Writes those of the pages that are not the base's, if that is given.
+fn write<'a>(
+    first: u64,
+    ours: Pages<'a>,
+    base: Option<Pages<'_>>,
+    writer: &mut Writer<'_, 'a>,
+) -> Result<(), SaveError> {
+    let kind = |n: usize| match ours.get(n) {
+        Some(page) if base.is_none_or(|base| *page != base[n]) => {
+            if *page == [0; PAGE] {
+                Kind::Zero
+            } else {
+                Kind::Data
             }
         }
-        Ok(count)
+        // The end as well.
+        _ => Kind::Base,
+    };
+    // From here on there is data that the writer does not have yet.
+    let mut begin = 0;
+    for n in 0..=ours.len() {
+        let kind = kind(n);
+        if kind == Kind::Data && n - begin < ROW {
+            continue;
+        }
+        if begin < n {
+            writer.data(first + begin as u64, &ours[begin..n])?;
+        }
+        begin = if kind == Kind::Data { n } else { n + 1 };
+        if kind == Kind::Zero {
+            writer.zero(first + n as u64)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use hermitage_storage::snapshot::{Content, Snapshot};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn description() -> Description {
+        Description {
+            base: BaseId::parse("00112233445566778899aabbccddeeff").unwrap(),
+            account: Uuid::from_u128(7),
+            disk_tag: [0; 16],
+            created: 0,
+            ram: 2 << 20,
+            vcpus: 1,
+            state_version: 1,
+        }
+    }
+
+    /// The pages of a snapshot by number, with their first byte.
+    fn read(file: File) -> Vec<(u64, u8)> {
+        let snapshot = Snapshot::open(file).unwrap();
+        let mut found = Vec::new();
+        for run in &snapshot.runs {
+            for n in 0..run.pages {
+                let mut byte = [0];
+                if let Content::Data { at } = run.content {
+                    snapshot.file.read_exact_at(&mut byte, at + n * PAGE as u64).unwrap();
+                }
+                found.push((run.page + n, byte[0]));
+            }
+        }
+        found
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// Three kinds of pages in any order: what is the base's is left out, what is zero has no data.
+        #[test]
+        fn what_differs_is_written_and_nothing_else(
+            pages in proptest::collection::vec((0u8..3, 0u8..3), 0..4 * ROW),
+            known in any::<bool>(),
+        ) {
+            let of = |side: fn(&(u8, u8)) -> u8| -> Vec<[u8; PAGE]> {
+                pages.iter().map(|page| [side(page); PAGE]).collect()
+            };
+            let (ours, base) = (of(|page| page.0), of(|page| page.1));
+            let file = tempfile::tempfile().unwrap();
+            let mut writer = Writer::new(&file).unwrap();
+            write(5, &ours, Some(&base[..]).filter(|_| known), &mut writer).unwrap();
+            writer.finish(description(), &[]).unwrap();
+            let expected: Vec<(u64, u8)> = (5..)
+                .zip(&pages)
+                .filter(|(_, (ours, base))| !known || ours != base)
+                .map(|(n, (ours, _))| (n, *ours))
+                .collect();
+            prop_assert_eq!(read(file), expected);
+        }
     }
 }

@@ -55,7 +55,7 @@ fn share_part(memory: &GuestMemory, name: &str, starts: &[u64]) -> io::Result<us
 }
 
 /// Makes a huge page of `HUGE` bytes of a memory file. False: the kernel can't or has none to give.
-fn collapse(file: &File, offset: u64) -> io::Result<bool> {
+pub fn collapse(file: &File, offset: u64) -> io::Result<bool> {
     // Where it is mapped must be aligned as well: the part is mapped at a border inside of a range that
     // is twice as long.
     let length = NonZeroUsize::new(2 * HUGE as usize).ok_or(io::ErrorKind::InvalidInput)?;

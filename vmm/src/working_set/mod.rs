@@ -6,17 +6,20 @@
 //!
 //! - parts that logins read and never write ([`WorkingSet::hot`]) are kept in huge pages ([`hot`]): one
 //!   exit for 2 MiB instead of 512;
-//! - pages that logins write ([`WorkingSet::written`]) are copied in one go ([`populate`]).
+//! - pages that logins write ([`WorkingSet::written`]) are copied in one go ([`populate`]);
+//! - what the base has in these is kept for saves ([`Pristine`]).
 //!
 //! This is an expectation, not a promise: a login that touches other pages is slower, not wrong.
 
 pub mod hot;
+mod pristine;
 mod record;
 mod rehearse;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
+pub use pristine::Pristine;
 pub use record::record;
 pub use rehearse::rehearse;
 
