@@ -22,13 +22,18 @@ pub struct Appender<'f> {
 }
 
 impl<'f> Appender<'f> {
-    /// Appends from `at` on, which is a multiple of [`PAGE`].
-    pub fn new(file: &'f File, at: u64) -> Self {
+    /// Appends behind the first page, which is for the end.
+    pub fn new(file: &'f File) -> Self {
         // A file system that can't says so here, most of them; others at the first write.
         let former = fcntl_getfl(file)
             .and_then(|flags| fcntl_setfl(file, flags | OFlags::DIRECT).map(|()| flags))
             .ok();
-        Self { file, former, at }
+        Self { file, former, at: PAGE as u64 }
+    }
+
+    /// Nothing is appended yet.
+    pub fn is_empty(&self) -> bool {
+        self.at == PAGE as u64
     }
 
     /// Writes whole pages. Those that lie aligned in memory go past the page cache.
@@ -38,28 +43,26 @@ impl<'f> Appender<'f> {
     }
 
     /// Writes whole pages, and bytes behind them, however many; the file ends there.
-    pub fn end(&mut self, pages: &[IoSlice<'_>], bytes: &[u8]) -> io::Result<()> {
+    pub fn end(&mut self, pages: Vec<IoSlice<'_>>, bytes: &[u8]) -> io::Result<()> {
         let padded = Aligned::padded(bytes);
-        let mut pieces = Vec::with_capacity(pages.len() + 1);
-        pieces.extend(pages.iter().map(|piece| IoSlice::new(piece)));
+        let mut pieces = pages;
         pieces.push(IoSlice::new(padded.bytes()));
         self.append(&mut pieces)?;
         self.file.set_len(self.at - padded.padding(bytes))
     }
 
-    /// The same of a file in which nothing is written yet, with its first page, in as few writes.
+    /// The same where nothing is appended yet, with the file's first page, in as few writes.
     pub fn whole(
         &mut self,
         first: &[u8; PAGE],
-        pages: &[IoSlice<'_>],
+        pages: Vec<IoSlice<'_>>,
         bytes: &[u8],
     ) -> io::Result<()> {
         let first = Aligned::padded(first);
-        let mut all = Vec::with_capacity(pages.len() + 1);
-        all.push(IoSlice::new(first.bytes()));
-        all.extend(pages.iter().map(|piece| IoSlice::new(piece)));
+        let mut pieces = pages;
+        pieces.insert(0, IoSlice::new(first.bytes()));
         self.at = 0;
-        self.end(&all, bytes)
+        self.end(pieces, bytes)
     }
 
     /// Writes the file's first page, when all else is written.
@@ -143,14 +146,14 @@ mod tests {
         let path = dir.join("file");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         let flags = fcntl_getfl(&file).unwrap();
-        let mut appender = Appender::new(&file, PAGE as u64);
+        let mut appender = Appender::new(&file);
         let content: Vec<u8> = (0..MANY * PAGE).map(|n| (n / 61) as u8).collect();
         let pages = Aligned::padded(&content);
         let pieces = || pages.bytes().chunks(PAGE).map(IoSlice::new).collect::<Vec<_>>();
         appender.append(&mut pieces()).unwrap();
         appender.append(&mut []).unwrap();
         assert_eq!(appender.at, (PAGE + content.len()) as u64);
-        appender.end(&pieces()[..5], &content[..PAGE + 777]).unwrap();
+        appender.end(pieces()[..5].to_vec(), &content[..PAGE + 777]).unwrap();
         appender.first(&[9; PAGE]).unwrap();
         let direct = appender.former.is_some();
         drop(appender);
@@ -175,7 +178,7 @@ mod tests {
     #[test]
     fn what_a_file_system_refuses_goes_through_the_page_cache() {
         let file = tempfile::tempfile().unwrap();
-        let mut appender = Appender::new(&file, PAGE as u64);
+        let mut appender = Appender::new(&file);
         if appender.former.is_none() {
             return println!(
                 "skipped: files in the folder for temporary files are not written directly"
@@ -187,7 +190,7 @@ mod tests {
         assert!(appender.former.is_none());
         let mut found = [0; PAGE];
         file.read_exact_at(&mut found, PAGE as u64).unwrap();
-        assert_eq!(found, *[&[5; PAGE][..]].concat());
+        assert_eq!(found, [5; PAGE]);
     }
 
     #[test]
@@ -198,11 +201,11 @@ mod tests {
         let pieces: Vec<_> = pages.bytes().chunks(PAGE).map(IoSlice::new).collect();
         let found = [false, true].map(|whole| {
             let file = tempfile::tempfile().unwrap();
-            let mut appender = Appender::new(&file, PAGE as u64);
+            let mut appender = Appender::new(&file);
             if whole {
-                appender.whole(&[9; PAGE], &pieces, bytes).unwrap();
+                appender.whole(&[9; PAGE], pieces.clone(), bytes).unwrap();
             } else {
-                appender.end(&pieces, bytes).unwrap();
+                appender.end(pieces.clone(), bytes).unwrap();
                 appender.first(&[9; PAGE]).unwrap();
             }
             drop(appender);
@@ -217,9 +220,9 @@ mod tests {
     #[test]
     fn an_end_without_bytes_is_the_pages_end() {
         let file = tempfile::tempfile().unwrap();
-        let mut appender = Appender::new(&file, PAGE as u64);
+        let mut appender = Appender::new(&file);
         let page = Aligned::padded(&[5; PAGE]);
-        appender.end(&[IoSlice::new(page.bytes())], &[]).unwrap();
+        appender.end(vec![IoSlice::new(page.bytes())], &[]).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 2 * PAGE as u64);
     }
 }

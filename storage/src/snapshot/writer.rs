@@ -1,8 +1,8 @@
-//! Writing a snapshot: data first, header last, in one pass.
+//! Writing a snapshot in one pass: data first, header last, and a small one all at once.
 
 use super::append::{Appender, PIECES};
 use super::index::Runs;
-use super::{Description, HEADER_BYTES, Header, MAX_STATE, PAGE, SnapshotError, failed};
+use super::{Description, Header, MAX_STATE, PAGE, SnapshotError, failed};
 use crate::faults::{self, Point};
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -21,8 +21,6 @@ pub struct Writer<'f, 'm> {
     /// What is summed and not written.
     pieces: Vec<IoSlice<'m>>,
     bytes: usize,
-    /// Something is written.
-    begun: bool,
 }
 
 impl<'f, 'm> Writer<'f, 'm> {
@@ -37,10 +35,9 @@ impl<'f, 'm> Writer<'f, 'm> {
             file,
             runs: Runs::default(),
             data_sum: XxHash3_128::new(),
-            data: Appender::new(file, HEADER_BYTES as u64),
+            data: Appender::new(file),
             pieces: Vec::new(),
             bytes: 0,
-            begun: false,
         })
     }
 
@@ -57,7 +54,7 @@ impl<'f, 'm> Writer<'f, 'm> {
         if self.pieces.len() < PIECES && self.bytes < BATCH {
             return Ok(());
         }
-        (self.bytes, self.begun) = (0, true);
+        self.bytes = 0;
         faults::at(Point::SavePages)
             .and_then(|()| self.data.append(&mut std::mem::take(&mut self.pieces)))
             .map_err(failed("write page data"))
@@ -94,16 +91,19 @@ impl<'f, 'm> Writer<'f, 'm> {
         };
         header.check()?;
         let tail = [&index, state].concat();
-        faults::at(Point::SaveIndex)
-            .and_then(|()| if self.begun { self.data.end(&self.pieces, &tail) } else { Ok(()) })
-            .map_err(failed("write the last pages, the index and the state"))?;
         let first = header.encode();
-        faults::at(Point::SaveHeader)
-            .and_then(|()| match self.begun {
-                true => self.data.first(&first),
-                false => self.data.whole(&first, &self.pieces, &tail),
-            })
-            .map_err(failed("write the header"))?;
+        let last = "write the last pages, the index and the state";
+        faults::at(Point::SaveIndex).map_err(failed(last))?;
+        if self.data.is_empty() {
+            faults::at(Point::SaveHeader)
+                .and_then(|()| self.data.whole(&first, self.pieces, &tail))
+                .map_err(failed("write pages, index, state and header"))?;
+        } else {
+            self.data.end(self.pieces, &tail).map_err(failed(last))?;
+            faults::at(Point::SaveHeader)
+                .and_then(|()| self.data.first(&first))
+                .map_err(failed("write the header"))?;
+        }
         faults::at(Point::SaveSync)
             .and_then(|()| self.file.sync_all())
             .and_then(|()| faults::at(Point::SaveSynced))

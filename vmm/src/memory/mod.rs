@@ -265,11 +265,6 @@ pub struct RamRegion {
 }
 
 impl RamRegion {
-    /// Where the guest has what is at `offset` of the memory file.
-    pub fn address_of(&self, offset: u64) -> u64 {
-        self.guest + (offset - self.file_offset)
-    }
-
     /// The part of the memory file.
     pub fn file(&self) -> std::ops::Range<u64> {
         self.file_offset..self.file_offset + self.length

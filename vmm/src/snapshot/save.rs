@@ -158,6 +158,7 @@ fn pieces(
 /// Tells a paused machine's pages from its base's.
 struct Comparison<'a> {
     memory: &'a GuestMemory,
+    regions: Vec<RamRegion>,
     pristine: &'a Pristine,
     /// For pages that are not kept in there.
     read: Vec<[u8; PAGE]>,
@@ -165,7 +166,7 @@ struct Comparison<'a> {
 
 impl<'a> Comparison<'a> {
     fn new(memory: &'a GuestMemory, pristine: &'a Pristine) -> Self {
-        Self { memory, pristine, read: Vec::new() }
+        Self { memory, regions: ram_regions(memory).collect(), pristine, read: Vec::new() }
     }
 
     /// Writes those pages that can differ and do.
@@ -175,9 +176,9 @@ impl<'a> Comparison<'a> {
         }
         let mut first = piece.pages.start;
         while first < piece.pages.end {
-            let (region, ours) = self.ours(first..piece.pages.end)?;
+            let (address, ours) = self.ours(first..piece.pages.end)?;
             let base = match piece.known {
-                Known::Nothing => Some(self.base(first, &region, ours.len())?),
+                Known::Nothing => Some(self.base(first, address, ours.len())?),
                 _ => None,
             };
             let ours = &ours[..base.map_or(ours.len(), <[_]>::len)];
@@ -187,32 +188,31 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// The machine's pages as far as they are in one region of RAM: the next one lies elsewhere.
-    fn ours(&self, numbers: Range<u64>) -> Result<(RamRegion, Pages<'a>), SaveError> {
+    /// The machine's pages and their guest address, as far as they are in one region of RAM: the next one lies
+    /// elsewhere.
+    fn ours(&self, numbers: Range<u64>) -> Result<(u64, Pages<'a>), SaveError> {
         let offset = numbers.start * PAGE as u64;
-        let region = ram_regions(self.memory).find(|region| region.file().contains(&offset));
+        let region = self.regions.iter().find(|region| region.file().contains(&offset));
         let region = region.ok_or(SaveError::Read(offset))?;
         let end = region.file().end.min(numbers.end * PAGE as u64);
-        let (address, count) = (region.address_of(offset), (end - offset) as usize / PAGE);
+        let address = region.guest + (offset - region.file_offset);
+        let count = (end - offset) as usize / PAGE;
         // SAFETY: the machine is paused, its vCPUs and the disk's thread; this thread is all else that writes to
         // its memory, and does not before the snapshot is written.
         let ours = unsafe { memory::pages(self.memory, address, count) };
-        Ok((region, ours.ok_or(SaveError::Read(address))?))
+        Ok((address, ours.ok_or(SaveError::Read(address))?))
     }
 
     /// Some of the base's pages: `most` at most, and at least one.
-    fn base(
-        &mut self,
-        first: u64,
-        region: &RamRegion,
-        most: usize,
-    ) -> Result<Pages<'_>, SaveError> {
-        let offset = first * PAGE as u64;
-        let kept = self.pristine.pages(region.address_of(offset), most);
+    fn base(&mut self, first: u64, address: u64, most: usize) -> Result<Pages<'_>, SaveError> {
+        let kept = self.pristine.pages(address, most);
         if !kept.is_empty() {
             return Ok(kept);
         }
-        let file = region.base.as_ref().ok_or(SaveError::NoBase)?;
+        // All regions are one memory file's.
+        let file = self.regions.first().and_then(|region| region.base.as_ref());
+        let file = file.ok_or(SaveError::NoBase)?;
+        let offset = first * PAGE as u64;
         self.read.resize(READ, [0; PAGE]);
         let pages = &mut self.read[..most.min(READ)];
         file.read_exact_at(pages.as_flattened_mut(), offset)

@@ -47,11 +47,12 @@ impl MachineImage {
             .to_owned())
     }
 
-    /// What the kernel is told besides what every machine of the lab is.
+    /// It comes up again after a reboot.
     pub fn reboots(&self) -> bool {
         self.recipe.reboots
     }
 
+    /// What the kernel is told besides what every machine of the lab is.
     pub fn arguments(&self) -> &'static str {
         self.recipe.arguments
     }
